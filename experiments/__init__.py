@@ -1,0 +1,1 @@
+"""One file per model; each runs as `python -m experiments.NAME`."""

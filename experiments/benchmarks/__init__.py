@@ -1,0 +1,1 @@
+"""genjax beside its peers, one file per workload."""
