@@ -54,7 +54,7 @@ def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
     positive = x > 0
     root = jnp.sqrt(jnp.where(positive, x, 1))
     # NaN in gives NaN out: a norm of something broken must not look like 0.
-    return jnp.where(positive, root, jnp.where(x == 0, jnp.zeros_like(x), jnp.sqrt(-jnp.abs(x))))
+    return jnp.where(positive, root, jnp.where(x == 0, 0.0, jnp.nan)).astype(root.dtype)
 
 
 def safe_norm(
