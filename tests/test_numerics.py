@@ -1,0 +1,67 @@
+"""Oracles for genjax.numerics: numpy in float64, gradients by hand, extremes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+
+from genjax import numerics
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(4, 3, 2))
+
+
+def test_at_least_float32_widens_narrow_types_and_keeps_wide_ones(x64):
+    for given, wanted in [("bfloat16", "float32"), ("int8", "float32"), ("float32", "float32")]:
+        assert numerics.at_least_float32(jnp.ones(2, given)).dtype == wanted
+    assert numerics.at_least_float32(jnp.ones(2, "float64")).dtype == "float64"
+
+
+def test_sum_event_sums_all_but_the_batch_in_float32(compiled):
+    got = compiled(numerics.sum_event)(jnp.asarray(X, jnp.float32))
+    np.testing.assert_allclose(got, X.sum((1, 2)), rtol=1e-5)
+    # 4096 ones in bfloat16 would stop at 256 if they were added in bfloat16.
+    assert float(numerics.sum_event(jnp.ones((1, 4096), jnp.bfloat16))[0]) == 4096
+    np.testing.assert_array_equal(numerics.sum_event(jnp.arange(3.0)), np.arange(3.0))
+
+
+def test_expand_to_broadcasts_over_the_event():
+    assert numerics.expand_to(jnp.ones(4), jnp.ones((4, 3, 2))).shape == (4, 1, 1)
+
+
+def test_masked_mean_equals_dropping_and_ignores_nan(compiled):
+    values = jnp.array([1.0, jnp.nan, 3.0, jnp.inf])
+    where = jnp.array([True, False, True, False])
+    f = compiled(lambda v, w: numerics.masked_mean(v, w))
+    assert float(f(values, where)) == 2.0
+    np.testing.assert_array_equal(jax.grad(lambda v: f(v, where))(values), [0.5, 0, 0.5, 0])
+    assert float(f(values, jnp.zeros(4, bool))) == 0.0
+    assert float(numerics.masked_mean(values[:0])) == 0.0
+    np.testing.assert_allclose(numerics.masked_mean(jnp.asarray(X, jnp.float32)), X.mean(), 1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1, (0, 2)])
+def test_log_mean_exp_against_scipy_at_extremes(axis, compiled):
+    x = jnp.asarray(200 * X, jnp.float32)
+    axes = (axis,) if isinstance(axis, int) else axis
+    count = np.prod([X.shape[a] for a in axes])
+    want = logsumexp(np.asarray(x, np.float64), axis=axis) - np.log(count)
+    got = compiled(lambda v: numerics.log_mean_exp(v, axis))(x)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_safe_sqrt_and_norms_at_zero_nan_and_elsewhere(compiled):
+    root = compiled(numerics.safe_sqrt)(jnp.array([0.0, 4.0, jnp.nan, -1.0]))
+    np.testing.assert_array_equal(root, [0, 2, np.nan, np.nan])
+    assert float(jax.grad(numerics.safe_sqrt)(0.0)) == 0.0
+    np.testing.assert_allclose(jax.grad(numerics.safe_sqrt)(4.0), 0.25)
+    x = jnp.asarray(X, jnp.float32).at[1].set(0)
+    norms = compiled(numerics.event_norm)(x)
+    np.testing.assert_allclose(norms, np.sqrt((np.asarray(x) ** 2).sum((1, 2))), rtol=1e-6)
+    gradient = jax.grad(lambda v: numerics.event_norm(v).sum())(x)
+    want = np.asarray(x) / np.where(norms > 0, norms, 1)[:, None, None]
+    np.testing.assert_allclose(gradient, want, rtol=1e-5)
+    np.testing.assert_allclose(numerics.safe_norm(x), np.sqrt((np.asarray(x) ** 2).sum()), 1e-6)
+    assert numerics.safe_norm(x, axis=-1, keepdims=True).shape == (4, 3, 1)
+    np.testing.assert_array_equal(numerics.event_norm(jnp.array([-2.0, 0.0])), [2, 0])
