@@ -33,13 +33,13 @@ test-all: $(STAMP) ## the tests and the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "slow or not slow"
 
 lint: $(STAMP) ## ruff and pyright
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pyright
 
 format: $(STAMP) ## let ruff mend what it can
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 docs: .venv/installed-docs ## build the documentation, warnings are errors
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html
