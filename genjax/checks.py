@@ -90,7 +90,7 @@ def not_empty(name: str, x: Any) -> None:
         raise ValueError(f"{name} must hold at least one example, got shape {np.shape(x)}")
 
 
-def at_least(name: str, value: Any, least: float) -> None:
+def at_least(name: str, value: Any, least: float | int) -> None:
     """Raise ValueError where a concrete number is below `least` or is NaN."""
     if is_concrete(value) and not bool(np.all(np.asarray(value) >= least)):
         raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -112,7 +112,7 @@ def positive(name: str, value: Any) -> None:
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def between(name: str, value: Any, low: float, high: float) -> None:
+def between(name: str, value: Any, low: float | int, high: float | int) -> None:
     """Raise ValueError where a concrete number lies outside [low, high] or is NaN."""
     if is_concrete(value):
         array = np.asarray(value, dtype=np.float64)
