@@ -1,0 +1,139 @@
+"""The state of training: one immutable pytree, with exponential moving averages of the weights."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from genjax import checks
+from genjax.typing import Params
+
+# The fields are `Any` because a pytree is also filled with shapes, shardings and tracers.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a training run carries from step to step.
+
+    step: int32 [], updates done. params, opt_state: pytrees. key: the run's PRNG key, never
+    advanced: step n draws from fold_in(key, n). ema: decay (as text) -> uncorrected averages.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    key: Any
+    ema: Any = dataclasses.field(default_factory=dict)
+
+    def ema_params(self, decay: float) -> Params:
+        """Read the bias-corrected average of the parameters, see `ema_read`."""
+        return ema_read(self.ema, decay, self.step, self.params)
+
+    def replace(self, **changes: Any) -> "TrainState":
+        """Return the state with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def init_state(
+    params: Params, optimizer: Any, key: Any, *, ema_decays: Sequence[float] = ()
+) -> TrainState:
+    """Build the state at step 0: optimiser state, and one zero average for each decay.
+
+    `optimizer` is an optax transformation (`init` and `update`). All arrays are copied, so that
+    the caller's own parameters outlive a compiled step that donates its state. Raises ValueError
+    for a decay outside [0, 1), parameters without an array, and TypeError for an optimiser
+    without `init` and `update`.
+    """
+    check_player("optimizer", optimizer, params)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        key=key,
+        ema=ema_init(params, ema_decays),
+    )
+    return own(state)
+
+
+def check_player(name: str, optimizer: Any, params: Params) -> None:
+    """Raise unless the optimiser can update and there is something to update."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"{name} must be an optax transformation (with init and update), "
+            f"got {type(optimizer).__name__}"
+        )
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        raise ValueError("params must hold at least one array, got an empty tree")
+    for leaf in leaves:
+        if not isinstance(leaf, int | float) and not hasattr(leaf, "dtype"):
+            raise TypeError(f"params must be a tree of arrays, got a {type(leaf).__name__} in it")
+
+
+def own(tree: Any) -> Any:
+    """Copy every leaf into an array of its own, of a fixed (not weak) type.
+
+    A buffer that is shared (parameters kept by the caller or inside the optimiser's state) cannot
+    be donated, and a weak type would change after the first step and compile it again.
+    """
+
+    def copy(x: Any) -> jax.Array:
+        if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jnp.copy(x)
+        return jnp.array(x, dtype=jnp.result_type(x), copy=True)
+
+    return jax.tree.map(copy, tree)
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def ema_init(params: Params, decays: Sequence[float]) -> dict[str, Params]:
+    """Start one average for each decay: zeros, float32 at least (integers: their own value)."""
+
+    def start(x: Any) -> jax.Array:
+        dtype = jnp.result_type(x)
+        return jnp.zeros(jnp.shape(x), jnp.promote_types(dtype, jnp.float32)) if _is_float(x) else x
+
+    for decay in decays:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decays must lie in [0, 1), got {decay}")
+    return {str(float(decay)): jax.tree.map(start, params) for decay in decays}
+
+
+def ema_update(ema: dict[str, Params], params: Params) -> dict[str, Params]:
+    """Move every average by one update: m <- d m + (1 - d) params, in float32 at least."""
+
+    def move(decay: float, mean: Any, new: Any) -> Any:
+        return decay * mean + (1 - decay) * new.astype(mean.dtype) if _is_float(new) else new
+
+    return {
+        name: jax.tree.map(lambda m, p, d=float(name): move(d, m, p), mean, params)
+        for name, mean in ema.items()
+    }
+
+
+def ema_read(ema: dict[str, Params], decay: float, updates: Any, params: Params) -> Params:
+    """Read one average without the bias of its zero start: m_n / (1 - d^n) after n updates.
+
+    This is the weighted mean of the parameters after updates 1..n with weights d^(n - i). Before
+    the first update it is `params`. Float32 at least. Raises ValueError for a decay not kept.
+    """
+    name = str(float(decay))
+    checks.one_of("decay", name, ema)
+    log_decay = math.log(float(decay)) if decay > 0 else -math.inf
+    n = jnp.asarray(updates).astype(jnp.float32)
+    # 1 - d^n = -expm1(n log d): exact to float32 where d^n is near 1; n = 0 is answered below.
+    weight = -jnp.expm1(jnp.maximum(n, 1) * log_decay)
+
+    def read(mean: Any, now: Any) -> Any:
+        if not _is_float(now):
+            return now
+        return jnp.where(n > 0, mean / weight.astype(mean.dtype), jnp.asarray(now, mean.dtype))
+
+    return jax.tree.map(read, ema[name], params)

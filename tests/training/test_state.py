@@ -1,0 +1,71 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from genjax.training import init_state
+from genjax.training.state import ema_init, ema_read, ema_update
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.9999])
+@pytest.mark.parametrize("updates", [1, 2, 7])
+def test_ema_closed_form(compiled, decay, updates):
+    # The mean of p_1..p_n with weights d^(n - i), normalised.
+    values = np.random.default_rng(0).normal(size=(updates, 3)) + 5
+    weights = decay ** np.arange(updates - 1, -1, -1.0)
+    expected = (weights[:, None] * values).sum(0) / weights.sum()
+    params = {"w": jnp.asarray(values[0], jnp.float32)}
+    ema = ema_init(params, [decay, 0.5])
+    for value in values:
+        params = {"w": jnp.asarray(value, jnp.float32)}
+        ema = compiled(ema_update)(ema, params)
+    got = compiled(lambda e, p: ema_read(e, decay, updates, p))(ema, params)
+    np.testing.assert_allclose(got["w"], expected, rtol=2e-5)
+
+
+def test_ema_before_the_first_update_is_the_parameters(key):
+    state = init_state({"w": jnp.arange(3.0)}, optax.sgd(0.1), key, ema_decays=[0.99])
+    np.testing.assert_array_equal(state.ema_params(0.99)["w"], np.arange(3.0))
+
+
+def test_ema_is_float32_over_bfloat16_parameters():
+    # In bfloat16, 0.999 m + 0.001 p would not move at all.
+    params = {"w": jnp.full(2, 3.0, jnp.bfloat16), "count": jnp.array(4)}
+    ema = ema_init(params, [0.999])
+    for _ in range(10):
+        ema = ema_update(ema, params)
+    mean = ema_read(ema, 0.999, 10, params)
+    assert mean["w"].dtype == jnp.float32
+    np.testing.assert_allclose(mean["w"], 3.0, rtol=1e-5)
+    assert mean["count"] == 4
+
+
+def test_state_is_a_pytree_and_owns_its_arrays(key):
+    params = {"w": jnp.ones(3)}
+    state = init_state(params, optax.adam(0.1), key, ema_decays=(0.9,))
+    assert state.step.dtype == jnp.int32
+    leaves, tree = jax.tree.flatten(state)
+    assert all(isinstance(x, jax.Array) for x in leaves)
+    assert not any(getattr(x, "weak_type", False) for x in leaves)
+    again = jax.tree.unflatten(tree, leaves)
+    assert type(again) is type(state)
+    jax.jit(lambda s: jax.tree.map(lambda x: x, s), donate_argnums=0)(state)
+    np.testing.assert_array_equal(params["w"], 1)  # not donated with the state
+    with pytest.raises(AttributeError):
+        again.step = 3
+
+
+def test_bad_input(key, unchecked):
+    params, sgd = {"w": jnp.ones(3)}, optax.sgd(0.1)
+    with pytest.raises(ValueError, match=r"ema_decays must lie in \[0, 1\), got 1.0"):
+        init_state(params, sgd, key, ema_decays=[1.0])
+    with pytest.raises(TypeError, match=r"optimizer must be an optax transformation.*got float"):
+        init_state(params, 0.1, key)
+    with pytest.raises(ValueError, match="at least one array"):
+        init_state({}, sgd, key)
+    with pytest.raises(TypeError, match="tree of arrays, got a str"):
+        init_state({"w": "weights"}, sgd, key)
+    state = init_state(params, sgd, key, ema_decays=[0.99])
+    with pytest.raises(ValueError, match=r"decay must be one of \['0.99'\], got '0.999'"):
+        state.ema_params(0.999)
