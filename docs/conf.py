@@ -1,0 +1,28 @@
+"""Sphinx configuration: pages in MyST, notebooks as tutorials, warnings are errors."""
+
+import pathlib
+import shutil
+import sys
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+project = "genjax"
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = "genjax"
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath", "amsmath"]
+nb_execution_mode = "off"  # the tests execute the notebooks
+autodoc_typehints = "none"
+suppress_warnings = ["mystnb.unknown_mime_type"]
+
+# The notebooks stay where users look for them; the pages read copies.
+(HERE / "tutorials").mkdir(exist_ok=True)
+for notebook in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
+    shutil.copy(notebook, HERE / "tutorials" / notebook.name)
+
+# The table from the notes to the code is rendered from docs/coverage.toml.
+from coverage import table  # noqa: E402
+
+(HERE / "notes_to_code.md").write_text("# From the notes to the code\n\n" + table())

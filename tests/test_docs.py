@@ -1,0 +1,55 @@
+"""Every cell of the notes-to-code table resolves, and no experiment or notebook is left out."""
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+COVERAGE = load(ROOT / "docs" / "coverage.py")
+ROWS = COVERAGE.rows()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.system)
+def test_each_cell_resolves(row):
+    test = (ROOT / row.test).read_text()
+    for name in row.functions:
+        module, _, attribute = name.rpartition(".")
+        public = getattr(importlib.import_module(module), attribute)
+        assert public.__doc__, f"{name} has no docstring"
+        assert re.search(rf"\b{attribute}\b", test), f"{row.test} does not test {name}"
+    assert (ROOT / "experiments" / f"{row.experiment}.py").is_file()
+    assert (ROOT / "notebooks" / f"{row.notebook}.ipynb").is_file()
+    assert all(row), "a cell is empty"
+
+
+def test_every_experiment_and_notebook_is_in_the_table():
+    experiments = {p.stem for p in (ROOT / "experiments").glob("[a-z]*.py")}
+    assert experiments - {row.experiment for row in ROWS} - {"leaderboard"} == set()
+    notebooks = {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")}
+    assert notebooks == {row.notebook for row in ROWS}
+
+
+def test_the_rendered_table_has_a_line_per_row():
+    assert len(COVERAGE.table().splitlines()) == 2 + len(ROWS)
+
+
+def test_links_between_files_resolve():
+    """Relative links in the README and the pages lead to files that exist."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+            if "://" in target or target.startswith("tutorials/"):
+                continue
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
