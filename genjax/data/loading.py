@@ -1,0 +1,88 @@
+"""`load(name, split)`: arrays and a spec, the same for images on disk and for 2-D densities."""
+
+import difflib
+import os
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from genjax import checks
+from genjax.data.images import IMAGES, ImageRecords, known_to_tfds, open_images
+from genjax.data.pipeline import check_arrays
+from genjax.data.synthetic import DENSITIES
+
+# How many fixed samples a 2-D density has in each split.
+DENSITY_SPLITS = {"train": 10_000, "test": 5_000}
+IN_MEMORY_LIMIT = 4 * 2**30
+_CHUNK = 8192
+
+
+class DataSpec(NamedTuple):
+    """What a model must know of its data.
+
+    shape: of one example. levels: number of integer levels, None for continuous data. classes:
+    number of labels, None without.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    levels: int | None
+    classes: int | None
+
+
+def load(
+    name: str,
+    split: str = "train",
+    *,
+    data_dir: str | os.PathLike | None = None,
+    in_memory: bool = True,
+) -> tuple[Any, DataSpec]:
+    """Load one split as ({"x": ..., "label": ...}, spec), the arrays numpy.
+
+    Images are uint8 [n, height, width, channels] in 0..levels-1, labels int32 [n] where there are
+    classes; a 2-D density gives fixed samples of it, float32 [n, 2]. Images are prepared on first
+    use in `data_dir` (default: tfds' own folder) and read from there. With `in_memory=False` the
+    first value is a record source on disk instead, which `batch_at` and `stream` take alike.
+
+    Raises ValueError: unknown name (with the nearest valid one) or split, a split over 4 GiB that
+    was asked for in memory. RuntimeError: not on disk and not to be downloaded from here.
+    """
+    check_name(name)
+    if name in DENSITIES:
+        checks.one_of("split", split, DENSITY_SPLITS)
+        key = jax.random.key(list(DENSITY_SPLITS).index(split), impl="threefry2x32")
+        x = np.asarray(DENSITIES[name].sample(key, DENSITY_SPLITS[split]))
+        return {"x": x}, DataSpec(name, (2,), None, None)
+    records, shape, classes = open_images(name, split, data_dir)
+    spec = DataSpec(name, shape, 17 if name == "digits" else 256, classes)
+    if not in_memory:
+        return records, spec
+    size = len(records) * int(np.prod(shape))
+    if size > IN_MEMORY_LIMIT:
+        raise ValueError(
+            f"{name} {split} takes {size / 2**30:.1f} GiB in memory; pass in_memory=False to read "
+            "each batch from disk"
+        )
+    return check_arrays(_read_all(records), ranks={"x": 4, "label": 1}), spec
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless the data set is known; names the nearest valid name."""
+    ours = [*DENSITIES, *IMAGES]
+    if name in ours:
+        return
+    known = known_to_tfds()
+    if name in known:
+        return
+    near = difflib.get_close_matches(str(name), ours + known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"data set must be one of {ours} or the tfds name of an image data set, got {name!r}{hint}"
+    )
+
+
+def _read_all(records: ImageRecords) -> dict[str, np.ndarray]:
+    size = len(records)
+    parts = [records.take(np.arange(s, min(s + _CHUNK, size))) for s in range(0, size, _CHUNK)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,179 @@
+"""Loading by name: digits through tfds, other image sets from the same files, densities."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from genjax.data import DENSITIES, batch_at, load, stream
+
+PREPARE_TWICE = """
+import sys
+from genjax.data import load
+arrays, _ = load("digits", "test", data_dir=sys.argv[1])
+assert arrays["x"].shape == (360, 8, 8, 1)
+assert "tensorflow" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A data folder in which two processes prepared the digits at the same time."""
+    folder = tmp_path_factory.mktemp("data")
+    command = [sys.executable, "-W", "error", "-c", PREPARE_TWICE, str(folder)]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, errors
+    return folder
+
+
+def test_two_processes_leave_one_whole_data_set(data_dir):
+    assert [p.name for p in (data_dir / "digits").iterdir()] == ["1.0.0"]
+    assert not list(data_dir.glob("preparing_*"))
+    assert list((data_dir / "digits" / "1.0.0").glob("*.array_record*"))
+
+
+def test_digits_are_the_fixed_split(data_dir):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(1797)
+    for split, rows in (("train", order[:1437]), ("test", order[1437:])):
+        arrays, spec = load("digits", split, data_dir=data_dir)
+        assert spec == ("digits", (8, 8, 1), 17, 10)
+        assert arrays["x"].dtype == np.uint8
+        assert arrays["label"].dtype == np.int32
+        np.testing.assert_array_equal(arrays["x"][..., 0], digits.images[rows])
+        np.testing.assert_array_equal(arrays["label"], digits.target[rows])
+
+
+def test_batches_from_disk_equal_those_in_memory(data_dir):
+    arrays, _ = load("digits", "train", data_dir=data_dir)
+    records, spec = load("digits", "train", data_dir=data_dir, in_memory=False)
+    assert len(records) == 1437
+    assert spec.shape == (8, 8, 1)
+    steps = stream(records, seed=4, batch_size=64, start_step=10)
+    for step in range(10, 14):
+        batch = next(steps)
+        expected = batch_at(arrays, seed=4, step=step, batch_size=64)
+        for name in ("x", "label"):
+            np.testing.assert_array_equal(batch[name], expected[name])
+
+
+def write_images(folder, name, version, shape, labelled=True):
+    """Write a small data set under the name of a real one, with tfds' own tools."""
+    import tensorflow_datasets as tfds
+
+    images = np.random.default_rng(0).integers(0, 256, (12, *shape)).astype(np.uint8)
+
+    def info(self):
+        features = {"image": tfds.features.Image(shape=shape)}
+        if labelled:
+            features["label"] = tfds.features.ClassLabel(num_classes=10)
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def examples(self, rows):
+        for row in rows:
+            yield row, {"image": images[row]} | ({"label": row % 10} if labelled else {})
+
+    body = {
+        "VERSION": tfds.core.Version(version),
+        "name": name,
+        "_info": info,
+        "_split_generators": lambda self, _: {
+            "train": self._generate_examples(range(8)),
+            "test": self._generate_examples(range(8, 12)),
+        },
+        "_generate_examples": examples,
+        "pkg_dir_path": folder,
+    }
+    with tfds.core.registered.skip_registration():
+        small = type(name, (tfds.core.GeneratorBasedBuilder,), body)
+        small(data_dir=folder, file_format="array_record").download_and_prepare()
+    return images
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "shape", "labelled"),
+    [
+        ("mnist", "3.0.1", (28, 28, 1), True),
+        ("fashion_mnist", "3.0.1", (28, 28, 1), True),
+        ("cifar10", "3.0.2", (32, 32, 3), True),
+        ("celeb_a", "2.1.0", (218, 178, 3), False),
+    ],
+)
+def test_images_on_disk(tmp_path, name, version, shape, labelled):
+    images = write_images(tmp_path, name, version, shape, labelled)
+    for split, rows in (("train", range(8)), ("test", range(8, 12)), ("train[2:5]", range(2, 5))):
+        arrays, spec = load(name, split, data_dir=tmp_path)
+        assert spec == (name, shape, 256, 10 if labelled else None)
+        np.testing.assert_array_equal(arrays["x"], images[list(rows)])
+        if labelled:
+            np.testing.assert_array_equal(arrays["label"], np.array(rows) % 10)
+    assert "tensorflow" not in sys.modules
+
+
+def test_too_large_for_memory(tmp_path, monkeypatch):
+    write_images(tmp_path, "mnist", "3.0.1", (28, 28, 1))
+    monkeypatch.setattr("genjax.data.loading.IN_MEMORY_LIMIT", 8 * 28 * 28 - 1)
+    with pytest.raises(ValueError, match=r"mnist train takes .* in_memory=False"):
+        load("mnist", "train", data_dir=tmp_path)
+    records, _ = load("mnist", "train", data_dir=tmp_path, in_memory=False)
+    assert batch_at(records, seed=0, step=0, batch_size=4)["x"].shape == (4, 28, 28, 1)
+
+
+def test_what_cannot_be_prepared_names_the_command(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("requests.head", offline)
+    command = f"python -m genjax.data mnist --data-dir {tmp_path}"
+    with pytest.raises(RuntimeError, match=f"not prepared .*no network.*{command}"):
+        load("mnist", "train", data_dir=tmp_path)
+    assert not list(tmp_path.glob("preparing_*"))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("minst", "train", "got 'minst'; did you mean 'mnist'"),
+        ("moon", "train", "did you mean 'moons'"),
+        ("moons", "tests", "split must be one of .*did you mean 'test'"),
+        ("digits", "valid", r"split must be one of \['train', 'test'\] for digits, got 'valid'"),
+        ("imdb_reviews", "train", "imdb_reviews must have uint8 images"),
+    ],
+)
+def test_unknown_names(data_dir, name, split, message):
+    with pytest.raises(ValueError, match=message):
+        load(name, split, data_dir=data_dir)
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_densities_are_fixed_samples(name):
+    (train, spec), (test, _) = load(name, "train"), load(name, "test")
+    assert spec == (name, (2,), None, None)
+    assert train["x"].shape == (10_000, 2)
+    assert test["x"].shape == (5_000, 2)
+    assert train["x"].dtype == np.float32
+    np.testing.assert_array_equal(train["x"], load(name, "train")[0]["x"])
+    assert not np.array_equal(train["x"][:5000], test["x"])
+
+
+def test_import_is_light():
+    code = (
+        "import sys, genjax.data; bad = {'tensorflow', 'tensorflow_datasets', 'grain', 'flax', "
+        "'optax', 'orbax', 'sklearn', 'matplotlib', 'requests'} & set(sys.modules); "
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_command_prepares(tmp_path):
+    command = [sys.executable, "-m", "genjax.data", "digits", "--data-dir", str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == str(tmp_path / "digits" / "1.0.0")
