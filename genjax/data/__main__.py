@@ -2,8 +2,9 @@
 
 import argparse
 
-from genjax.data.images import IMAGES, prepare
+from genjax.data.images import IMAGES
 from genjax.data.loading import check_name
+from genjax.data.preparing import prepare
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m genjax.data", description=__doc__)

@@ -1,12 +1,17 @@
 """Loading by name: digits through tfds, other image sets from the same files, densities."""
 
+import functools
+import gzip
+import http.server
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
 from genjax.data import DENSITIES, batch_at, load, stream
+from genjax.data.preparing import tensorflow_stand_in
 
 PREPARE_TWICE = """
 import sys
@@ -93,6 +98,7 @@ def write_images(folder, name, version, shape, labelled=True):
     }
     with tfds.core.registered.skip_registration():
         small = type(name, (tfds.core.GeneratorBasedBuilder,), body)
+    with tensorflow_stand_in():
         small(data_dir=folder, file_format="array_record").download_and_prepare()
     return images
 
@@ -124,6 +130,46 @@ def test_too_large_for_memory(tmp_path, monkeypatch):
         load("mnist", "train", data_dir=tmp_path)
     records, _ = load("mnist", "train", data_dir=tmp_path, in_memory=False)
     assert batch_at(records, seed=0, step=0, batch_size=4)["x"].shape == (4, 28, 28, 1)
+
+
+def serve(folder):
+    """Serve a folder over HTTP on this machine, in a thread."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    handler.log_message = lambda *args: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def test_download_and_prepare_without_tensorflow(tmp_path, monkeypatch):
+    """tfds' own MNIST builder, from the four archives to images, on shorter archives."""
+    from tensorflow_datasets.image_classification import mnist
+
+    counts = {"train": 6, "t10k": 4}
+    monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", 6)
+    monkeypatch.setattr(mnist, "_TEST_EXAMPLES", 4)
+    monkeypatch.setattr("requests.head", lambda *args, **kwargs: None)
+    rng = np.random.default_rng(0)
+    images, labels = {}, {}
+    for part, count in counts.items():
+        images[part] = rng.integers(0, 256, (count, 28, 28, 1)).astype(np.uint8)
+        labels[part] = rng.integers(0, 10, count).astype(np.uint8)
+        for kind, header, array in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
+            with gzip.open(tmp_path / f"{part}-{kind}-ubyte.gz", "wb") as file:
+                file.write(bytes(header) + array[part].tobytes())
+    server = serve(tmp_path)
+    monkeypatch.setattr(mnist.MNIST, "URL", f"http://127.0.0.1:{server.server_port}/")
+    try:
+        for split, part in (("train", "train"), ("test", "t10k")):
+            arrays, _ = load("mnist", split, data_dir=tmp_path / "data")
+            # tfds shuffles what it writes: compare as sets of (image, label).
+            got = sorted(zip([x.tobytes() for x in arrays["x"]], arrays["label"], strict=True))
+            made = zip([x.tobytes() for x in images[part]], labels[part], strict=True)
+            assert got == sorted(made)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "tensorflow" not in sys.modules
 
 
 def test_what_cannot_be_prepared_names_the_command(tmp_path, monkeypatch):

@@ -1,0 +1,119 @@
+"""Write an image data set to disk with tfds and without TensorFlow: safe to run twice at once."""
+
+import contextlib
+import functools
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+
+def builder_of(name: str, data_dir: str | os.PathLike | None) -> Any:
+    """Make the tfds builder of a data set, its files in the array_record format."""
+    data_dir = None if data_dir is None else os.path.expanduser(os.fspath(data_dir))
+    if name == "digits":
+        from genjax.data.digits import Digits
+
+        make = Digits
+    else:
+        import tensorflow_datasets as tfds
+
+        make = functools.partial(tfds.builder, name)
+    absl = logging.getLogger("absl")
+    was_disabled, absl.disabled = absl.disabled, True  # tfds warns of folders that are yet to come
+    try:
+        return make(data_dir=data_dir, file_format="array_record")
+    finally:
+        absl.disabled = was_disabled
+
+
+def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
+    """Write a data set to disk (downloading it where it must be) and return its folder.
+
+    Several processes may do this at once: each writes a folder of its own, and the first to finish
+    renames it into place. Raises RuntimeError where it cannot be done here, with the reason.
+    """
+    builder = builder_of(name, data_dir)
+    target, root = Path(builder.data_dir), Path(builder.data_dir_root)
+    if builder.is_prepared():
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=f"preparing_{name}_") as scratch:
+        builder = builder_of(name, scratch)
+        try:
+            with contextlib.ExitStack() as stack:
+                if name == "digits":  # a second's work: not worth four progress bars
+                    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                    stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+                _reach(builder)
+                stack.enter_context(tensorflow_stand_in())
+                builder.download_and_prepare(download_dir=str(root / "downloads"))
+        except Exception as error:
+            raise unprepared(name, root, f"{type(error).__name__}: {error}"[:200]) from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.rename(builder.data_dir, target)
+        except OSError:
+            if not (target / "dataset_info.json").exists():
+                raise
+    return target
+
+
+def unprepared(name: str, root: str | os.PathLike, reason: str) -> RuntimeError:
+    """Build the one error for a data set that is not there: why, and the command that makes it."""
+    return RuntimeError(
+        f"{name} is not prepared under {root} and cannot be prepared here ({reason}). Where there "
+        f"is a network, run: python -m genjax.data {name} --data-dir {root}"
+    )
+
+
+@contextlib.contextmanager
+def tensorflow_stand_in() -> Iterator[None]:
+    """Let tfds unpack archives and encode images without TensorFlow, while the context lasts.
+
+    tfds reads without TensorFlow, but its builders still open files through `tf.io.gfile` and
+    encode PNGs with it. Here files are opened by Python and images encoded by Pillow.
+    """
+    from tensorflow_datasets.core.features import image_feature
+    from tensorflow_datasets.core.utils import lazy_imports_utils
+
+    def encode(self: Any, image: np.ndarray) -> bytes:
+        from PIL import Image
+
+        pixels = image[..., 0] if image.shape[-1] == 1 else image
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format=self.encoding_format)
+        return buffer.getvalue()
+
+    stand_in = SimpleNamespace(
+        io=SimpleNamespace(gfile=SimpleNamespace(GFile=open)),
+        compat=SimpleNamespace(as_text=os.fsdecode),
+        errors=SimpleNamespace(UnimplementedError=NotImplementedError),
+    )
+    # tfds' modules share one lazy module, which keeps what it imported in this slot.
+    lazy = vars(lazy_imports_utils.tensorflow)
+    encoder: Any = image_feature._ImageEncoder
+    original = encoder._encode_image
+    if "_module" in lazy:  # the user has TensorFlow and tfds has loaded it: nothing to do
+        yield
+        return
+    lazy["_module"], encoder._encode_image = stand_in, encode
+    try:
+        yield
+    finally:
+        del lazy["_module"]
+        encoder._encode_image = original
+
+
+def _reach(builder: Any) -> None:
+    """Try the first address once: tfds alone would try for minutes before it gives up."""
+    import requests
+
+    for url in list(builder.url_infos or {})[:1]:
+        requests.head(url, timeout=10)
