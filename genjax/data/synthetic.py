@@ -7,7 +7,7 @@ Gaussians. So every `log_prob` here is normalised exactly, and `sample` draws fr
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from genjax.typing import PRNGKey
 Points = Float[Array, "n 2"]
 
 
+@runtime_checkable
 class Density(Protocol):
     """What every 2-D density offers."""
 
