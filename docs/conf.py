@@ -8,13 +8,12 @@ HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 project = "genjax"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb"]
 html_theme = "furo"
 html_title = "genjax"
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 nb_execution_mode = "off"  # the tests execute the notebooks
-autodoc_typehints = "none"
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 # The notebooks stay where users look for them; the pages read copies.
@@ -22,7 +21,14 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 for notebook in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
     shutil.copy(notebook, HERE / "tutorials" / notebook.name)
 
-# The table from the notes to the code is rendered from docs/coverage.toml.
+# Generated pages: the table from the notes to the code, and the reference of each room.
 from coverage import table  # noqa: E402
+from reference import page  # noqa: E402
 
+ROOMS = (
+    "variational transport adversarial diffusion flows training data metrics networks numerics"
+).split()
 (HERE / "notes_to_code.md").write_text("# From the notes to the code\n\n" + table())
+(HERE / "reference").mkdir(exist_ok=True)
+for room in ROOMS:
+    (HERE / "reference" / f"{room}.md").write_text(page(f"genjax.{room}"))
