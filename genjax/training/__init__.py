@@ -1,14 +1,24 @@
 """Training: one immutable state, one compiled step, and what surrounds them."""
 
+from genjax.training.checkpoint import CheckpointError, Checkpoints
+from genjax.training.export import export_npz, load_npz
+from genjax.training.loop import NonFiniteError, Stopped, fit
 from genjax.training.parallel import data_mesh, initialize_distributed, shard_batch
 from genjax.training.state import TrainState, init_state
 from genjax.training.step import make_train_step, train_step
 
 __all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "NonFiniteError",
+    "Stopped",
     "TrainState",
     "data_mesh",
+    "export_npz",
+    "fit",
     "init_state",
     "initialize_distributed",
+    "load_npz",
     "make_train_step",
     "shard_batch",
     "train_step",

@@ -1,0 +1,82 @@
+"""Pictures that the experiments draw. matplotlib is loaded when the first one is."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def save_grid(
+    path: str | os.PathLike,
+    images: Any,
+    *,
+    columns: int | None = None,
+    low: float = 0.0,
+    high: float = 1.0,
+    pixel: int = 4,
+) -> Path:
+    """Write images [n, height, width, channels 1 or 3] side by side; low is black, high is white.
+
+    Integers from load() have low=0, high=levels-1. Each pixel becomes `pixel` pixels square.
+    """
+    from matplotlib import image as png
+
+    images = np.asarray(images, dtype=np.float64)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+        raise ValueError(f"images must be [n, height, width, 1 or 3], got shape {images.shape}")
+    n, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    # One pixel of white between the images.
+    sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, channels))
+    for i, picture in enumerate(np.clip((images - low) / (high - low), 0, 1)):
+        top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
+        sheet[top : top + height, left : left + width] = picture
+    sheet = np.kron(np.repeat(sheet, 3 // channels, axis=-1), np.ones((pixel, pixel, 1)))
+    png.imsave(Path(path), np.nan_to_num(sheet))
+    return Path(path)
+
+
+def save_figure(path: str | os.PathLike, draw: Any, *, panels: int = 1, size: float = 4.0) -> Path:
+    """Write a figure of `panels` axes in a row: draw(axes) draws on the list of them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size * panels, size), layout="constrained")
+    draw([figure.add_subplot(1, panels, i + 1) for i in range(panels)])
+    figure.savefig(Path(path), dpi=120)
+    return Path(path)
+
+
+def save_points(path: str | os.PathLike, sets: Mapping[str, Any], *, limit: float = 0.0) -> Path:
+    """Write 2-D point sets {title: [n, 2]} beside each other on the same scale."""
+    arrays = {title: np.asarray(points) for title, points in sets.items()}
+    limit = limit or 1.05 * max(float(np.abs(points).max()) for points in arrays.values())
+
+    def draw(axes: Sequence[Any]) -> None:
+        for axis, (title, points) in zip(axes, arrays.items(), strict=True):
+            axis.plot(points[:, 0], points[:, 1], ".", markersize=2, alpha=0.5)
+            axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+
+    return save_figure(path, draw, panels=len(arrays))
+
+
+def save_curves(
+    path: str | os.PathLike,
+    curves: Mapping[str, tuple[Any, Any]],
+    *,
+    x_label: str = "step",
+    y_label: str = "",
+    log_y: bool = False,
+) -> Path:
+    """Write curves {name: (x, y)} on one pair of axes."""
+
+    def draw(axes: Sequence[Any]) -> None:
+        for name, (x, y) in curves.items():
+            axes[0].plot(np.asarray(x), np.asarray(y), label=name)
+        axes[0].set(xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
+        axes[0].legend()
+
+    return save_figure(path, draw)

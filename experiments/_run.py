@@ -1,0 +1,309 @@
+"""What every experiment shares: common options, the run's folder, the loop, and the summary."""
+
+import dataclasses
+import difflib
+import fcntl
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from genjax import checks
+from genjax.training import (
+    CheckpointError,
+    Checkpoints,
+    NonFiniteError,
+    Stopped,
+    data_mesh,
+    loop,
+)
+
+# A resumed run may differ in these; what the numbers depend on must be as it was.
+FREE = ("run_dir", "resume", "steps", "data_dir", "devices", "save_every", "keep", "log_every",
+        "evaluate_every", "tensorboard", "progress")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Options that every experiment has. Experiments inherit it and add their own."""
+
+    dataset: str = "digits"
+    """Data set by name: digits, or a tfds image set such as mnist."""
+    data_dir: str | None = None
+    """Folder of the prepared data sets (default: the usual one of tensorflow_datasets)."""
+    run_dir: str | None = None
+    """Folder of this run (default: the next free number in runs/EXPERIMENT)."""
+    resume: bool = False
+    """Go on from the newest checkpoint in run_dir (default: of the newest run)."""
+    seed: int = 0
+    """Seed of everything random: weights, noise, the order of the data."""
+    steps: int = 2000
+    """Updates in all, those before a resume included."""
+    batch_size: int = 128
+    """Examples in one update, over all devices."""
+    steps_per_call: int = 1
+    """Updates in one call of the compiled program; more than 1 helps small networks."""
+    devices: int | None = None
+    """How many devices to use (default: all)."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last state is always saved."""
+    keep: int = 2
+    """How many of the newest checkpoints stay (the best one stays too)."""
+    evaluate_every: int = 0
+    """Steps between evaluations while training (0: only at the end)."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write TensorBoard files too (needs tensorboardX)."""
+    progress: bool = True
+    """Show a progress bar where standard error is a terminal."""
+
+
+class RunError(RuntimeError):
+    """A run cannot begin or go on; the message says what to do."""
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that has its folder, and the folder's lock until `close`."""
+
+    config: RunConfig
+    folder: Path
+    lock: Any
+    begun: float
+    checkpoints: Checkpoints | None = None
+    training_seconds: float = 0.0
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let orbax's threads end and let go of the folder."""
+        try:
+            if self.checkpoints is not None:
+                self.checkpoints.close()
+        finally:
+            self.lock.close()
+
+
+def launch(main: Callable[[Any], Any], config_type: type) -> None:
+    """Read the command line into the Config and run main; our own errors end without a trace."""
+    import tyro
+
+    config = tyro.cli(config_type, description=sys.modules[main.__module__].__doc__)
+    try:
+        main(config)
+    except (RunError, CheckpointError, NonFiniteError) as error:
+        sys.exit(f"error: {error}")
+
+
+def start_run(config: RunConfig, *, name: str | None = None) -> Run:
+    """Make (or with resume: open) the run's folder, lock it and write config.json.
+
+    `name` of the experiment: by default the file that defines the Config. Use the result in a
+    `with`. Raises RunError where the folder is in use, holds another run, or cannot be written.
+    """
+    for field in ("steps", "batch_size", "steps_per_call", "save_every", "keep", "log_every"):
+        checks.integer(field, getattr(config, field), 1)
+    name = name or Path(sys.modules[type(config).__module__].__file__ or "run").stem
+    folder = _choose_folder(config, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+    except OSError as error:
+        raise RunError(
+            f"run folder {folder} cannot be written ({error.strerror}): give another --run-dir"
+        ) from error
+    try:
+        _write_config(config, folder)
+    except BaseException:
+        lock.close()
+        raise
+    print(f"run folder: {folder}", flush=True)
+    return Run(config, folder, lock, time.monotonic())
+
+
+def fit(
+    run: Run,
+    state: Any,
+    step_fn: Callable[..., Any],
+    batches: Callable[[int], Any],
+    *,
+    evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
+    best: str | None = None,
+    mode: str = "min",
+) -> Any:
+    """Train to `config.steps` and return the last state; resumes where the config says so.
+
+    batches(step) is the batch of one step. evaluate(state) gives named numbers; the checkpoint
+    where `best` among them is smallest (mode="max": largest) is kept, see `best_state`.
+    """
+    config = run.config
+    best = None if best is None else loop.EVALUATION + best
+    run.checkpoints = Checkpoints(
+        run.folder / "checkpoints", keep=config.keep, best=best, mode=mode
+    )
+    if config.resume:
+        found = run.checkpoints.restore(state)
+        print(f"resumed at step {found[0]}" if found else "no checkpoint yet: from the start")
+        state = found[1] if found else state
+    begun = time.monotonic()
+    try:
+        state = loop.fit(
+            state,
+            step_fn,
+            batches,
+            steps=config.steps,
+            folder=run.folder,
+            checkpoints=run.checkpoints,
+            save_every=config.save_every,
+            steps_per_call=config.steps_per_call,
+            log_every=config.log_every,
+            evaluate=evaluate,
+            evaluate_every=config.evaluate_every,
+            tensorboard=config.tensorboard,
+            progress=config.progress,
+        )
+    except Stopped as stop:
+        print(stop.message, file=sys.stderr, flush=True)
+        raise
+    run.training_seconds = time.monotonic() - begun
+    return state
+
+
+def best_state(run: Run, like: Any) -> Any:
+    """Read the state with the best evaluation; `like` itself where none was saved."""
+    found = run.checkpoints.restore_best(like) if run.checkpoints is not None else None
+    return like if found is None else found[1]
+
+
+def mesh(config: RunConfig) -> Any:
+    """Make the mesh over the devices that the config asks for."""
+    return data_mesh(config.devices)
+
+
+def batches(config: RunConfig, arrays: Mapping[str, np.ndarray]) -> Callable[[int], Any]:
+    """Give the batch of each step: a function of (seed, step), this process' share of it."""
+    from genjax.data import batch_at
+
+    return lambda step: batch_at(
+        arrays,
+        seed=config.seed,
+        step=step,
+        batch_size=config.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def finish(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Write summary.json (with seconds and peak memory), say where things are, end the run."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    full = {
+        **{key: _plain(value) for key, value in summary.items()},
+        "seconds": round(time.monotonic() - run.begun, 3),
+        "training_seconds": round(run.training_seconds, 3),
+        "peak_memory_mb": round(used / (1024 * (1024 if sys.platform == "darwin" else 1)), 1),
+        **({} if device is None else {"peak_device_memory_mb": round(device / 2**20, 1)}),
+    }
+    write_json(run.folder / "summary.json", full)
+    run.close()
+    for key, value in full.items():
+        print(f"  {key}: {value:.4f}" if isinstance(value, float) else f"  {key}: {value}")
+    pictures = sorted(path.name for path in run.folder.glob("*.png"))
+    print(f"in {run.folder}: {', '.join(['summary.json', 'metrics.jsonl', *pictures])}", flush=True)
+    return full
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is whole or not there."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """Make JSON of numbers, arrays and containers of them; not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def _choose_folder(config: RunConfig, name: str) -> Path:
+    if config.run_dir is not None:
+        return Path(config.run_dir).absolute()
+    above = Path("runs", name).absolute()
+    numbers = [int(p.name) for p in above.glob("*") if p.name.isdecimal()]
+    if not config.resume:
+        return above / str(max(numbers, default=0) + 1)
+    if not numbers:
+        raise RunError(f"nothing to resume in {above}: start without --resume")
+    return above / str(max(numbers))
+
+
+def _lock(folder: Path) -> Any:
+    """Take the folder's lock: it ends with the process, however that ends."""
+    file = open(folder / "lock", "a+")  # noqa: SIM115 (held while the run lasts)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise RunError(
+            f"run folder {folder} is in use by process {holder}: wait, or give another --run-dir"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def _write_config(config: RunConfig, folder: Path) -> None:
+    """Write config.json, or with resume check that it is the same run."""
+    path, now = folder / "config.json", _plain(dataclasses.asdict(config))
+    if path.exists():
+        if not config.resume:
+            raise RunError(
+                f"{folder} already holds a run: go on with --resume, or give another --run-dir"
+            )
+        _check_same(path, now)
+    write_json(path, now)
+
+
+def _check_same(path: Path, now: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(path.read_text())
+        if not isinstance(before, dict):
+            raise ValueError("not an object")
+    except (ValueError, OSError) as error:
+        raise RunError(f"{path} cannot be read ({error}): mend it, or start anew") from error
+    for field in before.keys() | now.keys():
+        if field not in now:
+            near = difflib.get_close_matches(field, now, n=1)
+            raise RunError(f"{path} has the unknown field {field!r}; nearest: {near or 'none'}")
+        if field not in FREE and before.get(field, now[field]) != now[field]:
+            raise RunError(
+                f"{path} has {field} = {before[field]!r}, got {now[field]!r}: "
+                "resume with the options that the run began with"
+            )

@@ -1,0 +1,297 @@
+"""Checkpoints by orbax: atomic, asynchronous, checked by checksum.
+
+A checkpoint is the whole state as host arrays, so it does not know how many devices wrote it, and
+a record of every array's type, shape and checksum. What does not agree with its record, or with
+the state that is asked for, is refused.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from genjax import checks
+
+log = logging.getLogger("genjax")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none of those that exist can be read."""
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder, named by their step.
+
+    keep: how many of the newest stay. best: a metric's name; the checkpoint where it is smallest
+    (largest with mode="max") stays too. Saving returns once the state is copied and goes on in
+    the background; `wait` (or the next save) raises what went wrong there.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        keep: int = 3,
+        best: str | None = None,
+        mode: str = "min",
+    ):
+        checks.integer("keep", keep, 1)
+        checks.one_of("mode", mode, ("min", "max"))
+        self.folder, self.keep, self.best, self.mode = Path(folder).absolute(), keep, best, mode
+        self._orbax: Any = None
+        self._saved: int | None = None
+
+    def steps(self) -> list[int]:
+        """List the steps that have a finished checkpoint (whole or not), in order."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Begin to save the state under its step; a step that is just saved is not saved again."""
+        if step == self._saved:
+            return
+        import orbax.checkpoint as ocp
+
+        tree = to_host(state)
+        # orbax wants plain JSON.
+        numbers = None if metrics is None else {k: float(v) for k, v in metrics.items()}
+        if self.best is not None and self.best not in (numbers or {}):
+            numbers = None  # not a candidate for the best
+        try:
+            self._manager().save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(tree),
+                    record=ocp.args.JsonSave({"leaves": _record(tree), "metrics": numbers}),
+                ),
+                metrics=numbers,
+                force=True,
+            )
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._saved = step
+
+    def wait(self) -> None:
+        """Wait until what was begun is on the disk."""
+        if self._orbax is not None:
+            try:
+                self._orbax.wait_until_finished()
+                self._orbax.check_for_errors()
+            except Exception as error:
+                step, self._saved = self._saved, None
+                raise self._failed(step, error) from error
+
+    def close(self) -> None:
+        """Wait, then let orbax's threads end."""
+        try:
+            self.wait()
+        finally:
+            if self._orbax is not None:
+                manager, self._orbax = self._orbax, None
+                manager.close()
+
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """Read the newest whole checkpoint: (step, state), or None where there are none at all.
+
+        `like` is a state of the same run, for its structure, types and devices. A newer checkpoint
+        that is damaged or foreign is passed over with a warning and moved aside, so that its step
+        can be saved again. Raises CheckpointError, naming each reason, where none can be read.
+        """
+        reasons: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                state = self.read(step, like)
+            except CheckpointError as error:
+                reasons[step] = str(error)
+                continue
+            for bad, reason in reasons.items():
+                aside = self._move_aside(bad)
+                log.warning("%s; moved to %s; going back to step %d", reason, aside, step)
+            return step, state
+        if reasons:
+            listed = "\n  ".join(reasons.values())
+            raise CheckpointError(f"no checkpoint in {self.folder} can be read:\n  {listed}")
+        return None
+
+    def restore_best(self, like: Any) -> tuple[int, Any] | None:
+        """Read the checkpoint with the best metric; None where none was saved with it."""
+        if self.best is None:
+            raise ValueError("best must name a metric when the Checkpoints are made, got None")
+        self.wait()
+        scores = {}
+        for step in self.steps():
+            try:
+                scores[step] = self._read_record(step)["metrics"][self.best]
+            except Exception:  # damaged, or saved without an evaluation
+                continue
+        if not scores:
+            return None
+        step = (min if self.mode == "min" else max)(scores, key=lambda s: scores[s])
+        return step, self.read(step, like)
+
+    def read(self, step: int, like: Any) -> Any:
+        """Read one checkpoint into the structure and devices of `like`; checks every array."""
+        import orbax.checkpoint as ocp
+
+        template = to_host(like, empty=True)
+        path = self.folder / str(step)
+        name = f"checkpoint {path}"
+        try:
+            found = self._read_record(step)["leaves"]
+            expected = _record(template, checksum=False)
+            _same_layout(found, expected)
+        except Exception as error:
+            raise CheckpointError(f"{name} is not of this run or is damaged: {error}") from error
+        try:
+            with _no_stragglers(), ocp.StandardCheckpointer() as reader:
+                tree = reader.restore(path / "state", template)
+        except Exception as error:
+            first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise CheckpointError(f"{name} is damaged: {first[0][:200]}") from error
+        for leaf, (*_, checksum) in _record(tree).items():
+            if checksum != found[leaf][2]:
+                raise CheckpointError(f"{name} is damaged: the checksum of {leaf} does not agree")
+        return from_host(tree, like)
+
+    def _manager(self) -> Any:
+        if self._orbax is None:
+            import orbax.checkpoint as ocp
+
+            policies = ocp.checkpoint_managers
+            keep: list[Any] = [policies.LatestN(self.keep)]
+            if self.best is not None:
+                keep.append(
+                    policies.BestN(
+                        get_metric_fn=lambda metrics: metrics[self.best],
+                        reverse=self.mode == "min",
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
+                    )
+                )
+            self._orbax = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policies.AnyPreservationPolicy(keep),
+                    cleanup_tmp_directories=True,
+                ),
+            )
+        return self._orbax
+
+    def _read_record(self, step: int) -> Any:
+        import orbax.checkpoint as ocp
+
+        path = self.folder / str(step) / "record"
+        if not path.is_dir():
+            raise FileNotFoundError("it has no record of its contents")
+        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path)
+
+    def _move_aside(self, step: int) -> Path:
+        """Rename a damaged checkpoint to a name that nothing takes for a step."""
+        place = self.folder.with_name(self.folder.name + "-damaged")
+        if jax.process_index() == 0:
+            place.mkdir(exist_ok=True)
+            target = place / str(step)
+            while target.exists():
+                target = target.with_name(target.name + "-again")
+            (self.folder / str(step)).rename(target)
+        return place
+
+    def _failed(self, step: int | None, error: Exception) -> CheckpointError:
+        before = [s for s in self.steps() if s != step]
+        kept = f"the newest whole one is step {before[-1]}" if before else "there is no earlier one"
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        return CheckpointError(
+            f"checkpoint {step} could not be saved in {self.folder}: {reason[0][:300]}; {kept}"
+        )
+
+
+@contextlib.contextmanager
+def _no_stragglers() -> Iterator[None]:
+    """Keep quiet about the arrays still being read when the first one turns out damaged.
+
+    orbax closes its event loop at the first error; tensorstore then reports every other array to
+    a closed loop, as an exception that nobody can catch.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except Exception:
+        time.sleep(0.2)
+        raise
+    finally:
+        sys.unraisablehook = before
+
+
+def _is_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def to_host(tree: Any, empty: bool = False) -> Any:
+    """Copy a tree to numpy arrays (keys as their data); only the layout where `empty`.
+
+    A copy, not a view: the next step is given the buffers back while the disk is still busy.
+    """
+
+    def copy(x: Any) -> np.ndarray:
+        x = jax.random.key_data(x) if _is_key(x) else x
+        return np.empty(x.shape, x.dtype) if empty else np.array(x)
+
+    return jax.tree.map(copy, tree)
+
+
+def from_host(tree: Any, like: Any) -> Any:
+    """Put host arrays on the devices of `like`, and make keys of their data."""
+
+    def put(x: Any, old: Any) -> Any:
+        if _is_key(old):
+            return jax.random.wrap_key_data(put(x, None), impl=jax.random.key_impl(old))
+        return jnp.array(x)
+
+    new = jax.tree.map(put, tree, like)
+    return jax.tree.map(
+        lambda x, old: jax.device_put(x, old.sharding) if getattr(old, "committed", False) else x,
+        new,
+        like,
+    )
+
+
+def leaf_name(path: Any) -> str:
+    """Name a leaf by its place: 'params/Dense_0/kernel'."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _record(tree: Any, checksum: bool = True) -> dict[str, list]:
+    record = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        x = np.ascontiguousarray(x)
+        digest = hashlib.blake2b(x.tobytes(), digest_size=16).hexdigest() if checksum else ""
+        record[leaf_name(path)] = [str(x.dtype), list(x.shape), digest]
+    return record
+
+
+def _same_layout(found: Mapping[str, list], expected: Mapping[str, list]) -> None:
+    for what, names in {
+        "has no": expected.keys() - found.keys(),
+        "has an unknown": found.keys() - expected.keys(),
+    }.items():
+        if names:
+            raise ValueError(f"it {what} {sorted(names)[0]} ({len(names)} such)")
+    for name, (dtype, shape, _) in expected.items():
+        if found[name][:2] != [dtype, shape]:
+            raise ValueError(f"{name} is {found[name][0]} {found[name][1]}, not {dtype} {shape}")

@@ -1,0 +1,253 @@
+"""The loop around a compiled step: batches in, metrics out, checkpoints, and a clean stop."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from genjax import checks
+from genjax.training.checkpoint import Checkpoints, leaf_name
+from genjax.training.record import EVALUATION, MetricsLog
+from genjax.training.step import first_bad_term
+from genjax.typing import Batch
+
+Numbers = Mapping[str, Any]
+
+
+class NonFiniteError(FloatingPointError):
+    """Training met a number that is not finite; the message names the step and the term."""
+
+
+class Stopped(SystemExit):
+    """A signal ended the run after its state was saved; the process leaves with status 0."""
+
+    def __init__(self, message: str):
+        super().__init__(0)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def fit(
+    state: Any,
+    step_fn: Callable[[Any, Batch], tuple[Any, Numbers]],
+    batches: Callable[[int], Batch],
+    *,
+    steps: int,
+    folder: str | os.PathLike,
+    checkpoints: Checkpoints | None = None,
+    save_every: int = 1000,
+    steps_per_call: int = 1,
+    log_every: int = 1,
+    evaluate: Callable[[Any], Numbers] | None = None,
+    evaluate_every: int = 0,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> Any:
+    """Train from `state.step` to `steps` and return the last state.
+
+    batches(n) is the batch of step n, so that nothing of the data needs saving. With
+    steps_per_call = k, step_fn takes k batches stacked; calls end at multiples of k, so that a
+    resumed run makes the same calls. Metrics are read while the next call is under way and go to
+    metrics.jsonl in `folder`. evaluate(state) gives numbers every `evaluate_every` steps, logged
+    under "eval/" and saved with the checkpoint. The last state is always saved.
+
+    Raises NonFiniteError at the first step with a number that is not finite, before anything
+    later is saved. An error in `batches` is raised after the state is saved. SIGTERM and SIGINT
+    save the state and raise Stopped (exit status 0); a second one acts as usual.
+    """
+    for name, value in {"save_every": save_every, "log_every": log_every}.items():
+        checks.integer(name, value, 1)
+    checks.integer("steps", steps, 0)
+    checks.integer("steps_per_call", steps_per_call, 1)
+    checks.integer("evaluate_every", evaluate_every, 0)
+    step, first = int(state.step), jax.process_index() == 0
+    log = MetricsLog(folder, start=step, tensorboard=tensorboard) if first else None
+    report = _Report(log, log_every, batches, checkpoints)
+    bar = _Bar(steps, step, progress and first)
+    # Emulated devices abort when calls pile up.
+    block = jax.default_backend() == "cpu" and jax.device_count() > 1
+
+    def save(scores: Numbers | None = None) -> None:
+        report.finish()
+        if checkpoints is not None:
+            _check_parameters(state, step)
+            checkpoints.save(step, state, scores)
+
+    def stop_if_asked() -> None:
+        name = signals.received()
+        if name is not None:
+            save()
+            place = f"at step {step} of {steps}"
+            raise Stopped(f"stopped by {name} {place}, the state is saved: resume to go on")
+
+    try:
+        with _Signals() as signals:
+            while step < steps:
+                count = min(steps, (step // steps_per_call + 1) * steps_per_call) - step
+                try:
+                    batch = _load(batches, step, count if steps_per_call > 1 else None)
+                except Exception as error:
+                    save()
+                    error.add_note(f"the state of step {step} is saved: mend this, then resume")
+                    raise
+                state, metrics = step_fn(state, batch)
+                if block:
+                    jax.block_until_ready(state)
+                bar.show(report.finish())
+                report.pending = (step, count, metrics)
+                before, step = step, step + count
+                bar.update(count)
+
+                scores = None
+                if evaluate is not None and _due(evaluate_every, before, step):
+                    report.finish()
+                    scores = {EVALUATION + k: float(v) for k, v in evaluate(state).items()}
+                    if log is not None:
+                        log.write(step, scores)
+                best = checkpoints is not None and scores is not None and checkpoints.best in scores
+                if best or step == steps or _due(save_every, before, step):
+                    save(scores)
+                stop_if_asked()
+            report.finish()
+        return state
+    finally:
+        bar.close()
+        if log is not None:
+            log.close()
+        if checkpoints is not None:
+            checkpoints.wait()
+
+
+def _due(every: int, before: int, step: int) -> bool:
+    """Whether a multiple of `every` was reached on the way from `before` to `step`."""
+    return every > 0 and step // every > before // every
+
+
+def _load(batches: Callable[[int], Batch], step: int, count: int | None) -> Batch:
+    """Load the batch of one step, or stack those of several."""
+    if count is None:
+        return batches(step)
+    return jax.tree.map(lambda *x: np.stack(x), *[batches(step + i) for i in range(count)])
+
+
+def _check_parameters(state: Any, step: int) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+        if not np.isfinite(np.asarray(x, dtype=np.float64)).all():
+            raise NonFiniteError(
+                f"parameter {leaf_name(path)} is not finite after {step} steps, though the loss "
+                "and its gradient were: look at the optimiser; this state is not saved"
+            )
+
+
+class _Report:
+    """Metrics on their way to the log, one call late, so that the device need not wait."""
+
+    def __init__(
+        self,
+        log: MetricsLog | None,
+        log_every: int,
+        batches: Callable[[int], Batch],
+        checkpoints: Checkpoints | None,
+    ):
+        self.log, self.log_every = log, log_every
+        self.batches, self.checkpoints = batches, checkpoints
+        self.pending: tuple[int, int, Any] | None = None
+
+    def finish(self) -> Numbers:
+        """Read the pending metrics, write them, raise where they are not finite."""
+        if self.pending is None:
+            return {}
+        (step, count, metrics), self.pending = self.pending, None
+        rows = {name: np.reshape(x, -1) for name, x in jax.device_get(dict(metrics)).items()}
+        flags = rows.pop("finite", np.ones(count, bool))
+        row: Numbers = {}
+        for i in range(count):
+            row = {name: x[i] for name, x in rows.items()}
+            bad = not flags[i] or not all(np.isfinite(x) for x in row.values())
+            if self.log is not None and (bad or (step + i) % self.log_every == 0):
+                self.log.write(step + i, row)
+            if bad:
+                raise NonFiniteError(self._explain(step + i, row))
+        return row
+
+    def _explain(self, step: int, row: Numbers) -> str:
+        term = first_bad_term(dict(row)) or "a term"
+        text = f"{term} is not finite ({row.get(term)}) at step {step}"
+        leaves = jax.tree_util.tree_leaves_with_path(self.batches(step))
+        for path, x in leaves:
+            x = np.asarray(x)
+            if x.dtype.kind == "f" and not np.isfinite(x).all():
+                text += f"; its batch is not finite in {leaf_name(path) or 'its array'!r}"
+                break
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+            saved = self.checkpoints.steps()
+            kept = f"step {saved[-1]} in {self.checkpoints.folder}" if saved else "none"
+            text += f"; the last good checkpoint: {kept}"
+        return text
+
+
+class _Signals:
+    """Catch SIGTERM and SIGINT while training; the first is noted, the next acts as usual."""
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        self._before: dict[Any, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        # Only the main thread may set handlers.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._before = {}
+
+    def __exit__(self, *error: Any) -> None:
+        self._restore()
+
+    def received(self) -> str | None:
+        """Name the signal that came, to any of the processes: they must stop at one step."""
+        if jax.process_count() == 1:
+            return self._name
+        from jax.experimental import multihost_utils
+
+        came = multihost_utils.process_allgather(np.asarray(self._name is not None))
+        return (self._name or "a signal to another process") if np.any(came) else None
+
+
+class _Bar:
+    """A tqdm bar with the metrics; nothing where standard error is not a terminal."""
+
+    def __init__(self, steps: int, step: int, wanted: bool):
+        self._bar: Any = None
+        if wanted and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=step, dynamic_ncols=True)
+
+    def show(self, row: Numbers) -> None:
+        if self._bar is not None and row:
+            self._bar.set_postfix({k: f"{float(v):.4g}" for k, v in row.items()}, refresh=False)
+
+    def update(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,91 @@
+"""What a run writes down while it trains: metrics.jsonl always, TensorBoard when asked."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+EVALUATION = "eval/"
+
+
+class MetricsLog:
+    """metrics.jsonl in the run's folder: one JSON object a line, the newest last.
+
+    Line n of training is the update from step n to n + 1, made with batch n; keys of an
+    evaluation begin with "eval/". Numbers that are not finite are written as null. Opening at a
+    later step drops the lines that are about to be written again, and a torn last line.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, start: int = 0, tensorboard: bool = False):
+        self.path = Path(folder) / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if _is_before(line, start)]
+        self._offset = float(kept[-1].get("seconds") or 0) if kept else 0.0
+        partial = self.path.with_name(".metrics.jsonl")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self.path)
+        self._file = open(self.path, "a")  # noqa: SIM115 (closed by close)
+        self._begun = self._flushed = time.monotonic()
+        self._board = _summary_writer(Path(folder), start) if tensorboard else None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return self._offset + time.monotonic() - self._begun
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line; it reaches the disk within about a second."""
+        numbers = {name: float(value) for name, value in values.items()}
+        clean = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        self._file.write(
+            json.dumps({"step": step, **clean, "seconds": round(self.seconds, 3)}) + "\n"
+        )
+        if time.monotonic() - self._flushed > 1:
+            self.flush()
+        if self._board is not None:
+            for name, x in numbers.items():
+                self._board.add_scalar(name, x, step)
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._flushed = time.monotonic()
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Read the lines of a metrics.jsonl that are whole; none where there is no file."""
+    if not Path(path).exists():
+        return []
+    lines = []
+    for text in Path(path).read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def _is_before(line: Mapping[str, Any], start: int) -> bool:
+    evaluation = any(name.startswith(EVALUATION) for name in line)
+    return line["step"] < start + evaluation
+
+
+def _summary_writer(folder: Path, start: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "TensorBoard was asked for but tensorboardX is not installed: install the extra "
+            "'tensorboard', or go without (metrics.jsonl holds the same numbers)"
+        ) from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start)
