@@ -1,0 +1,271 @@
+"""One table of f-divergences: generators, conjugates, critics' activations and optima.
+
+    D_f(P || Q) = E_Q f(p/q) >= E_P[g(V)] - E_Q[f*(g(V))]                      for every V,
+
+with equality iff g(V) = f'(p/q). f is convex and lower semicontinuous with f(1) = 0 (-log 4 for
+`gan`); f*(t) = sup_u (u t - f(u)) is its conjugate; g maps a raw score V in R onto the domain of f*
+and increases, so that a large V always means "from P". All values are in nats.
+
+Nowozin, Cseke, Tomioka, "f-GAN", NeurIPS 2016 (arXiv:1606.00709), eqs. 4-6. Three points where
+the table departs from what is often printed: Jensen-Shannon is the halved one, at most log 2; the
+activations of `reverse_kl`, `neyman` and `squared_hellinger` are the increasing ones; the conjugate
+of `pearson` is the supremum over u >= 0, hence -1 below t = -2 (t^2/4 + t there is a looser bound).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.nn import softplus
+from jax.scipy.special import xlogy
+from jaxtyping import Array, Bool, Float
+
+from genjax import checks
+from genjax.numerics import at_least_float32, masked_mean
+from genjax.typing import LogProbFn
+
+LOG_2 = math.log(2)
+Elementwise = Callable[[Array], Array]
+
+
+class FDivergence(NamedTuple):
+    """One f-divergence; every function is element-wise.
+
+    f: the generator, on u >= 0 (infinity below 0).
+    f_of_log: l -> f(exp(l)), which stays finite where exp(l) underflows.
+    dual: name of the divergence of the generator u f(1/u), that is of D_f(Q || P).
+    conjugate: f*(t), +infinity outside the domain.
+    domain: lower and upper end of the interval where f* is finite.
+    activation: g, from a raw score in R into the domain.
+    conjugate_activation: v -> f*(g(v)) in one stable expression.
+    optimal_critic: r = p/q -> the raw score V* with g(V*) = f'(r).
+    """
+
+    f: Elementwise
+    f_of_log: Elementwise
+    dual: str
+    conjugate: Elementwise
+    domain: tuple[float, float]
+    activation: Elementwise
+    conjugate_activation: Elementwise
+    optimal_critic: Elementwise
+
+
+def _entry(*, dual: str, domain: tuple[float, float], **functions: Elementwise) -> FDivergence:
+    """Build an entry whose functions take anything that converts to a floating array."""
+
+    def lift(function: Elementwise) -> Elementwise:
+        return lambda x: function(at_least_float32(jnp.asarray(x)))
+
+    lifted = {name: lift(function) for name, function in functions.items()}
+    return FDivergence(dual=dual, domain=domain, **lifted)
+
+
+def _below(limit: float, inside: Elementwise, closed: bool = False) -> Elementwise:
+    """Give `inside(t)` where t is below the limit, +infinity elsewhere, both gradient-safe."""
+
+    def conjugate(t: Array) -> Array:
+        kept = t <= limit if closed else t < limit
+        return jnp.where(kept, inside(jnp.where(kept, t, limit - 1)), jnp.inf)
+
+    return conjugate
+
+
+def _nonnegative(f: Elementwise) -> Elementwise:
+    """Extend a generator by +infinity to u < 0."""
+
+    def generator(u: Array) -> Array:
+        return jnp.where(u >= 0, f(jnp.where(u >= 0, u, 1)), jnp.inf)
+
+    return generator
+
+
+def _u_log_u(log_ratio: Array) -> Array:
+    """Evaluate l exp(l), which is 0 at l = -infinity."""
+    zero = log_ratio == -jnp.inf
+    return jnp.where(zero, 0, jnp.exp(log_ratio) * jnp.where(zero, 0, log_ratio))
+
+
+@jax.custom_jvp
+def _log_omega(s: Array) -> Array:
+    """Solve y + exp(y) = s for y by Newton's method, from above, where it falls monotonically."""
+    y = jnp.where(s > 1, jnp.log(jnp.maximum(s, 1)), s)
+    for _ in range(6):  # quadratic: 6 steps reach float64 rounding from this start, for every s
+        w = jnp.exp(y)
+        y = y - (w + y - s) / (w + 1)
+    return y
+
+
+@_log_omega.defjvp
+def _log_omega_jvp(primals, tangents):
+    y = _log_omega(*primals)
+    return y, tangents[0] / (1 + jnp.exp(y))
+
+
+def _jeffreys_conjugate(t: Array) -> Array:
+    # With w + log w = 1 - t, f* = w + 1/w + t - 2 = 1/w - log w - 1. The slope is u* = 1/w.
+    y = _log_omega(1 - t)
+    return jnp.expm1(-y) - y
+
+
+def _pearson_conjugate(t: Array) -> Array:
+    t = jnp.maximum(t, -2)
+    return t * (t / 4 + 1)
+
+
+def _tv_critic(ratio: Array) -> Array:
+    return jnp.where(ratio > 1, jnp.inf, jnp.where(ratio < 1, -jnp.inf, 0.0)).astype(ratio.dtype)
+
+
+F_DIVERGENCES: dict[str, FDivergence] = {
+    # KL(P || Q)
+    "kl": _entry(
+        f=_nonnegative(lambda u: xlogy(u, u)),
+        f_of_log=_u_log_u,
+        dual="reverse_kl",
+        conjugate=lambda t: jnp.exp(t - 1),
+        domain=(-math.inf, math.inf),
+        activation=lambda v: v,
+        conjugate_activation=lambda v: jnp.exp(v - 1),
+        optimal_critic=lambda r: 1 + jnp.log(r),
+    ),
+    # KL(Q || P)
+    "reverse_kl": _entry(
+        f=_nonnegative(lambda u: -jnp.log(u)),
+        f_of_log=lambda x: -x,
+        dual="kl",
+        conjugate=_below(0.0, lambda t: -1 - jnp.log(-t)),
+        domain=(-math.inf, 0.0),
+        activation=lambda v: -jnp.exp(-v),
+        conjugate_activation=lambda v: v - 1,
+        optimal_critic=jnp.log,
+    ),
+    # (KL(P || M) + KL(Q || M)) / 2 with M = (P + Q) / 2, between 0 and log 2
+    "jensen_shannon": _entry(
+        f=_nonnegative(lambda u: (xlogy(u, u) - (1 + u) * jnp.log((1 + u) / 2)) / 2),
+        f_of_log=lambda x: (_u_log_u(x) - (1 + jnp.exp(x)) * (softplus(x) - LOG_2)) / 2,
+        dual="jensen_shannon",
+        # 2 - exp(2t) = -2 expm1(2t - log 2)
+        conjugate=_below(LOG_2 / 2, lambda t: -(jnp.log(-jnp.expm1(2 * t - LOG_2)) + LOG_2) / 2),
+        domain=(-math.inf, LOG_2 / 2),
+        activation=lambda v: (LOG_2 - softplus(-v)) / 2,
+        conjugate_activation=lambda v: (softplus(v) - LOG_2) / 2,
+        optimal_critic=jnp.log,
+    ),
+    # 2 JS - log 4: E_P log sigmoid(V) + E_Q log(1 - sigmoid(V))
+    "gan": _entry(
+        f=_nonnegative(lambda u: xlogy(u, u) - (1 + u) * jnp.log1p(u)),
+        f_of_log=lambda x: _u_log_u(x) - (1 + jnp.exp(x)) * softplus(x),
+        dual="gan",
+        conjugate=_below(0.0, lambda t: -jnp.log(-jnp.expm1(t))),
+        domain=(-math.inf, 0.0),
+        activation=lambda v: -softplus(-v),
+        conjugate_activation=softplus,
+        optimal_critic=jnp.log,
+    ),
+    # integral of (p - q)^2 / q
+    "pearson": _entry(
+        f=_nonnegative(lambda u: jnp.square(u - 1)),
+        f_of_log=lambda x: jnp.square(jnp.expm1(x)),
+        dual="neyman",
+        conjugate=_pearson_conjugate,
+        domain=(-math.inf, math.inf),
+        activation=lambda v: v,
+        conjugate_activation=_pearson_conjugate,
+        optimal_critic=lambda r: 2 * (r - 1),
+    ),
+    # integral of (p - q)^2 / p
+    "neyman": _entry(
+        f=_nonnegative(lambda u: jnp.square(1 - u) / u),
+        f_of_log=lambda x: 4 * jnp.square(jnp.sinh(x / 2)),
+        dual="pearson",
+        conjugate=_below(1.0, lambda t: 2 - 2 * jnp.sqrt(1 - t), closed=True),
+        domain=(-math.inf, 1.0),
+        activation=lambda v: -jnp.expm1(-v),
+        conjugate_activation=lambda v: -2 * jnp.expm1(-v / 2),
+        optimal_critic=lambda r: 2 * jnp.log(r),
+    ),
+    # integral of (sqrt p - sqrt q)^2, between 0 and 2
+    "squared_hellinger": _entry(
+        f=_nonnegative(lambda u: jnp.square(jnp.sqrt(u) - 1)),
+        f_of_log=lambda x: jnp.square(jnp.expm1(x / 2)),
+        dual="squared_hellinger",
+        conjugate=_below(1.0, lambda t: t / (1 - t)),
+        domain=(-math.inf, 1.0),
+        activation=lambda v: -jnp.expm1(-v),
+        conjugate_activation=jnp.expm1,
+        optimal_critic=lambda r: jnp.log(r) / 2,
+    ),
+    # KL(P || Q) + KL(Q || P)
+    "jeffreys": _entry(
+        f=_nonnegative(lambda u: (u - 1) * jnp.log(u)),
+        f_of_log=lambda x: jnp.expm1(x) * x,
+        dual="jeffreys",
+        conjugate=_jeffreys_conjugate,
+        domain=(-math.inf, math.inf),
+        activation=lambda v: v,
+        conjugate_activation=_jeffreys_conjugate,
+        optimal_critic=lambda r: 1 + jnp.log(r) - 1 / r,
+    ),
+    # (1/2) integral of |p - q|, between 0 and 1
+    "total_variation": _entry(
+        # maximum, not abs: its slope at u = 1 is 0
+        f=_nonnegative(lambda u: jnp.maximum(u - 1, 1 - u) / 2),
+        f_of_log=lambda x: jnp.abs(jnp.expm1(x)) / 2,
+        dual="total_variation",
+        conjugate=_below(0.5, lambda t: jnp.maximum(t, -0.5), closed=True),
+        domain=(-math.inf, 0.5),
+        activation=lambda v: jnp.tanh(v) / 2,
+        conjugate_activation=lambda v: jnp.tanh(v) / 2,
+        optimal_critic=_tv_critic,
+    ),
+}
+
+
+def f_divergence(
+    name: str,
+    log_p: LogProbFn,
+    log_q: LogProbFn,
+    samples: Float[Array, "batch *event"],
+    *,
+    log_proposal: LogProbFn | None = None,
+    where: Bool[Array, " batch"] | None = None,
+) -> Float[Array, ""]:
+    """Estimate D_f(P || Q) in nats where both densities are known.
+
+        mean over x_i ~ m of q(x_i) f(p(x_i) / q(x_i)) / m(x_i)
+
+    `samples` are drawn from Q, or from the law m whose log density `log_proposal` gives: Q's own
+    samples see nothing where q is small, and an estimate of `kl`, `pearson` or `jeffreys` from them
+    is noisy wherever P is wider than Q; half of the samples from P and half from Q, with
+    m = (p + q) / 2, bounds the weights. A grid is a proposal too: with n nodes of spacing h,
+    log m = -log(n h) makes this the rectangle rule; on a finite set, log m = -log n makes it exact.
+
+    Log densities may be -infinity: q f(p/q) is q f(0) where p = 0 and p f'(infinity) where q = 0,
+    so that disjoint supports give log 2, 1, 2 or infinity. Both log densities return [batch].
+    Raises ValueError for an unknown name, no sample, or a log density of another shape.
+    """
+    checks.one_of("divergence", name, F_DIVERGENCES)
+    checks.not_empty("samples", samples)
+    lp, lq = at_least_float32(log_p(samples)), at_least_float32(log_q(samples))
+    lm = lq if log_proposal is None else at_least_float32(log_proposal(samples))
+    for which, value in (("log_p", lp), ("log_q", lq), ("log_proposal", lm)):
+        checks.shape(f"{which}(samples)", value, samples.shape[:1])
+    if where is not None:
+        checks.shape("where", where, samples.shape[:1])
+        lp, lq, lm = (jnp.where(where, x, 0) for x in (lp, lq, lm))
+    entry = F_DIVERGENCES[name]
+    # q f(p/q) = p f'(q/p) with the dual generator f': the smaller density over the larger one, so
+    # that the ratio never overflows and the larger density carries the weight.
+    more_p = lp > lq
+    larger, smaller = jnp.maximum(lp, lq), jnp.minimum(lp, lq)
+    nowhere = larger == -jnp.inf
+    log_ratio = jnp.where(nowhere, 0, smaller) - jnp.where(nowhere, 0, larger)
+    value = jnp.where(
+        more_p, F_DIVERGENCES[entry.dual].f_of_log(log_ratio), entry.f_of_log(log_ratio)
+    )
+    weight = jnp.exp(jnp.where(nowhere, -jnp.inf, larger - lm))
+    # A weight of 0 times an infinite ratio is 0: neither law has mass there.
+    return masked_mean(jnp.where(weight > 0, weight * value, 0), where)

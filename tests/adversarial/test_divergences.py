@@ -1,0 +1,262 @@
+"""The table against reference numbers, numerical suprema and quadrature in float64."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genjax.adversarial import F_DIVERGENCES, f_divergence
+from tests.adversarial.references import NAMES, load
+
+REFERENCE = load("fdiv_generators_conjugates")["expected"]
+POLYNOMIAL = ["gan", "jensen_shannon", "total_variation", "pearson"]
+names = pytest.mark.parametrize("name", F_DIVERGENCES)
+
+
+def test_the_keys():
+    assert list(F_DIVERGENCES) == list(NAMES)
+
+
+@names
+def test_generator_conjugate_and_activation_meet_the_reference(name, x64, compiled):
+    entry, expected = F_DIVERGENCES[name], REFERENCE[NAMES[name]]
+    for function, at, of in (
+        (entry.f, "u", "f"),
+        (entry.conjugate, "t", "fstar_t"),
+        (entry.activation, "v", "act_v"),
+        (entry.conjugate_activation, "v", "fstar_act_v"),
+        (lambda v, entry=entry: entry.conjugate(entry.activation(v)), "v", "fstar_act_v"),
+    ):
+        got = compiled(function)(jnp.array(expected[at], jnp.float64))
+        np.testing.assert_allclose(got, expected[of], rtol=1e-9, atol=1e-9, err_msg=of)
+    upper = expected["dom_fstar_sup"]
+    assert entry.domain[1] == pytest.approx(math.inf if upper == "inf" else upper)
+    u = jnp.array(expected["u"], jnp.float64)
+    np.testing.assert_allclose(entry.f_of_log(jnp.log(u)), expected["f"], rtol=1e-9, atol=1e-12)
+    # f(1) = 0, and -log 4 for gan.
+    at_one = -math.log(4) if name == "gan" else 0
+    np.testing.assert_allclose(entry.f(jnp.ones(())), at_one, atol=1e-15)
+
+
+@names
+def test_the_conjugate_is_the_supremum(name, x64):
+    entry = F_DIVERGENCES[name]
+    u = np.concatenate([[0.0], np.geomspace(1e-9, 1e9, 400_001)])
+    t = np.linspace(-6, min(entry.domain[1] - 0.02, 3), 23)
+    values = np.asarray(entry.f(jnp.asarray(u)))
+    supremum = np.max(t[:, None] * u[None] - values[None], axis=1)
+    got = np.asarray(entry.conjugate(jnp.asarray(t)))
+    np.testing.assert_allclose(got, supremum, rtol=1e-7, atol=1e-7)
+    # Above the domain the supremum is infinite.
+    if math.isfinite(entry.domain[1]):
+        assert np.isposinf(entry.conjugate(jnp.array(entry.domain[1] + 0.01)))
+
+
+@names
+def test_fenchel_young(name, x64):
+    """f*(f'(u)) = u f'(u) - f(u), f*'(f'(u)) = u, and f(u) + f*(t) >= u t for every pair."""
+    entry = F_DIVERGENCES[name]
+    u = jnp.array([0.01, 0.2, 0.7, 0.99, 1.3, 4.0, 60.0])
+    slope = jax.vmap(jax.grad(lambda u: entry.f(u)))(u)
+    right = u * slope - entry.f(u)
+    np.testing.assert_allclose(entry.conjugate(slope), right, rtol=1e-9, atol=1e-9)
+    if name != "total_variation":  # every u < 1 shares one slope there
+        back = jax.vmap(jax.grad(lambda t: entry.conjugate(t)))(slope)
+        np.testing.assert_allclose(back, u, rtol=1e-7)
+    t = entry.activation(jnp.linspace(-3, 3, 25))
+    gap = entry.f(u)[:, None] + entry.conjugate(t)[None, :] - u[:, None] * t[None, :]
+    assert gap.min() > -1e-9
+    assert entry.f(jnp.array(-0.1)) == jnp.inf
+
+
+@names
+def test_activation_increases_onto_the_domain_and_inverts_the_slope(name, x64):
+    entry = F_DIVERGENCES[name]
+    v = jnp.linspace(-12, 12, 401)
+    t = entry.activation(v)
+    assert jnp.all(jnp.diff(t) > 0)
+    assert t.max() < entry.domain[1]
+    assert jnp.all(jnp.isfinite(entry.conjugate(t)))
+    if math.isfinite(entry.domain[1]):
+        assert entry.activation(jnp.array(35.0)) == pytest.approx(entry.domain[1], abs=1e-12)
+    low = -0.5 if name == "total_variation" else entry.domain[0]
+    assert entry.activation(jnp.array(-1e4)) == low or entry.activation(jnp.array(-1e4)) <= -4999
+    ratio = jnp.array([0.02, 0.5, 1.0, 3.0, 40.0])
+    slope = jax.vmap(jax.grad(lambda u: entry.f(u)))(ratio)
+    best = entry.optimal_critic(ratio)
+    np.testing.assert_allclose(entry.activation(best), slope, rtol=1e-9, atol=1e-12)
+
+
+@names
+def test_large_scores_stay_finite(name, compiled):
+    entry = F_DIVERGENCES[name]
+    size = 1e4 if name in POLYNOMIAL else 80.0
+    v = jnp.array([-size, -size / 2, -1e-30, 0.0, 1e-30, size / 2, size], jnp.bfloat16)
+    for function in (entry.activation, entry.conjugate_activation):
+        assert jnp.all(jnp.isfinite(compiled(function)(v.astype(jnp.float32))))
+        slope = compiled(jax.grad(lambda v, f=function: f(v.astype(jnp.float32)).sum()))(v)
+        assert jnp.all(jnp.isfinite(slope))
+
+
+@names
+def test_stable_form_has_the_right_gradient_far_out(name, x64):
+    """The float32 gradient of the composite against the float64 one of f*(g(v))."""
+    entry = F_DIVERGENCES[name]
+    v = np.array([-14.0, -5.0, -1.0, 0.3, 2.0, 9.0, 14.0])
+    exact = jax.vmap(jax.grad(lambda v: entry.conjugate(entry.activation(v))))(jnp.asarray(v))
+    stable = jax.vmap(jax.grad(lambda v: entry.conjugate_activation(v)))(v.astype(np.float32))
+    np.testing.assert_allclose(stable, exact, rtol=2e-5, atol=1e-7)
+
+
+def test_jeffreys_conjugate_has_second_derivatives(x64):
+    # f*'(t) = u(t) with log u + 1 - 1/u = t, so f*''(t) = 1 / (1/u + 1/u^2).
+    u = jnp.array([0.05, 0.5, 1.0, 2.0, 30.0])
+    t = jnp.log(u) + 1 - 1 / u
+    second = jax.vmap(jax.grad(jax.grad(lambda t: F_DIVERGENCES["jeffreys"].conjugate(t))))(t)
+    np.testing.assert_allclose(second, 1 / (1 / u + 1 / u**2), rtol=1e-9)
+
+
+# --- divergences between known densities -------------------------------------------------------
+
+
+def gaussian(mean, std):
+    return lambda x: -0.5 * jnp.square((x - mean) / std) - jnp.log(std) - 0.5 * jnp.log(2 * jnp.pi)
+
+
+def mixture(x):
+    return jnp.logaddexp(
+        math.log(0.3) + gaussian(-2.0, 0.6)(x), math.log(0.7) + gaussian(1, 1.0)(x)
+    )
+
+
+def grid(low, high, nodes):
+    x = jnp.linspace(low, high, nodes)
+    return x, lambda x: jnp.full(x.shape, -math.log(nodes * float(high - low) / (nodes - 1)))
+
+
+@names
+def test_gaussian_pairs_meet_the_reference(name, x64, compiled):
+    reference = load("fdiv_gaussian_pairs")
+    pairs = zip(reference["inputs"]["P_mean_std"], reference["inputs"]["Q_mean_std"], strict=True)
+    for (p, q), expected in zip(pairs, reference["expected"]["values"], strict=True):
+        expected = expected[NAMES[name]]
+        if expected == "inf":
+            continue
+        x, log_proposal = grid(-60, 60, 400_001)
+        value = compiled(lambda x, p=p, q=q, m=log_proposal: f_divergence(
+            name, gaussian(*p), gaussian(*q), x, log_proposal=m))(x)  # fmt: skip
+        np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-9)
+
+
+@names
+def test_discrete_laws_meet_the_reference(name, x64):
+    """Sums over a finite set, disjoint supports and one-sided zeros included."""
+    reference = load("fdiv_discrete")
+    pairs = zip(reference["inputs"]["P"], reference["inputs"]["Q"], strict=True)
+    for (p, q), values in zip(pairs, reference["expected"]["values"], strict=True):
+        values["gan"] = 2 * values["js"] - math.log(4)
+        expected = float(values[NAMES[name]])
+        p, q = jnp.log(jnp.array(p, jnp.float64)), jnp.log(jnp.array(q, jnp.float64))
+        atoms = jnp.arange(4.0)
+        value = f_divergence(
+            name,
+            lambda x, p=p: p[x.astype(int)],
+            lambda x, q=q: q[x.astype(int)],
+            atoms,
+            log_proposal=lambda x: jnp.full(x.shape, -math.log(4)),
+        )
+        np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-14)
+
+
+@names
+def test_samples_of_q_and_of_the_midpoint_agree_with_the_closed_form(name, key):
+    p, q = (0.3, 2.0), (0.1, 1.8)
+    index = load("fdiv_gaussian_pairs")["inputs"]["P_mean_std"].index([0.3, 2.0])
+    expected = load("fdiv_gaussian_pairs")["expected"]["values"][index][NAMES[name]]
+    noise = jax.random.normal(key, (200_000,))
+    from_q = f_divergence(name, gaussian(*p), gaussian(*q), q[0] + q[1] * noise)
+    np.testing.assert_allclose(from_q, expected, atol=4e-3)
+    half = jnp.where(jnp.arange(noise.size) % 2 == 0, p[0] + p[1] * noise, q[0] + q[1] * noise)
+
+    def midpoint(x):
+        return jnp.logaddexp(gaussian(*p)(x), gaussian(*q)(x)) - math.log(2)
+
+    value = f_divergence(name, gaussian(*p), gaussian(*q), half, log_proposal=midpoint)
+    np.testing.assert_allclose(value, expected, atol=2e-3)
+
+
+def test_far_densities_do_not_underflow(key):
+    """Reverse KL from Q's samples is finite in float32 where p/q underflows."""
+    x = 20 + jax.random.normal(key, (4096,))
+    value = f_divergence("reverse_kl", gaussian(0.0, 1.0), gaussian(20.0, 1.0), x)
+    np.testing.assert_allclose(value, 200, rtol=0.02)
+
+
+@names
+def test_gradient_by_the_densities_parameters(name, x64):
+    """d/dm D(N(m, 1) || N(0, 1.5^2)) by autodiff against central differences of the value."""
+    x, log_proposal = grid(-25, 25, 20_001)
+
+    def divergence(m):
+        return f_divergence(
+            name, gaussian(m, 1.0), gaussian(0.0, 1.2), x, log_proposal=log_proposal
+        )
+
+    m, h = jnp.array(0.4), 1e-4
+    numerical = (divergence(m + h) - divergence(m - h)) / (2 * h)
+    np.testing.assert_allclose(jax.grad(divergence)(m), numerical, rtol=1e-4)
+
+
+@names
+def test_bound_at_the_optimal_critic_is_the_divergence(name, x64):
+    """Tight at V*, below for others; between Gaussians, and a mixture and a Gaussian."""
+    entry = F_DIVERGENCES[name]
+    x, _ = grid(-12, 12, 24_001)
+    step = x[1] - x[0]
+    cases = [(gaussian(0.0, 1.0), gaussian(1.0, 1.1)), (mixture, gaussian(0.2, 1.7))]
+    for log_p, log_q in cases:
+        p, q = jnp.exp(log_p(x)), jnp.exp(log_q(x))
+        if name in ("neyman", "reverse_kl", "jeffreys"):  # these need P wider than Q
+            p, q = q, p
+        ratio = p / q
+
+        def bound(v, p=p, q=q):
+            return step * jnp.sum(p * entry.activation(v) - q * entry.conjugate_activation(v))
+
+        exact = step * jnp.sum(q * entry.f(ratio))
+        best = entry.optimal_critic(ratio)
+        np.testing.assert_allclose(bound(best), exact, rtol=1e-5, atol=1e-5)
+        finite = jnp.clip(best, -8, 8)
+        for other in (
+            jnp.zeros_like(x),
+            0.5 * finite,
+            finite + 0.5,
+            finite + jnp.sin(3 * x),
+            -finite,
+        ):
+            assert bound(other) < exact
+
+
+def test_masked_samples_may_be_nan():
+    x = jnp.array([0.5, jnp.nan, -0.3])
+    where = jnp.array([True, False, True])
+    p, q = gaussian(0.0, 1.0), gaussian(0.5, 1.0)
+
+    def masked(x):
+        return f_divergence("kl", p, q, x, where=where)
+
+    np.testing.assert_allclose(masked(x), f_divergence("kl", p, q, x[jnp.array([0, 2])]), rtol=1e-6)
+    assert f_divergence("kl", p, q, x, where=jnp.zeros(3, bool)) == 0
+
+
+def test_bad_input(unchecked):
+    x = jnp.zeros(3)
+    normal = gaussian(0.0, 1.0)
+    with pytest.raises(ValueError, match=r"kl.*reverse_kl.*did you mean 'jensen_shannon'"):
+        f_divergence("jensen_shanon", normal, normal, x)
+    with pytest.raises(ValueError, match=r"log_q\(samples\) must have shape \(3,\)"):
+        f_divergence("kl", normal, lambda x: normal(x)[:, None], x)
+    with pytest.raises(ValueError, match="at least one"):
+        f_divergence("kl", normal, normal, x[:0])
