@@ -1,0 +1,152 @@
+"""Variational bounds on the log-likelihood of a latent variable model with prior N(0, I).
+
+`encode(x)` gives the mean and log variance of q(z|x), both `[batch, latent]`;
+`log_likelihood(x, z)` gives log p(x|z) `[batch]` for one sample `z [batch, latent]` per example.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from genjax import checks
+from genjax.numerics import at_least_float32, log_mean_exp
+from genjax.typing import EncoderFn, LogLikelihoodFn, PRNGKey
+from genjax.variational.gaussian import (
+    gaussian_kl,
+    gaussian_log_prob,
+    gaussian_sample,
+    standard_normal_log_prob,
+)
+
+Bound = tuple[Float[Array, " batch"], dict[str, Float[Array, " batch"]]]
+ESTIMATORS = ("plain", "dreg", "stl")
+
+
+def elbo(
+    encode: EncoderFn,
+    log_likelihood: LogLikelihoodFn,
+    key: PRNGKey,
+    x: Shaped[Array, "batch *event"],
+    *,
+    num_samples: int = 1,
+    beta: float | int | Float[Array, ""] = 1.0,
+) -> Bound:
+    """Return minus the evidence lower bound of each example, in nats.
+
+    loss = -( E_q log p(x|z) - beta KL(q(z|x) || N(0, I)) )
+
+    The expectation is the mean over `num_samples` reparameterised samples, the divergence is exact:
+    Kingma and Welling 2014, eq. (10). With beta other than 1 it is the objective of Higgins et al.,
+    "beta-VAE", 2017, eq. (4), a lower bound only where beta >= 1; beta weighs the divergence for
+    every number of samples. aux: `reconstruction` = E_q log p(x|z) and `kl`, unweighted.
+
+    Raises ValueError for num_samples < 1, beta < 0, concrete data with NaN, and wrong shapes from
+    either callable.
+    """
+    checks.at_least("beta", beta, 0)
+    mean, log_var = _posterior(encode, x, num_samples)
+    z = _samples(key, mean, log_var, num_samples)
+    reconstruction = jnp.mean(_over_samples(log_likelihood, x, z), axis=0)
+    kl = gaussian_kl(mean, log_var)
+    return beta * kl - reconstruction, {"reconstruction": reconstruction, "kl": kl}
+
+
+def iwae(
+    encode: EncoderFn,
+    log_likelihood: LogLikelihoodFn,
+    key: PRNGKey,
+    x: Shaped[Array, "batch *event"],
+    *,
+    num_samples: int,
+    estimator: Literal["plain", "dreg", "stl"] = "plain",
+) -> Bound:
+    """Return minus the importance weighted bound of each example, in nats.
+
+    loss = -log( 1/K sum_k w_k ),  w_k = p(x|z_k) p(z_k) / q(z_k|x),  z_k ~ q(z|x)
+
+    Burda, Grosse and Salakhutdinov, "Importance Weighted Autoencoders", 2016, eq. (8): its mean
+    rises with K = `num_samples` towards log p(x). The estimators have the same value and differ in
+    the encoder's gradient (the decoder's is sum_k v_k grad log w_k in all three,
+    v_k = w_k / sum w):
+
+    - `plain`: the gradient of the bound; its signal-to-noise falls like 1 / sqrt(K).
+    - `dreg`: doubly reparameterised, sum_k v_k^2 dlog w_k/dz_k dz_k/dphi: Tucker et al., "Doubly
+      Reparameterized Gradient Estimators", 2019, eq. (8). Unbiased; its noise falls with K.
+    - `stl`: the score of q is dropped: Roeder et al., "Sticking the Landing", 2017. Without noise
+      at the exact posterior, unbiased for K = 1, biased for larger K.
+
+    aux: `reconstruction` = mean_k log p(x|z_k), `kl` (exact), and `effective_samples` =
+    1 / sum_k v_k^2, between 1 and K. A weight on the divergence would give no bound: there is no
+    beta. Raises ValueError as `elbo` does, and for an unknown estimator.
+    """
+    checks.one_of("estimator", estimator, ESTIMATORS)
+    mean, log_var = _posterior(encode, x, num_samples)
+    z = _samples(key, mean, log_var, num_samples)
+    # Without the score of q only the path through z reaches the encoder.
+    q = (mean, log_var) if estimator == "plain" else jax.lax.stop_gradient((mean, log_var))
+
+    def terms(z: Array) -> tuple[Array, Array]:
+        reconstruction = _over_samples(log_likelihood, x, z)
+        log_prior = jax.vmap(standard_normal_log_prob)(z)
+        log_q = jax.vmap(lambda zk: gaussian_log_prob(zk, *q))(z)
+        return reconstruction + log_prior - log_q, reconstruction
+
+    if estimator == "dreg":
+        # Both calls compute the same numbers; compiled, the first costs nothing.
+        weights = jax.nn.softmax(jax.lax.stop_gradient(terms(z)[0]), axis=0)
+        z = _scale_tangent(z, jnp.broadcast_to(weights[..., None], z.shape))
+    log_weights, reconstruction = terms(z)
+    weights = jax.nn.softmax(jax.lax.stop_gradient(log_weights), axis=0)
+    aux = {
+        "reconstruction": jnp.mean(reconstruction, axis=0),
+        "kl": gaussian_kl(mean, log_var),
+        "effective_samples": 1 / jnp.sum(jnp.square(weights), axis=0),
+    }
+    return -log_mean_exp(log_weights, axis=0), aux
+
+
+def _posterior(encode: EncoderFn, x: Array, num_samples: int) -> tuple[Array, Array]:
+    """Check the arguments of a bound, call the encoder and check what it returned."""
+    checks.integer("num_samples", num_samples, 1)
+    checks.min_rank("x", x, 1)
+    checks.not_empty("x", x)
+    checks.finite("x", x)
+    mean, log_var = encode(x)
+    checks.floating("encode(x)[0], the mean,", mean)
+    checks.floating("encode(x)[1], the log variance,", log_var)
+    checks.rank("encode(x)[0], the mean,", mean, 2)
+    checks.same_shape(**{"mean": mean, "log variance": log_var})
+    checks.same_batch(**{"x": x, "encode(x)": mean})
+    return at_least_float32(mean), at_least_float32(log_var)
+
+
+def _samples(key: PRNGKey, mean: Array, log_var: Array, num_samples: int) -> Array:
+    """Draw z `[num_samples, batch, latent]`."""
+    shape = (num_samples, *mean.shape)
+    return gaussian_sample(key, jnp.broadcast_to(mean, shape), jnp.broadcast_to(log_var, shape))
+
+
+def _over_samples(log_likelihood: LogLikelihoodFn, x: Array, z: Array) -> Array:
+    """log p(x|z_k) `[num_samples, batch]`."""
+
+    def one(zk: Array) -> Array:
+        value = log_likelihood(x, zk)
+        checks.shape("log_likelihood(x, z)", value, x.shape[:1])
+        return at_least_float32(value)
+
+    # A single sample needs no vmap, so that callables which do not batch can be used.
+    return one(z[0])[None] if len(z) == 1 else jax.vmap(one)(z)
+
+
+@jax.custom_jvp
+def _scale_tangent(z: Array, scale: Array) -> Array:
+    """z, with its derivative multiplied by `scale`."""
+    return z
+
+
+@_scale_tangent.defjvp
+def _(primals, tangents):
+    z, scale = primals
+    return _scale_tangent(z, scale), scale * tangents[0]

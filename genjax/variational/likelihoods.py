@@ -1,0 +1,134 @@
+"""Log-likelihoods log p(x | parameters) in nats, summed over the event: `[batch]`.
+
+Discrete ones take whole numbers 0 .. levels - 1; their values are log probabilities, those of the
+Gaussian log densities.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from genjax import checks
+from genjax.numerics import at_least_float32, sum_event
+from genjax.variational.gaussian import gaussian_log_prob
+
+Levels = Int[Array, "batch *event"] | UInt[Array, "batch *event"]
+# PixelCNN++: below this scale (in units of [-1, 1]) a logistic is narrower than any bin.
+MIN_LOG_SCALE = -7.0
+
+
+def gaussian_log_likelihood(
+    x: Float[Array, "batch *event"],
+    mean: Float[Array, "batch *event"],
+    log_var: float | int | Float[Array, "..."] = 0.0,
+) -> Float[Array, " batch"]:
+    """Log density of x under a Gaussian of fixed or learned variance.
+
+    -1/2 sum [ (x - m)^2 / s^2 + log s^2 + log 2 pi ]. `log_var` = log s^2 is a number, one value
+    per element of the event, or one per element of the batch: anything that broadcasts to x.
+    Raises ValueError where x and mean differ in shape or `log_var` does not broadcast.
+    """
+    checks.same_shape(x=x, mean=mean)
+    log_var = at_least_float32(jnp.asarray(log_var))
+    try:
+        log_var = jnp.broadcast_to(log_var, x.shape)
+    except ValueError:
+        raise ValueError(
+            f"log_var must broadcast to x {x.shape}, got shape {log_var.shape}"
+        ) from None
+    return gaussian_log_prob(x, mean, log_var)
+
+
+def bernoulli_log_likelihood(
+    x: Float[Array, "batch *event"] | Bool[Array, "batch *event"] | Levels,
+    logits: Float[Array, "batch *event"],
+) -> Float[Array, " batch"]:
+    """Log probability of binary x: sum [ x l - softplus(l) ], l the logit of a one.
+
+    x between 0 and 1 gives the cross-entropy used for grey values, which is no log-likelihood of
+    them. Raises ValueError where shapes differ or concrete x lies outside [0, 1].
+    """
+    checks.same_shape(x=x, logits=logits)
+    checks.between("x", x, 0, 1)
+    x, logits = at_least_float32(x), at_least_float32(logits)
+    return sum_event(x * logits - jax.nn.softplus(logits))
+
+
+def categorical_log_likelihood(
+    x: Levels, logits: Float[Array, "batch *event levels"]
+) -> Float[Array, " batch"]:
+    """Log probability of whole numbers x: sum log softmax(logits)[x], levels on the last axis.
+
+    Raises TypeError unless x holds integers, ValueError where shapes or concrete values do not fit.
+    """
+    checks.min_rank("logits", logits, 2)
+    checks.same_shape(**{"x": x, "logits without the last axis": logits[..., 0]})
+    _check_levels(x, logits.shape[-1])
+    log_probs = jax.nn.log_softmax(at_least_float32(logits))
+    # jnp's gather fills with NaN outside the range, so that a wrong level under jit is seen.
+    return sum_event(jnp.take_along_axis(log_probs, x[..., None].astype(int), axis=-1)[..., 0])
+
+
+def logistic_log_likelihood(
+    x: Levels,
+    mean: Float[Array, "batch *event"],
+    log_scale: Float[Array, "batch *event"],
+    *,
+    levels: int,
+) -> Float[Array, " batch"]:
+    """Log probability of whole numbers x under a discretised logistic.
+
+    P(x) = sigmoid((c + h - m) / s) - sigmoid((c - h - m) / s), with bin centres
+    c = 2 x / (levels - 1) - 1 in [-1, 1], half widths h = 1 / (levels - 1), and the first and the
+    last bin open to infinity, so that the probabilities sum to 1: Salimans et al., "PixelCNN++",
+    2017, eq. (2). Mean and scale are in units of [-1, 1]; log_scale is kept above -7 as there.
+    Raises as `categorical_log_likelihood` does.
+    """
+    checks.same_shape(x=x, mean=mean, log_scale=log_scale)
+    return sum_event(_log_bins(x, mean, log_scale, levels))
+
+
+def logistic_mixture_log_likelihood(
+    x: Levels,
+    logits: Float[Array, "batch *event components"],
+    means: Float[Array, "batch *event components"],
+    log_scales: Float[Array, "batch *event components"],
+    *,
+    levels: int,
+) -> Float[Array, " batch"]:
+    """Log probability of whole numbers x under a mixture of discretised logistics per element.
+
+    sum log sum_k softmax(logits)_k P_k(x), each P_k as in `logistic_log_likelihood`, the components
+    on the last axis. Raises as `categorical_log_likelihood` does.
+    """
+    checks.min_rank("logits", logits, 2)
+    checks.same_shape(logits=logits, means=means, log_scales=log_scales)
+    checks.same_shape(**{"x": x, "logits without the last axis": logits[..., 0]})
+    log_weights = jax.nn.log_softmax(at_least_float32(logits))
+    log_bins = _log_bins(jnp.broadcast_to(x[..., None], logits.shape), means, log_scales, levels)
+    return sum_event(jax.nn.logsumexp(log_weights + log_bins, axis=-1))
+
+
+def _log_bins(x: Array, mean: Array, log_scale: Array, levels: int) -> Array:
+    """Log probability of each element's bin under a logistic; no tail needs a special case.
+
+    log[sigmoid(b) - sigmoid(a)] = -softplus(-b) - softplus(a) + log(1 - exp(a - b)), and b - a is
+    the bin's width over the scale whatever the level, so nothing cancels.
+    """
+    checks.integer("levels", levels, 2)
+    _check_levels(x, levels)
+    mean, log_scale = at_least_float32(mean), at_least_float32(log_scale)
+    half = 1 / (levels - 1)
+    inverse = jnp.exp(-jnp.maximum(log_scale, MIN_LOG_SCALE))
+    centred = x.astype(mean.dtype) * (2 * half) - 1 - mean
+    log_below = -jax.nn.softplus(-(centred + half) * inverse)
+    log_above = -jax.nn.softplus((centred - half) * inverse)
+    log_width = jnp.log(-jnp.expm1(-2 * half * inverse))
+    inside = log_below + log_above + log_width
+    return jnp.where(x == 0, log_below, jnp.where(x == levels - 1, log_above, inside))
+
+
+def _check_levels(x: Array, levels: int) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"x must hold whole numbers 0 .. {levels - 1}, got dtype {x.dtype}")
+    checks.between("x", x, 0, levels - 1)
