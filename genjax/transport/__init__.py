@@ -1,1 +1,32 @@
-"""transport."""
+"""Optimal transport: entropic, debiased, between samples and between Gaussians."""
+
+from genjax.transport.costs import cosine, euclidean, squared_euclidean
+from genjax.transport.divergence import (
+    MinibatchEnergy,
+    SinkhornDivergence,
+    SinkhornLoss,
+    minibatch_energy_distance,
+    sinkhorn_divergence,
+    sinkhorn_loss,
+)
+from genjax.transport.gaussian import gaussian_entropic_ot, gaussian_wasserstein
+from genjax.transport.ott_adapter import sinkhorn_from_ott
+from genjax.transport.sinkhorn import SinkhornResult, sinkhorn, sinkhorn_from_cost
+
+__all__ = [
+    "MinibatchEnergy",
+    "SinkhornDivergence",
+    "SinkhornLoss",
+    "SinkhornResult",
+    "cosine",
+    "euclidean",
+    "gaussian_entropic_ot",
+    "gaussian_wasserstein",
+    "minibatch_energy_distance",
+    "sinkhorn",
+    "sinkhorn_divergence",
+    "sinkhorn_from_cost",
+    "sinkhorn_from_ott",
+    "sinkhorn_loss",
+    "squared_euclidean",
+]

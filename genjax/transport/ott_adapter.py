@@ -1,0 +1,37 @@
+"""For those who hold an ott-jax geometry: solve its problem here."""
+
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from genjax.transport.sinkhorn import SinkhornResult, sinkhorn, sinkhorn_from_cost
+
+
+def sinkhorn_from_ott(
+    geometry: Any,
+    *,
+    a: Float[Array, " n"] | None = None,
+    b: Float[Array, " m"] | None = None,
+    **options: Any,
+) -> SinkhornResult:
+    """Solve for an `ott.geometry.geometry.Geometry`, at the geometry's epsilon.
+
+    A squared Euclidean point cloud keeps its points; any other geometry gives its cost matrix. The
+    options are those of `sinkhorn`. Potentials differ from ott's by the weights: ott's f is
+    f + epsilon log a, its g is g + epsilon log b. Raises TypeError for anything else.
+    """
+    from ott.geometry import costs as ott_costs
+    from ott.geometry import geometry as ott_geometry
+    from ott.geometry import pointcloud
+
+    if not isinstance(geometry, ott_geometry.Geometry):
+        raise TypeError(f"geometry must be an ott Geometry, got {type(geometry).__name__}")
+    plain = isinstance(geometry, pointcloud.PointCloud) and (
+        type(geometry.cost_fn) is ott_costs.SqEuclidean
+        and isinstance(geometry.inv_scale_cost, int | float)
+        and geometry.inv_scale_cost == 1
+    )
+    if plain:
+        x, y = geometry.x, geometry.y
+        return sinkhorn(x, y, epsilon=geometry.epsilon, a=a, b=b, **options)
+    return sinkhorn_from_cost(geometry.cost_matrix, epsilon=geometry.epsilon, a=a, b=b, **options)
