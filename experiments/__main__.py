@@ -1,13 +1,14 @@
 """List the experiments: python -m experiments."""
 
 import ast
+import re
 from pathlib import Path
 
 
 def describe(path: Path) -> str:
-    """Read the first line of a module's docstring without importing it."""
+    """Read the first sentence of a module's docstring without importing it."""
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
-    return text.strip().splitlines()[0] if text.strip() else ""
+    return re.split(r"(?<=\.)\s", " ".join(text.split()))[0]
 
 
 def experiments(folder: Path = Path(__file__).parent) -> dict[str, str]:

@@ -103,8 +103,9 @@ def launch(main: Callable[[Any], Any], config_type: type) -> None:
     config = tyro.cli(config_type, description=sys.modules[main.__module__].__doc__)
     try:
         main(config)
-    except (RunError, CheckpointError, NonFiniteError) as error:
-        sys.exit(f"error: {error}")
+    except (RunError, CheckpointError, NonFiniteError, OSError) as error:
+        notes = getattr(error, "__notes__", [])
+        sys.exit("; ".join([f"error: {error}", *notes]))
 
 
 def start_run(config: RunConfig, *, name: str | None = None) -> Run:

@@ -9,9 +9,10 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
+import shutil
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Checkpoints:
         checks.integer("keep", keep, 1)
         checks.one_of("mode", mode, ("min", "max"))
         self.folder, self.keep, self.best, self.mode = Path(folder).absolute(), keep, best, mode
-        self._orbax: Any = None
+        self._manager: Any = None
         self._saved: int | None = None
 
     def steps(self) -> list[int]:
@@ -60,7 +61,7 @@ class Checkpoints:
         """Begin to save the state under its step; a step that is just saved is not saved again."""
         if step == self._saved:
             return
-        import orbax.checkpoint as ocp
+        ocp = _orbax()
 
         tree = to_host(state)
         # orbax wants plain JSON.
@@ -68,7 +69,7 @@ class Checkpoints:
         if self.best is not None and self.best not in (numbers or {}):
             numbers = None  # not a candidate for the best
         try:
-            self._manager().save(
+            self._open().save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(tree),
@@ -83,21 +84,20 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until what was begun is on the disk."""
-        if self._orbax is not None:
+        if self._manager is not None:
             try:
-                self._orbax.wait_until_finished()
-                self._orbax.check_for_errors()
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
             except Exception as error:
-                step, self._saved = self._saved, None
-                raise self._failed(step, error) from error
+                raise self._failed(self._saved, error) from error
 
     def close(self) -> None:
         """Wait, then let orbax's threads end."""
         try:
             self.wait()
         finally:
-            if self._orbax is not None:
-                manager, self._orbax = self._orbax, None
+            if self._manager is not None:
+                manager, self._manager = self._manager, None
                 manager.close()
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
@@ -141,7 +141,7 @@ class Checkpoints:
 
     def read(self, step: int, like: Any) -> Any:
         """Read one checkpoint into the structure and devices of `like`; checks every array."""
-        import orbax.checkpoint as ocp
+        ocp = _orbax()
 
         template = to_host(like, empty=True)
         path = self.folder / str(step)
@@ -153,19 +153,18 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(f"{name} is not of this run or is damaged: {error}") from error
         try:
-            with _no_stragglers(), ocp.StandardCheckpointer() as reader:
+            with ocp.StandardCheckpointer() as reader:
                 tree = reader.restore(path / "state", template)
         except Exception as error:
-            first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise CheckpointError(f"{name} is damaged: {first[0][:200]}") from error
+            raise CheckpointError(f"{name} is damaged: {_reason(error)}") from error
         for leaf, (*_, checksum) in _record(tree).items():
             if checksum != found[leaf][2]:
                 raise CheckpointError(f"{name} is damaged: the checksum of {leaf} does not agree")
         return from_host(tree, like)
 
-    def _manager(self) -> Any:
-        if self._orbax is None:
-            import orbax.checkpoint as ocp
+    def _open(self) -> Any:
+        if self._manager is None:
+            ocp = _orbax()
 
             policies = ocp.checkpoint_managers
             keep: list[Any] = [policies.LatestN(self.keep)]
@@ -178,17 +177,17 @@ class Checkpoints:
                         keep_checkpoints_without_metrics=False,
                     )
                 )
-            self._orbax = ocp.CheckpointManager(
+            self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policies.AnyPreservationPolicy(keep),
                     cleanup_tmp_directories=True,
                 ),
             )
-        return self._orbax
+        return self._manager
 
     def _read_record(self, step: int) -> Any:
-        import orbax.checkpoint as ocp
+        ocp = _orbax()
 
         path = self.folder / str(step) / "record"
         if not path.is_dir():
@@ -207,35 +206,50 @@ class Checkpoints:
         return place
 
     def _failed(self, step: int | None, error: Exception) -> CheckpointError:
-        before = [s for s in self.steps() if s != step]
-        kept = f"the newest whole one is step {before[-1]}" if before else "there is no earlier one"
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        """Clear away what is half written (the disk may be full) and say what still stands."""
+        manager, self._manager, self._saved = self._manager, None, None
+        with contextlib.suppress(Exception):
+            manager.close()
+        for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        whole = [s for s in self.steps() if s != step]
+        kept = f"the newest whole one is step {whole[-1]}" if whole else "there is no earlier one"
         return CheckpointError(
-            f"checkpoint {step} could not be saved in {self.folder}: {reason[0][:300]}; {kept}"
+            f"checkpoint {step} could not be saved in {self.folder}: {_reason(error)}; {kept}. "
+            "Make room (or the folder writable), then resume"
         )
 
 
-@contextlib.contextmanager
-def _no_stragglers() -> Iterator[None]:
-    """Keep quiet about the arrays still being read when the first one turns out damaged.
+def _reason(error: Exception) -> str:
+    """Say in a line what went wrong; of the long texts of tensorstore what the system said."""
+    text = str(error).strip() or type(error).__name__
+    system = re.search(r": ([^:\[\]\"]+) \[(?:os_error_code|tensorstore_spec)", text)
+    return system[1] if system else text.splitlines()[0][:200]
 
-    orbax closes its event loop at the first error; tensorstore then reports every other array to
-    a closed loop, as an exception that nobody can catch.
+
+def _orbax() -> Any:
+    """Import orbax, and keep it from printing what is raised here in one line anyway.
+
+    It logs an error several times with long traces; and it closes its event loop at the first
+    array that fails, to which tensorstore then reports every other one, as exceptions that nobody
+    can catch.
     """
-    before = sys.unraisablehook
+    import orbax.checkpoint as ocp
 
-    def hook(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            before(unraisable)
+    logging.getLogger("absl").addFilter(_from_elsewhere)
+    if getattr(sys.unraisablehook, "__name__", "") != "_no_stragglers":
+        before = sys.unraisablehook
 
-    sys.unraisablehook = hook
-    try:
-        yield
-    except Exception:
-        time.sleep(0.2)
-        raise
-    finally:
-        sys.unraisablehook = before
+        def _no_stragglers(unraisable: Any) -> None:
+            if "Event loop is closed" not in str(unraisable.exc_value):
+                before(unraisable)
+
+        sys.unraisablehook = _no_stragglers
+    return ocp
+
+
+def _from_elsewhere(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
 
 
 def _is_key(x: Any) -> bool:

@@ -40,7 +40,7 @@ def load_npz(path: str | os.PathLike, like: Any = None) -> Any:
     No pickle is read. Raises ValueError naming what is missing or of another shape than in `like`.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise

@@ -1,5 +1,6 @@
 """The loop around a compiled step: batches in, metrics out, checkpoints, and a clean stop."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -87,42 +88,42 @@ def fit(
             place = f"at step {step} of {steps}"
             raise Stopped(f"stopped by {name} {place}, the state is saved: resume to go on")
 
-    try:
-        with _Signals() as signals:
-            while step < steps:
-                count = min(steps, (step // steps_per_call + 1) * steps_per_call) - step
-                try:
-                    batch = _load(batches, step, count if steps_per_call > 1 else None)
-                except Exception as error:
-                    save()
-                    error.add_note(f"the state of step {step} is saved: mend this, then resume")
-                    raise
-                state, metrics = step_fn(state, batch)
-                if block:
-                    jax.block_until_ready(state)
-                bar.show(report.finish())
-                report.pending = (step, count, metrics)
-                before, step = step, step + count
-                bar.update(count)
-
-                scores = None
-                if evaluate is not None and _due(evaluate_every, before, step):
-                    report.finish()
-                    scores = {EVALUATION + k: float(v) for k, v in evaluate(state).items()}
-                    if log is not None:
-                        log.write(step, scores)
-                best = checkpoints is not None and scores is not None and checkpoints.best in scores
-                if best or step == steps or _due(save_every, before, step):
-                    save(scores)
-                stop_if_asked()
-            report.finish()
-        return state
-    finally:
-        bar.close()
-        if log is not None:
-            log.close()
+    with contextlib.ExitStack() as closing:
         if checkpoints is not None:
-            checkpoints.wait()
+            closing.callback(checkpoints.wait)
+        if log is not None:
+            closing.callback(log.close)
+        closing.callback(bar.close)
+        signals = closing.enter_context(_Signals())
+        while step < steps:
+            count = min(steps, (step // steps_per_call + 1) * steps_per_call) - step
+            try:
+                batch = _load(batches, step, count if steps_per_call > 1 else None)
+            except Exception as error:
+                save()
+                if checkpoints is not None:
+                    error.add_note(f"the state of step {step} is saved: mend this, then resume")
+                raise
+            state, metrics = step_fn(state, batch)
+            if block:
+                jax.block_until_ready(state)
+            bar.show(report.finish())
+            report.pending = (step, count, metrics)
+            before, step = step, step + count
+            bar.update(count)
+
+            scores = None
+            if evaluate is not None and _due(evaluate_every, before, step):
+                report.finish()
+                scores = {EVALUATION + k: float(v) for k, v in evaluate(state).items()}
+                if log is not None:
+                    log.write(step, scores)
+            best = checkpoints is not None and scores is not None and checkpoints.best in scores
+            if best or step == steps or _due(save_every, before, step):
+                save(scores)
+            stop_if_asked()
+        report.finish()
+        return state
 
 
 def _due(every: int, before: int, step: int) -> bool:

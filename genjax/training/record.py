@@ -20,6 +20,8 @@ class MetricsLog:
     """
 
     def __init__(self, folder: str | os.PathLike, *, start: int = 0, tensorboard: bool = False):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._board = _summary_writer(Path(folder), start) if tensorboard else None
         self.path = Path(folder) / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if _is_before(line, start)]
         self._offset = float(kept[-1].get("seconds") or 0) if kept else 0.0
@@ -28,7 +30,6 @@ class MetricsLog:
         partial.replace(self.path)
         self._file = open(self.path, "a")  # noqa: SIM115 (closed by close)
         self._begun = self._flushed = time.monotonic()
-        self._board = _summary_writer(Path(folder), start) if tensorboard else None
 
     @property
     def seconds(self) -> float:
@@ -49,7 +50,11 @@ class MetricsLog:
                 self._board.add_scalar(name, x, step)
 
     def flush(self) -> None:
-        self._file.flush()
+        try:
+            self._file.flush()
+        except OSError as error:
+            # Python's own message does not say which file.
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._flushed = time.monotonic()
         if self._board is not None:
             self._board.flush()

@@ -1,7 +1,8 @@
-"""A tiny experiment for the drills: it can be slowed down, so that a signal finds it at work."""
+"""A tiny experiment for the drills: it breaks, or sends itself a signal, at a given step."""
 
 import dataclasses
-import time
+import os
+import signal
 
 import jax
 import numpy as np
@@ -15,11 +16,10 @@ from tests.training.problem import make_batch, make_params, noisy_loss
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(_run.RunConfig):
     steps: int = 40
+    batch_size: int = 16
     save_every: int = 10
     log_every: int = 1
     devices: int | None = 1
-    pause: float = 0.0
-    """Seconds that each batch takes to load."""
     nan_at: int = -1
     """Step whose batch holds a NaN."""
     break_at: int = -1
@@ -27,8 +27,12 @@ class Config(_run.RunConfig):
 
 
 def main(config):
+    # Not options, or a resumed run would have to be given them again.
+    name, at = os.environ.get("TINY_SIGNAL", "SIGUSR1 -1").split()
+
     def batches(step):
-        time.sleep(config.pause)
+        if step == int(at):
+            os.kill(os.getpid(), signal.Signals[name])
         batch = make_batch(step, config.seed, config.batch_size)
         if step == config.break_at:
             raise FileNotFoundError("the data folder is gone")

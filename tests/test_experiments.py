@@ -1,0 +1,147 @@
+"""The shared wiring of the experiments. Each experiment's own test is in tests/experiments."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import _pictures, _run
+from experiments.__main__ import experiments
+from genjax.training import CheckpointError, Checkpoints
+
+from .training import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def config(tmp_path, **changes):
+    return tiny.Config(run_dir=str(tmp_path / "run"), **{"steps": 6, "save_every": 2, **changes})
+
+
+def final(folder):
+    with np.load(folder / "final.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_every_experiment_is_listed_with_a_line():
+    found = experiments()
+    assert all(line.endswith(".") for line in found.values()), found
+    files = {path.stem for path in (ROOT / "experiments").glob("[!_]*.py")}
+    assert {f"experiments.{name}" for name in files} <= found.keys()
+    code = "import experiments.__main__, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_run_leaves_its_files(tmp_path):
+    summary = tiny.main(config(tmp_path))
+    folder = tmp_path / "run"
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["seconds"] >= summary["training_seconds"] > 0
+    assert summary["peak_memory_mb"] > 50
+    assert json.loads((folder / "config.json").read_text())["batch_size"] == 16
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
+    assert Checkpoints(folder / "checkpoints").steps() == [4, 6]
+
+
+def test_a_longer_resumed_run_equals_one(tmp_path):
+    tiny.main(config(tmp_path, steps=4))
+    tiny.main(config(tmp_path, steps=8, resume=True))
+    tiny.main(config(tmp_path / "whole", steps=8))
+    resumed, whole = final(tmp_path / "run"), final(tmp_path / "whole" / "run")
+    for name in whole:
+        np.testing.assert_array_equal(resumed[name], whole[name])
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with (
+        _run.start_run(config(tmp_path)),
+        pytest.raises(_run.RunError, match=f"in use by process {os.getpid()}"),
+    ):
+        _run.start_run(config(tmp_path, resume=True))
+    with _run.start_run(config(tmp_path, resume=True)):  # free again
+        pass
+    with pytest.raises(_run.RunError, match="already holds a run: go on with --resume"):
+        _run.start_run(config(tmp_path))
+
+
+def test_resume_needs_the_same_options_and_a_whole_config(tmp_path):
+    tiny.main(config(tmp_path))
+    with pytest.raises(_run.RunError, match="has seed = 0, got 3: resume with the options"):
+        _run.start_run(config(tmp_path, seed=3, resume=True))
+    path = tmp_path / "run" / "config.json"
+    for text in ("{", "[]", '"a"', "\x00"):
+        path.write_text(text)
+        with pytest.raises(_run.RunError, match=r"config\.json cannot be read"):
+            _run.start_run(config(tmp_path, resume=True))
+    path.write_text('{"sed": 1}')
+    with pytest.raises(_run.RunError, match=r"unknown field 'sed'; nearest: \['seed'"):
+        _run.start_run(config(tmp_path, resume=True))
+
+
+def test_all_checkpoints_damaged_is_an_error_not_a_fresh_start(tmp_path):
+    tiny.main(config(tmp_path))
+    for record in (tmp_path / "run" / "checkpoints").glob("*/record/metadata"):
+        record.write_text("")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read"):
+        tiny.main(config(tmp_path, resume=True))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(_run.RunError, match=r"cannot be written .*give another --run-dir"):
+        _run.start_run(tiny.Config(run_dir=str(tmp_path / "file" / "run")))
+
+
+def test_runs_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(_run.RunError, match="nothing to resume"):
+        _run.start_run(tiny.Config(resume=True))
+    for number in ("1", "2"):
+        with _run.start_run(tiny.Config()) as run:
+            assert run.folder == tmp_path / "runs" / "tiny" / number
+    with _run.start_run(tiny.Config(resume=True)) as run:
+        assert run.folder.name == "2"
+
+
+def test_options_out_of_range(tmp_path):
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        _run.start_run(config(tmp_path, steps=0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_field_has_a_docstring():
+    help_text = subprocess.run(
+        [sys.executable, "-m", "tests.training.tiny", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for field in dataclasses.fields(tiny.Config):
+        assert "--" + field.name.replace("_", "-") in help_text
+    assert "Seed of everything random" in help_text
+
+
+def test_pictures(tmp_path):
+    from matplotlib import image
+
+    pixels = np.zeros((3, 4, 5, 1))
+    pixels[0] = 16
+    pixels[1, 1, 2] = 8
+    path = _pictures.save_grid(tmp_path / "a.png", pixels, columns=2, high=16, pixel=1)
+    sheet = image.imread(path)
+    assert sheet.shape[:2] == (9, 11)
+    np.testing.assert_allclose(sheet[:4, :5, :3], 1)
+    np.testing.assert_allclose(sheet[1, 8, :3], 0.5, atol=0.01)
+    np.testing.assert_allclose(sheet[5:, :5, :3], 0)
+    points = np.random.default_rng(0).normal(size=(20, 2))
+    assert _pictures.save_points(tmp_path / "b.png", {"data": points, "model": points}).exists()
+    curve = {"loss": (np.arange(3), np.ones(3))}
+    assert _pictures.save_curves(tmp_path / "c.png", curve, log_y=True).exists()
+    with pytest.raises(ValueError, match=r"images must be \[n, height, width, 1 or 3\]"):
+        _pictures.save_grid(tmp_path / "d.png", np.zeros((4, 5)))

@@ -1,0 +1,176 @@
+import logging
+import random
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from genjax.training import CheckpointError, Checkpoints, data_mesh, init_state
+from genjax.training.parallel import replicate
+
+
+def make_state(step=0, width=3):
+    params = {"w": jnp.arange(2.0 * width).reshape(2, width), "half": jnp.ones(4, jnp.bfloat16)}
+    params["list"] = [jnp.full(2, 0.1 + step)]
+    state = init_state(params, optax.adam(0.1), jax.random.key(3), ema_decays=(0.9,))
+    return state.replace(step=jnp.int32(step))
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with whole checkpoints of steps 1 and 2."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, make_state(1))
+    checkpoints.save(2, make_state(2))
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def test_round_trip(saved):
+    step, state = Checkpoints(saved).restore(make_state())
+    assert step == 2
+    same(state, make_state(2))
+    same(Checkpoints(saved).read(1, make_state()), make_state(1))
+
+
+def test_nothing_saved_yet(tmp_path):
+    assert Checkpoints(tmp_path / "none").restore(make_state()) is None
+
+
+def test_one_device_and_eight_read_each_other(saved, tmp_path):
+    eight = replicate(data_mesh(), make_state())
+    _, state = Checkpoints(saved).restore(eight)  # written by one
+    assert len(state.params["w"].sharding.device_set) == 8
+    same(state, make_state(2))
+    other = Checkpoints(tmp_path / "eight")
+    other.save(2, state)
+    other.close()
+    _, back = Checkpoints(tmp_path / "eight").restore(make_state())
+    assert len(back.params["w"].sharding.device_set) == 1
+    same(back, make_state(2))
+
+
+@pytest.mark.parametrize(("mode", "kept", "best"), [("min", [1, 3, 4], 1), ("max", [0, 3, 4], 0)])
+def test_keeps_the_newest_and_the_best(tmp_path, mode, kept, best):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, best="bound", mode=mode)
+    for step, bound in enumerate([5.0, 1.0, 4.0, 3.0]):
+        checkpoints.save(step, make_state(step), {"bound": bound, "other": step})
+    checkpoints.save(4, make_state(4))  # without an evaluation
+    checkpoints.wait()
+    assert checkpoints.steps() == kept
+    step, state = checkpoints.restore_best(make_state())
+    assert step == best
+    same(state, make_state(best))
+    checkpoints.close()
+
+
+def test_a_saved_state_does_not_change_with_its_buffers(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    state = make_state(1)
+    checkpoints.save(1, state)
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    overwrite((state.params, state.opt_state))
+    checkpoints.close()
+    same(checkpoints.read(1, make_state()), make_state(1))
+
+
+def damages(path, rng):
+    """Give the damaged contents of a file: cut short, emptied, three times a bit flipped."""
+    data = path.read_bytes()
+    yield data[: len(data) // 2]
+    yield b""
+    for _ in range(3):
+        flipped = bytearray(data)
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        yield bytes(flipped)
+
+
+def test_damaged_newest_falls_back_and_says_so(saved, caplog):
+    rng = random.Random(0)
+    clean, outcomes = saved.with_name("clean"), []
+    saved.rename(clean)
+    files = [path for path in sorted((clean / "2").rglob("*")) if path.is_file()]
+    for path in files:
+        for contents in damages(path, rng):
+            for folder in (saved, saved.with_name("checkpoints-damaged")):
+                shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(clean, saved)
+            (saved / path.relative_to(clean)).write_bytes(contents)
+            caplog.clear()
+            with caplog.at_level(logging.WARNING, logger="genjax"):
+                step, state = Checkpoints(saved).restore(make_state())
+            # Either the damage is in a file that holds nothing of the state, or it is found.
+            same(state, make_state(step))
+            assert ("going back to step 1" in caplog.text) == (step == 1)
+            outcomes.append(step)
+    assert outcomes.count(1) >= 10
+
+
+def test_a_damaged_step_can_be_saved_again(saved, caplog):
+    (saved / "2" / "record" / "metadata").write_text("{")
+    checkpoints = Checkpoints(saved)
+    assert checkpoints.restore(make_state())[0] == 1
+    checkpoints.save(2, make_state(2))
+    checkpoints.close()
+    assert checkpoints.restore(make_state())[0] == 2
+    assert (saved.with_name("checkpoints-damaged") / "2").is_dir()
+
+
+def test_foreign_checkpoints_are_refused_and_left_alone(saved):
+    with pytest.raises(
+        CheckpointError, match=r"params/w is float32 \[2, 3\], not float32 \[2, 5\]"
+    ):
+        Checkpoints(saved).restore(make_state(width=5))
+    other = init_state({"kernel": jnp.ones(3)}, optax.sgd(0.1), jax.random.key(0))
+    with pytest.raises(CheckpointError, match="it has no params/kernel"):
+        Checkpoints(saved).restore(other)
+    (saved / "7").mkdir()
+    assert Checkpoints(saved).restore(make_state())[0] == 2
+    assert Checkpoints(saved).steps() == [1, 2]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    def state(step):
+        params = {"w": jax.random.normal(jax.random.key(step), (200, 200))}
+        return init_state(params, optax.sgd(0.1), jax.random.key(0))
+
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints.save(1, state(1))
+    checkpoints.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        checkpoints.save(2, state(2))
+        with pytest.raises(CheckpointError, match=r"2 could not be saved .*step 1\. Make room"):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
+    step, restored = checkpoints.restore(state(0))
+    assert step == 1
+    same(restored, state(1))
+    checkpoints.save(3, state(3))  # there is room again
+    checkpoints.close()
+    assert checkpoints.steps() == [3]
+
+
+def test_bad_input(tmp_path, unchecked):
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        Checkpoints(tmp_path, keep=0)
+    with pytest.raises(ValueError, match=r"mode must be one of \['min', 'max'\], got 'least'"):
+        Checkpoints(tmp_path, mode="least")
+    with pytest.raises(ValueError, match="best must name a metric"):
+        Checkpoints(tmp_path).restore_best(make_state())

@@ -1,0 +1,49 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genjax.training import export_npz, load_npz
+
+PARAMS = {
+    "dense": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)},
+    "layers": [jnp.zeros(2, jnp.int32), jnp.full(2, 1 / 3, jnp.bfloat16)],
+}
+
+
+def test_the_file_is_plain(tmp_path):
+    export_npz(tmp_path / "params.npz", PARAMS)
+    with np.load(tmp_path / "params.npz", allow_pickle=False) as file:
+        assert set(file.files) == {"dense/kernel", "dense/bias", "layers/0", "layers/1"}
+        np.testing.assert_array_equal(file["dense/kernel"], PARAMS["dense"]["kernel"])
+        assert file["layers/1"].dtype == np.float32
+    assert [path.name for path in tmp_path.iterdir()] == ["params.npz"]
+
+
+def test_round_trip(tmp_path):
+    export_npz(tmp_path / "params.npz", PARAMS)
+    nested = load_npz(tmp_path / "params.npz")
+    np.testing.assert_array_equal(nested["dense"]["bias"], 1)
+    np.testing.assert_array_equal(nested["layers"]["0"], 0)
+    back = load_npz(tmp_path / "params.npz", like=PARAMS)
+    assert back["layers"][1].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(back["layers"][1], PARAMS["layers"][1])
+
+
+def test_bad_input(tmp_path, unchecked):
+    path = tmp_path / "params.npz"
+    export_npz(path, PARAMS)
+    with pytest.raises(ValueError, match=r"lacks \['other'\] and has \['dense/bias', "):
+        load_npz(path, like={"other": jnp.ones(3)})
+    wider = {**PARAMS, "dense": {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(3)}}
+    with pytest.raises(ValueError, match=r"dense/kernel has shape \(2, 3\), not \(2, 4\)"):
+        load_npz(path, like=wider)
+    with pytest.raises(ValueError, match="two parameters would be written as 'a/b'"):
+        export_npz(path, {"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)})
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"not an \.npz of parameters, or is damaged"):
+        load_npz(path)
+    np.savez(path, evil=np.array([object()]))  # would need pickle
+    with pytest.raises(ValueError, match=r"not an \.npz of parameters"):
+        load_npz(path)
+    with pytest.raises(FileNotFoundError):
+        load_npz(tmp_path / "none.npz")

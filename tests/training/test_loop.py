@@ -1,0 +1,203 @@
+import functools
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from genjax.training import (
+    Checkpoints,
+    NonFiniteError,
+    Stopped,
+    data_mesh,
+    fit,
+    init_state,
+    make_train_step,
+)
+from genjax.training.record import MetricsLog, read_metrics
+
+from .problem import make_batch, make_params, noisy_loss
+
+ADAM = optax.adam(0.01)
+
+
+def start():
+    return init_state(make_params(), ADAM, jax.random.key(0), ema_decays=[0.9])
+
+
+@functools.cache  # compiled once for all tests
+def make_step(steps_per_call=1, optimizer=ADAM):
+    return make_train_step(noisy_loss, optimizer, mesh=data_mesh(1), steps_per_call=steps_per_call)
+
+
+def train(folder, batches=make_batch, steps_per_call=1, **options):
+    options = {"steps": 7, "save_every": 2, **options}
+    checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        return fit(
+            start(),
+            make_step(steps_per_call),
+            batches,
+            folder=folder,
+            checkpoints=checkpoints,
+            steps_per_call=steps_per_call,
+            **options,
+        )
+    finally:
+        checkpoints.close()
+
+
+def close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a.params, b.params)
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+def test_metrics_are_those_of_the_steps(tmp_path, steps_per_call):
+    final = train(tmp_path, steps_per_call=steps_per_call)
+    step, state, losses = make_step(), start(), []
+    for i in range(7):
+        state, metrics = step(state, make_batch(i))
+        losses.append(float(metrics["loss"]))
+    assert int(final.step) == 7
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), final.params, state.params
+    )
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(7))
+    np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=1e-5)
+    assert set(lines[0]) == {"step", "loss", "absolute", "grad_norm", "seconds"}
+    # Multiples of 2 that a call reached, and the end; the three newest stay.
+    expected = [4, 6, 7] if steps_per_call == 1 else [3, 6, 7]
+    assert Checkpoints(tmp_path / "checkpoints").steps() == expected
+
+
+def test_evaluation_and_thinned_log(tmp_path):
+    train(
+        tmp_path,
+        evaluate=lambda state: {"step_now": state.step, "nan": np.nan},
+        evaluate_every=3,
+        log_every=5,
+    )
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [0, 5]
+    evaluations = [line for line in lines if "loss" not in line]
+    assert [line["step"] for line in evaluations] == [3, 6]
+    assert [line["eval/step_now"] for line in evaluations] == [3, 6]
+    assert evaluations[0]["eval/nan"] is None
+
+
+def nan_at(step):
+    def batches(i):
+        batch = make_batch(i)
+        if i == step:
+            batch["y"][2] = np.nan
+        return batch
+
+    return batches
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+@pytest.mark.parametrize("step", [0, 4, 6])
+def test_a_nan_stops_at_its_step(tmp_path, steps_per_call, step):
+    with pytest.raises(NonFiniteError, match=rf"absolute .* at step {step}; .*finite in 'y'") as e:
+        train(tmp_path, nan_at(step), steps_per_call=steps_per_call)
+    saved = Checkpoints(tmp_path / "checkpoints").steps()
+    assert all(s <= step for s in saved)
+    assert f"last good checkpoint: {f'step {saved[-1]}' if saved else 'none'}" in str(e.value)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == step
+    if saved:  # what was saved is what the steps before the NaN made
+        _, state = Checkpoints(tmp_path / "checkpoints").restore(start())
+        expected, one = start(), make_step()
+        for i in range(saved[-1]):
+            expected, _ = one(expected, make_batch(i))
+        close(state, expected)
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    broken = optax.chain(optax.sgd(1.0), optax.scale(np.inf))
+    state = init_state(make_params(), broken, jax.random.key(0))
+    checkpoints = Checkpoints(tmp_path / "c")
+    with pytest.raises(NonFiniteError, match="parameter in/b is not finite after 1 steps"):
+        fit(
+            state,
+            make_step(optimizer=broken),
+            make_batch,
+            steps=1,
+            folder=tmp_path,
+            checkpoints=checkpoints,
+        )
+    assert checkpoints.steps() == []
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_stops(tmp_path, name):
+    def batches(i):
+        if i == 3:
+            os.kill(os.getpid(), signal.Signals[name])
+        return make_batch(i)
+
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Stopped, match=f"{name} at step 4 of 7, the state is saved") as stopped:
+        train(tmp_path, batches, save_every=100)
+    assert stopped.value.code == 0
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+    step, state = Checkpoints(tmp_path / "checkpoints").restore(start())
+    assert step == 4
+    resumed = fit(state, make_step(), make_batch, steps=7, folder=tmp_path)
+    equal(resumed, train(tmp_path / "whole"))
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(7))
+
+
+def test_lost_data_saves_first(tmp_path):
+    def batches(i):
+        if i == 5:
+            raise FileNotFoundError("the data folder is gone")
+        return make_batch(i)
+
+    with pytest.raises(FileNotFoundError) as error:
+        train(tmp_path, batches, save_every=100)
+    assert error.value.__notes__ == ["the state of step 5 is saved: mend this, then resume"]
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [5]
+
+
+def test_nothing_left_to_do(tmp_path):
+    state = start()
+    assert fit(state, make_step(), make_batch, steps=0, folder=tmp_path) is state
+
+
+def test_log_drops_what_is_written_again_and_torn_lines(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in range(4):
+        log.write(step, {"loss": 1.0})
+    log.write(4, {"eval/bound": 2.0})
+    log.write(4, {"loss": 1.0})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    MetricsLog(tmp_path, start=4).close()
+    kept = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in kept] == [0, 1, 2, 3, 4]
+    assert "eval/bound" in kept[-1]
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    train(tmp_path, steps=2, tensorboard=True)
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match="tensorboardX is not installed: install the extra"):
+        train(tmp_path / "other", tensorboard=True)
+
+
+def test_bad_input(tmp_path, unchecked):
+    for name in ("save_every", "steps_per_call", "log_every"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            fit(start(), make_step(), make_batch, folder=tmp_path, **{"steps": 3, name: 0})
+    with pytest.raises(TypeError, match=r"steps must be an integer, got 2\.5"):
+        fit(start(), make_step(), make_batch, folder=tmp_path, steps=2.5)
