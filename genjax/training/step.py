@@ -77,7 +77,6 @@ def make_train_step(
     same leading axis. The batch must divide by devices x accumulate (ValueError). Several
     processes pass their own shares of the batch. The compiled program is `.compiled`.
     """
-    checks.integer("steps_per_call", steps_per_call, 1)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return train_step(
@@ -102,12 +101,17 @@ def compile_step(
     pmap: bool = False,
     steps_per_call: int = 1,
     accumulate: int = 1,
+    batch_axis: int = 0,
 ) -> Callable[[Any, Batch], tuple[Any, Metrics]]:
-    """Compile any pure (state, batch) -> (state, metrics) for a mesh, see `make_train_step`."""
+    """Compile any pure (state, batch) -> (state, metrics) for a mesh, see `make_train_step`.
+
+    batch_axis: the axis of the batch that counts examples, where it is not the first.
+    """
+    checks.integer("steps_per_call", steps_per_call, 1)
     mesh = parallel.data_mesh() if mesh is None else mesh
     devices = mesh.devices.size
     several = steps_per_call > 1
-    axis = 1 if several else 0
+    axis = batch_axis + several
     program = (lambda state, batches: jax.lax.scan(step, state, batches)) if several else step
 
     whole, split = parallel.replicated(mesh), parallel.sharded(mesh, axis)
@@ -188,9 +192,14 @@ def mean_loss(
         raise ValueError(
             f"loss_fn must return one loss per example, [batch], got shape {jnp.shape(losses)}"
         )
+    return reduce_terms(losses, aux)
+
+
+def reduce_terms(losses: Any, aux: Metrics) -> tuple[Any, Metrics]:
+    """Take the means of the losses and of each term, in float32 at least."""
     for name in RESERVED:
         if name in aux:
-            raise ValueError(f"aux of loss_fn must not use the name {name!r}: the step reports it")
+            raise ValueError(f"aux of a loss must not use the name {name!r}: the step reports it")
     loss = jnp.mean(at_least_float32(losses))
     terms = {name: jnp.mean(at_least_float32(term)) for name, term in aux.items()}
     return loss, {"loss": loss, **terms}
