@@ -1,0 +1,192 @@
+"""Sampling: one scan of a pure step over a grid of times, or an adaptive probability flow.
+
+Sample i is a function of (key, i): every draw folds the step and the sample's index into the key,
+so that a batch, its chunks and its shards agree.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from genjax import checks
+from genjax.diffusion.denoising import check_times
+from genjax.diffusion.schedules import Process
+from genjax.diffusion.steps import DenoiseAt, Move, StepFn, dpm_solver_step, heun_step
+from genjax.numerics import at_least_float32
+from genjax.typing import DenoiserFn, PRNGKey
+
+Index = int | Int[Array, ""]
+
+
+def indexed_normal(
+    key: PRNGKey, shape: Sequence[int], first_index: Index = 0, dtype: jnp.dtype | None = None
+) -> Float[Array, "batch *event"]:
+    """Standard normals [batch, *event]: row i depends on (key, first_index + i) alone."""
+    rows = jnp.asarray(first_index, jnp.uint32) + jnp.arange(shape[0], dtype=jnp.uint32)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+    dtype = jnp.zeros(()).dtype if dtype is None else dtype
+    return jax.vmap(lambda k: jax.random.normal(k, tuple(shape[1:]), dtype))(keys)
+
+
+def initial_noise(
+    key: PRNGKey, shape: Sequence[int], *, process: Process, first_index: Index = 0
+) -> Float[Array, "batch *event"]:
+    """The start of every sampler: N(0, sigma(t_max)^2 I), not N(0, I), at the process' last time.
+
+    (The notes start variance-exploding Algorithms 3 and 4 from N(0, I), a slip.)
+    """
+    noise = indexed_normal(jax.random.fold_in(key, 0), shape, first_index)
+    return process.sigma(process.t_max) * noise
+
+
+def sample(
+    denoise: DenoiserFn,
+    key: PRNGKey,
+    shape: Sequence[int],
+    *,
+    process: Process,
+    times: Float[Array, " steps_plus_one"],
+    step: StepFn = heun_step,
+    x_init: Float[Array, "batch *event"] | None = None,
+    first_index: Index = 0,
+) -> Float[Array, "batch *event"]:
+    """Draw samples [batch, *event]: fold `step` over the decreasing `times` in one scan.
+
+    `denoise` maps (x_t [batch, *event], t [batch]) to E[x_0 | x_t]. `x_init` at times[0] replaces
+    the draw from N(0, sigma(t_max)^2 I). Where the times end at 0 the last step returns the
+    denoised mean; where they end above, a sample of that noise level. `first_index` is the index
+    of row 0: chunks that state it agree with the whole. Options of a step come by
+    `functools.partial`, for example partial(ddim_step, eta=1.0). Raises where times do not
+    decrease within [0, t_max], are too few, or the denoiser changes the shape.
+    """
+    return _fold(denoise, key, shape, process, times, step, x_init, first_index, False)
+
+
+def trajectory(
+    denoise: DenoiserFn,
+    key: PRNGKey,
+    shape: Sequence[int],
+    *,
+    process: Process,
+    times: Float[Array, " steps_plus_one"],
+    step: StepFn = heun_step,
+    x_init: Float[Array, "batch *event"] | None = None,
+    first_index: Index = 0,
+) -> Float[Array, "steps_plus_one batch *event"]:
+    """The states of `sample` at every time, the start first."""
+    return _fold(denoise, key, shape, process, times, step, x_init, first_index, True)
+
+
+def _fold(
+    denoise: DenoiserFn,
+    key: PRNGKey,
+    shape: Sequence[int],
+    process: Process,
+    times: Array,
+    step: StepFn,
+    x_init: Array | None,
+    first_index: Index,
+    keep: bool,
+) -> Array:
+    shape = tuple(shape)
+    checks.at_least("number of axes of shape", len(shape), 1)
+    _check_grid(times, step, process)
+    if x_init is None:
+        x_init = initial_noise(key, shape, process=process, first_index=first_index)
+    checks.shape("x_init", x_init, shape)
+    x_init = at_least_float32(x_init)
+    times = times.astype(x_init.dtype)
+    denoise_at = at_one_time(denoise)
+
+    def body(carry: tuple, now: tuple) -> tuple:
+        x, previous = carry
+        t, s, number = now
+        step_key = jax.random.fold_in(key, number + 1)
+
+        def draw(n: int) -> Array:
+            return indexed_normal(jax.random.fold_in(step_key, n), shape, first_index, x.dtype)
+
+        moved, denoised = step(denoise_at, x, Move(t, s, process, draw, *previous))
+        moved = moved.astype(x.dtype)
+        return (moved, (denoised, t)), (moved if keep else None)
+
+    start = (x_init, (jnp.zeros_like(x_init), times[0]))
+    numbers = jnp.arange(times.shape[0] - 1)
+    (x, _), states = jax.lax.scan(body, start, (times[:-1], times[1:], numbers))
+    return jnp.concatenate([x_init[None], states]) if keep else x
+
+
+def at_one_time(denoise: DenoiserFn) -> DenoiseAt:
+    """The denoiser at a scalar time, its output checked and cast to the state's dtype."""
+
+    def at(x: Array, t: Array) -> Array:
+        value = denoise(x, jnp.broadcast_to(t, x.shape[:1]).astype(x.dtype))
+        if value.shape != x.shape:
+            raise ValueError(f"denoiser must keep the shape {x.shape}, it returned {value.shape}")
+        return value.astype(x.dtype)
+
+    return at
+
+
+def _check_grid(times: Array, step: StepFn, process: Process) -> None:
+    checks.rank("times", times, 1)
+    least = 2 if getattr(step, "func", step) is dpm_solver_step else 1
+    if times.shape[0] < least + 1:
+        raise ValueError(
+            f"times must hold at least {least + 1} values for this solver ({least} steps), "
+            f"got {times.shape[0]}"
+        )
+    check_times(times, process, "times")
+    if checks.is_concrete(times):
+        checks.positive("decrease of times from step to step", -jnp.diff(times))
+
+
+def sample_adaptive(
+    denoise: DenoiserFn,
+    key: PRNGKey,
+    shape: Sequence[int],
+    *,
+    process: Process,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_steps: int = 4096,
+    x_init: Float[Array, "batch *event"] | None = None,
+    first_index: Index = 0,
+) -> Float[Array, "batch *event"]:
+    """Samples of the probability flow, integrated by Dormand-Prince with adaptive steps (diffrax).
+
+    dy/du = y - D, y = x / alpha, u = log(sigma / alpha), from t_max to t_min, then the denoised
+    mean. Every sample has its own step sizes. Needs the extra `ode`.
+    """
+    import diffrax
+
+    checks.positive("rtol", rtol)
+    checks.positive("atol", atol)
+    if x_init is None:
+        x_init = initial_noise(key, shape, process=process, first_index=first_index)
+    checks.shape("x_init", x_init, tuple(shape))
+    x_init = at_least_float32(x_init)
+    denoise_at = at_one_time(denoise)
+    start, stop = (jnp.log(process.noise_ratio(t)) for t in (process.t_max, process.t_min))
+
+    def denoised(u: Array, y: Array) -> Array:
+        t = process.time_of_log_snr(-2 * u)
+        return denoise_at((process.alpha(t) * y)[None], t)[0]
+
+    def solve(y: Array) -> Array:
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda u, y, _: y - denoised(u, y)),
+            diffrax.Dopri5(),
+            start,
+            stop,
+            None,
+            y,
+            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+            max_steps=max_steps,
+        )
+        assert solution.ys is not None
+        return denoised(stop, solution.ys[0])
+
+    return jax.vmap(solve)(x_init / process.alpha(process.t_max))

@@ -1,0 +1,203 @@
+"""One step of each sampler, from time t to an earlier time s: pure, one function a method.
+
+Most methods are stated in y = x / alpha and the clock l = sigma / alpha, in which every process is
+variance exploding: dy/dl = (y - D) / l is the probability flow. A step to s = 0 returns the
+denoised mean, without noise.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from genjax.diffusion.discrete import posterior
+from genjax.diffusion.schedules import Process, Scalar
+
+# The denoiser at one time for the whole batch: (x [batch, *event], t []) -> [batch, *event].
+DenoiseAt: TypeAlias = Callable[[Array, Array], Array]
+# n -> the n-th standard normal of this step, shaped like x.
+Draw: TypeAlias = Callable[[int], Array]
+
+
+class Move(NamedTuple):
+    """What a step knows besides x: from t to s, the process, the noise, the step before."""
+
+    t: Array
+    s: Array
+    process: Process
+    draw: Draw
+    denoised_before: Array
+    t_before: Array
+
+
+# (denoise, x at t, move) -> (x at s, denoised mean at t)
+StepFn: TypeAlias = Callable[[DenoiseAt, Array, Move], tuple[Array, Array]]
+
+
+def euler_maruyama_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:
+    """y' = y + (l_s^2 - l_t^2) / l_t^2 (y - D) + sqrt(l_t^2 - l_s^2) z.
+
+    Euler-Maruyama for the reverse SDE in the clock l^2: Algorithm 3 of the notes, Song et al. 2021,
+    eq. 46. The noise is dropped at s = 0, where it would stay in the sample.
+    """
+    t, s, process = move.t, move.s, move.process
+    y, level, next_level = x / process.alpha(t), process.noise_ratio(t), process.noise_ratio(s)
+    denoised = denoise(x, t)
+    shrink = (next_level / level) ** 2
+    noise = jnp.where(next_level > 0, level * jnp.sqrt(1 - shrink), 0.0)
+    y = y + (shrink - 1) * (y - denoised) + noise * move.draw(0)
+    return process.alpha(s) * y, denoised
+
+
+def ancestral_step(
+    denoise: DenoiseAt,
+    x: Array,
+    move: Move,
+    /,
+    *,
+    mix: Scalar = 0.0,
+) -> tuple[Array, Array]:
+    """Draw x_s from q(x_s | x_t, x_0 = D): Algorithm 4 of the notes; DDPM (Ho et al. 2020).
+
+    The variance is beta^mix beta~^(1 - mix) (Nichol & Dhariwal 2021, eq. 15): 0 is the posterior
+    variance beta~ = r v (`posterior`), which vanishes at s = 0; 1 is the forward variance.
+    """
+    t, s, process = move.t, move.s, move.process
+    moments = posterior(process, t, s)
+    denoised = denoise(x, t)
+    last = moments.variance <= 0
+    shrink = jnp.where(last, 1.0, moments.variance / moments.forward_variance)
+    variance = jnp.where(last, 0.0, moments.forward_variance * shrink ** (1 - mix))
+    mean = moments.x0_coef * denoised + moments.xt_coef * x
+    return mean + jnp.sqrt(variance) * move.draw(0), denoised
+
+
+def ddpm_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:
+    """DDPM with variance beta, the forward one (Ho et al. 2020, Algorithm 2)."""
+    return ancestral_step(denoise, x, move, mix=1.0)
+
+
+def ddim_step(
+    denoise: DenoiseAt,
+    x: Array,
+    move: Move,
+    /,
+    *,
+    eta: Scalar = 0.0,
+) -> tuple[Array, Array]:
+    """x' = alpha_s D + sqrt(sigma_s^2 - u^2) eps + u z, u^2 = eta^2 beta~.
+
+    DDIM (Song, Meng & Ermon 2021, eqs 12 and 16). eta = 0 is Euler's method for the probability
+    flow in the clock l; eta = 1 is `ancestral_step`.
+    """
+    t, s, process = move.t, move.s, move.process
+    denoised = denoise(x, t)
+    eps = (x - process.alpha(t) * denoised) / process.sigma(t)
+    added = eta**2 * posterior(process, t, s).variance
+    kept = jnp.sqrt(jnp.maximum(process.variance(s) - added, 0.0))
+    x = process.alpha(s) * denoised + kept * eps
+    if not (isinstance(eta, int | float) and eta == 0):
+        x = x + jnp.sqrt(added) * move.draw(0)
+    return x, denoised
+
+
+def euler_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:
+    """x' = x + (s - t) (f x - g^2 score / 2): Euler for the probability flow in t itself.
+
+    Song et al. 2021, eq. 13, with f and g^2 from the process by differentiation.
+    """
+    t, s, process = move.t, move.s, move.process
+    denoised = denoise(x, t)
+    score = (process.alpha(t) * denoised - x) / process.variance(t)
+    slope = process.drift(t) * x - 0.5 * process.diffusion_squared(t) * score
+    return jnp.where(s > 0, x + (s - t) * slope, denoised), denoised
+
+
+def heun_step(
+    denoise: DenoiseAt,
+    x: Array,
+    move: Move,
+    /,
+    *,
+    churn: Scalar = 0.0,
+    churn_min: Scalar = 0.0,
+    churn_max: Scalar = math.inf,
+    noise_scale: Scalar = 1.0,
+) -> tuple[Array, Array]:
+    """Heun's method in the clock l, after raising the noise (Karras et al. 2022, Algorithms 1, 2).
+
+    `churn` is their S_churn / N: inside [churn_min, churn_max] the level is first raised to
+    l (1 + min(churn, sqrt 2 - 1)), at most to that of t_max, with noise of scale `noise_scale`.
+    churn = 0 is deterministic. Two calls of the denoiser, one where s = 0.
+    """
+    t, s, process = move.t, move.s, move.process
+    y, level, next_level = x / process.alpha(t), process.noise_ratio(t), process.noise_ratio(s)
+    if not (isinstance(churn, int | float) and churn == 0):
+        inside = (level >= churn_min) & (level <= churn_max)
+        gamma = jnp.where(inside, jnp.minimum(churn, math.sqrt(2) - 1), 0.0)
+        raised = jnp.minimum(level * (1 + gamma), process.noise_ratio(process.t_max))
+        added = jnp.maximum(raised**2 - level**2, 0.0)
+        y = y + noise_scale * jnp.sqrt(added) * move.draw(0)
+        t = jnp.where(raised > level, process.time_of_noise_ratio(raised), t)
+        level = jnp.where(raised > level, raised, level)
+    denoised = denoise(process.alpha(t) * y, t)
+    slope = (y - denoised) / level
+    euler = y + (next_level - level) * slope
+
+    def corrected() -> Array:
+        end = (euler - denoise(process.alpha(s) * euler, s)) / next_level
+        return y + (next_level - level) * 0.5 * (slope + end)
+
+    y = jax.lax.cond(next_level > 0, corrected, lambda: denoised)
+    return process.alpha(s) * y, denoised
+
+
+def dpm_solver_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:
+    """DPM-Solver++(2M): second order in log(alpha / sigma) from the last two denoised means.
+
+    x' = sigma_s / sigma_t x - alpha_s (e^-h - 1) D', D' = D + h / (2 h_prev) (D - D_prev); first
+    order at the first step and at s = 0 (Lu et al. 2022, Algorithm 2).
+    """
+    t, s, process = move.t, move.s, move.process
+    denoised = denoise(x, t)
+    lambda_t, lambda_s = 0.5 * process.log_snr(t), 0.5 * process.log_snr(s)
+    h, h_before = lambda_s - lambda_t, lambda_t - 0.5 * process.log_snr(move.t_before)
+    second = (h_before > 0) & (process.sigma(s) > 0)
+    weight = jnp.where(second, 0.5 * h / jnp.where(h_before > 0, h_before, 1.0), 0.0)
+    target = denoised + weight * (denoised - move.denoised_before)
+    x = process.sigma(s) / process.sigma(t) * x - process.alpha(s) * jnp.expm1(-h) * target
+    return x, denoised
+
+
+def predictor_corrector_step(
+    denoise: DenoiseAt,
+    x: Array,
+    move: Move,
+    /,
+    *,
+    predictor: StepFn = ancestral_step,
+    corrections: int = 1,
+    snr: Scalar = 0.16,
+) -> tuple[Array, Array]:
+    """A predictor, then Langevin steps x += d score + sqrt(2 d) z at s, d = 2 (snr sigma_s)^2.
+
+    Song et al. 2021, Algorithms 4 and 5. The paper's step size has |z| / |score| averaged over the
+    batch in place of sigma_s, which is about its value; sigma_s keeps one sample independent of the
+    others. No correction at s = 0.
+    """
+    s, process = move.s, move.process
+    x, denoised = predictor(denoise, x, move)
+    size = 2 * (snr * process.sigma(s)) ** 2
+
+    def corrected() -> Array:
+        moved = x
+        for n in range(corrections):
+            mean = process.alpha(s) * denoise(moved, s)
+            score = (mean - moved) / process.variance(s)
+            moved = moved + size * score + jnp.sqrt(2 * size) * move.draw(n + 1)
+        return moved
+
+    return jax.lax.cond(s > 0, corrected, lambda: x), denoised

@@ -1,0 +1,62 @@
+"""Training times: how t is drawn, evenly spread over the batch."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from genjax import checks
+from genjax.diffusion.schedules import Process, Scalar
+from genjax.typing import PRNGKey
+
+# (key, batch size) -> times [batch]
+TimesFn: TypeAlias = Callable[[PRNGKey, int], Array]
+
+
+def low_discrepancy(key: PRNGKey, num: int) -> Float[Array, " num"]:
+    """num points (u + i / n) mod 1: each uniform on [0, 1), together evenly spread.
+
+    One uniform shift serves the whole batch (Kingma et al. 2021, App. I), which cuts the variance
+    of a loss over times.
+    """
+    checks.integer("num", num, 1)
+    return (jax.random.uniform(key) + jnp.arange(num) / num) % 1.0
+
+
+def uniform_times(process: Process, *, spread: bool = True) -> TimesFn:
+    """Times uniform in [t_min, t_max]; evenly spread over the batch unless `spread` is False."""
+
+    def times(key: PRNGKey, num: int) -> Array:
+        u = low_discrepancy(key, num) if spread else jax.random.uniform(key, (num,))
+        return jnp.clip(
+            process.t_min + u * (process.t_max - process.t_min), process.t_min, process.t_max
+        )
+
+    return times
+
+
+def discrete_times(num_steps: int) -> TimesFn:
+    """Times uniform in {1/T, 2/T, ..., 1}: DDPM's steps, evenly spread over the batch."""
+    checks.integer("num_steps", num_steps, 1)
+    return lambda key, num: (jnp.floor(low_discrepancy(key, num) * num_steps) + 1) / num_steps
+
+
+def edm_times(
+    process: Process, *, mean: Scalar = -1.2, std: Scalar = 1.2, spread: bool = True
+) -> TimesFn:
+    """Times at which log(sigma / alpha) ~ N(mean, std^2), clipped to the process' range.
+
+    Karras et al. 2022, Table 1.
+    """
+    checks.positive("std", std)
+
+    def times(key: PRNGKey, num: int) -> Array:
+        u = low_discrepancy(key, num) if spread else jax.random.uniform(key, (num,))
+        eps = jnp.finfo(u.dtype).eps
+        log_ratio = mean + std * jax.scipy.special.ndtri(jnp.clip(u, eps, 1 - eps))
+        t = process.time_of_noise_ratio(jnp.exp(log_ratio))
+        return jnp.clip(t, process.t_min, process.t_max)
+
+    return times

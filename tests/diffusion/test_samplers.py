@@ -1,0 +1,278 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from genjax import diffusion as gd
+from tests.diffusion.oracles import fixture_mixture, flow_of_vp, reference
+from tests.diffusion.test_mixture import pure_mixture
+
+STEPS = {
+    "euler_maruyama": gd.euler_maruyama_step,
+    "ancestral": gd.ancestral_step,
+    "ddpm": gd.ddpm_step,
+    "ddim": gd.ddim_step,
+    "ddim_eta": partial(gd.ddim_step, eta=0.5),
+    "euler": gd.euler_step,
+    "heun": gd.heun_step,
+    "heun_churn": partial(gd.heun_step, churn=0.2, churn_min=0.05, churn_max=50.0),
+    "dpm_solver": gd.dpm_solver_step,
+    "predictor_corrector": partial(gd.predictor_corrector_step, snr=0.16),
+}
+
+
+def replay(step, denoise, process, times, noise):
+    """Run the steps with given noises: noise[0] is the start, noise[k + 1] that of step k."""
+
+    def body(carry, now):
+        x, before = carry
+        t, s, z = now
+
+        def at(x, t):
+            return denoise(x, jnp.full(x.shape[:1], t))
+
+        moved, denoised = step(at, x, gd.Move(t, s, process, lambda _: z, *before))
+        return (moved, (denoised, t)), moved
+
+    start = process.sigma(times[0]) * noise[0]
+    carry = (start, (jnp.zeros_like(start), times[0]))
+    _, states = jax.lax.scan(body, carry, (times[:-1], times[1:], noise[1:]))
+    return jnp.concatenate([start[None], states])
+
+
+def test_algorithms_3_and_4_of_the_notes(x64):
+    data = reference("ve_samplers")
+    times = jnp.array(data["inputs"]["sigmas"][::-1])
+    noise = jnp.array(data["inputs"]["noise"])
+    denoise = gd.mixture_denoiser(pure_mixture(), process=gd.EDM(t_max=10.0))
+
+    @jax.jit
+    def run(noise):
+        return [
+            replay(step, denoise, gd.EDM(t_max=10.0), times, noise)
+            for step in (gd.euler_maruyama_step, gd.ancestral_step)
+        ]
+
+    euler, ancestral = run(noise)
+    expected = data["expected"]
+    np.testing.assert_allclose(euler[:-1], expected["em_trajectory"][:-1], rtol=1e-10)
+    np.testing.assert_allclose(euler[-1], expected["em_denoise_last"], rtol=1e-9)
+    np.testing.assert_allclose(ancestral, expected["ancestral_trajectory"], rtol=1e-9)
+
+
+def test_ddpm_and_ddim_on_given_noise(x64):
+    data = reference("ddpm_ancestral_trajectory")
+    process = gd.discrete(jnp.array(data["inputs"]["beta"]))
+    num = process.num_steps
+    times = jnp.linspace(1.0, 0.0, num + 1)
+    noise = jnp.array(data["inputs"]["noise"])
+    # The reference starts from N(0, I), the sampler from N(0, sigma_T^2 I).
+    noise = noise.at[0].divide(process.sigma(1.0))
+    denoise = gd.mixture_denoiser(pure_mixture(), process=process)
+
+    @jax.jit
+    def run(noise):
+        steps = (gd.ancestral_step, gd.ddpm_step, partial(gd.ddim_step, eta=1.0))
+        return [replay(step, denoise, process, times, noise) for step in steps]
+
+    ancestral, ddpm, ddim = run(noise)
+    small = data["expected"]["trajectory_beta_tilde"]
+    np.testing.assert_allclose(ancestral, small, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(ddim, small, rtol=1e-9, atol=1e-12)
+    large = data["expected"]["trajectory_beta"]
+    np.testing.assert_allclose(ddpm, large, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step", "spacing", "order", "few"),
+    [
+        (gd.euler_step, "uniform", 1, 200),
+        (gd.ddim_step, "log_snr", 1, 32),
+        (gd.heun_step, "log_snr", 2, 32),
+        (gd.dpm_solver_step, "log_snr", 2, 32),
+    ],
+    ids=["euler", "ddim", "heun", "dpm_solver"],
+)
+def test_deterministic_samplers_converge_at_their_order(step, spacing, order, few, x64):
+    """Against the flow of the exact score by DOP853, from the same start."""
+    process = gd.VariancePreserving(t_min=0.02)
+    start = np.random.default_rng(1).normal(size=(32, 2))
+    expected = flow_of_vp(fixture_mixture(), start, 1.0, 0.02)
+    denoise = gd.mixture_denoiser(pure_mixture(), process=process)
+    errors = []
+    for num in (few, 2 * few):
+        times = gd.time_grid(process, num, spacing=spacing, to_zero=False)
+        x = gd.sample(
+            denoise,
+            jax.random.key(0),
+            (32, 2),
+            process=process,
+            times=times,
+            step=step,
+            x_init=jnp.array(start),
+        )
+        errors.append(float(np.sqrt(np.mean((x - expected) ** 2))))
+    assert errors[1] < 0.05
+    np.testing.assert_allclose(np.log2(errors[0] / errors[1]), order, atol=0.2)
+
+
+def test_adaptive_flow_ends_where_the_flow_does(x64):
+    process = gd.VariancePreserving(t_min=0.001)
+    start = np.random.default_rng(1).normal(size=(6, 2))
+    end = flow_of_vp(fixture_mixture(), start, 1.0, 0.001)
+    denoise = gd.mixture_denoiser(pure_mixture(), process=process)
+    expected = denoise(jnp.array(end), jnp.full(6, 0.001))
+    x = gd.sample_adaptive(
+        denoise,
+        jax.random.key(0),
+        (6, 2),
+        process=process,
+        rtol=1e-8,
+        atol=1e-8,
+        x_init=jnp.array(start),
+    )
+    np.testing.assert_allclose(x, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_laws_of_the_samplers(name):
+    """Mean and covariance of the mixture, within Monte Carlo error and the method's own bias."""
+    num, oracle = 8192, fixture_mixture()
+    process = gd.EDM(t_max=20.0) if name != "ddpm" else gd.VariancePreserving(t_min=1e-3)
+    # The first-order methods have a bias of order 1 / steps.
+    steps = {"ddpm": 400, "euler_maruyama": 400, "ancestral": 400, "ddim_eta": 200}.get(name, 100)
+    spacing = "edm"
+    if name == "euler":
+        steps, process, spacing = 500, gd.VariancePreserving(t_min=1e-3), "uniform"
+    times = gd.time_grid(process, steps, spacing=spacing)
+    mixture = gd.GaussianMixture(*(jnp.float32(v) for v in vars(oracle).values()))
+    denoise = gd.mixture_denoiser(mixture, process=process)
+    draw = partial(gd.sample, denoise, shape=(num, 2), process=process, times=times)
+    x = np.asarray(jax.jit(partial(draw, step=STEPS[name]))(key=jax.random.key(3)))
+    error = x.mean(0) - oracle.mean
+    scale = np.sqrt(np.diag(oracle.covariance) / num)
+    assert np.all(np.abs(error) < 4 * scale), error / scale
+    centred = (x - oracle.mean)[:, :, None] * (x - oracle.mean)[:, None, :]
+    error = centred.mean(0) - oracle.covariance
+    scale = centred.std(0) / np.sqrt(num)
+    assert np.all(np.abs(error) < 4 * scale + 0.005), error / scale
+    # Not only the moments: the log density under the model has the right mean.
+    log_prob, _ = oracle.log_prob_and_score(x)
+    rng = np.random.default_rng(0)
+    which = rng.choice(3, size=num, p=oracle.weights)
+    factors = np.linalg.cholesky(oracle.covariances)[which]
+    exact = oracle.means[which] + np.einsum("nij,nj->ni", factors, rng.normal(size=(num, 2)))
+    expected, _ = oracle.log_prob_and_score(exact)
+    spread = np.sqrt((log_prob.var() + expected.var()) / num)
+    assert abs(log_prob.mean() - expected.mean()) < 4 * spread + 0.02
+
+
+def test_the_start_has_the_process_scale(key):
+    """Algorithms 3 and 4 start from N(0, sigma_T^2 I): tested on the draw, which samples hide."""
+    for process, scale in [
+        (gd.VarianceExploding(0.01, 50.0), 50.0),
+        (gd.EDM(), 80.0),
+        (gd.VariancePreserving(), 1.0),
+    ]:
+        x = gd.trajectory(
+            lambda x, t: 0 * x,
+            key,
+            (4000, 2),
+            process=process,
+            times=gd.time_grid(process, 1),
+        )
+        assert x.shape == (2, 4000, 2)
+        np.testing.assert_allclose(x[0].std(), scale, rtol=0.03)
+        np.testing.assert_array_equal(x[1], 0)
+
+
+def _shrink(x, t):
+    return jnp.tanh(x / (1 + t[:, None] ** 2))
+
+
+@pytest.mark.parametrize("name", ["heun_churn", "predictor_corrector"])
+def test_sample_i_depends_on_the_key_and_i_alone(name, key):
+    process = gd.EDM()
+    draw = partial(
+        gd.sample, _shrink, process=process, times=gd.time_grid(process, 6), step=STEPS[name]
+    )
+    whole = np.asarray(jax.jit(lambda k: draw(k, (64, 2)))(key))
+    chunk = jax.jit(lambda k, first: draw(k, (16, 2), first_index=first))
+    chunks = np.concatenate([chunk(key, first) for first in range(0, 64, 16)])
+    np.testing.assert_allclose(chunks, whole, atol=1e-5)
+    one = jax.jit(lambda k, first: draw(k, (1, 2), first_index=first))
+    np.testing.assert_allclose(one(key, 37), whole[37:38], atol=1e-5)
+    start = partial(gd.initial_noise, process=process)
+    noise = jax.jit(partial(start, shape=(64, 2)))(key)
+    last = jax.jit(partial(start, shape=(1, 2), first_index=63))(key)
+    np.testing.assert_array_equal(noise[63:], last)
+    assert np.unique(whole[:, 0]).size == 64
+
+
+def test_eight_devices_draw_the_same_samples(key):
+    process = gd.EDM()
+    times = gd.time_grid(process, 6)
+
+    def draw(key):
+        return gd.sample(
+            _shrink, key, (64, 2), process=process, times=times, step=gd.ancestral_step
+        )
+
+    whole = np.asarray(jax.jit(draw)(key))
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    spread = jax.block_until_ready(jax.jit(draw, out_shardings=sharding)(key))
+    assert len(spread.sharding.device_set) == 8
+    np.testing.assert_allclose(np.asarray(spread), whole, atol=1e-5)
+
+
+def test_bfloat16_network_samples_without_nan(key):
+    def network(x, t):
+        return (x * 0.1).astype(jnp.bfloat16)
+
+    for process in (gd.EDM(), gd.VariancePreserving()):
+        denoise = gd.denoiser(network, process=process, prediction="edm")
+        x = gd.sample(denoise, key, (8, 3), process=process, times=gd.time_grid(process, 5))
+        assert x.dtype == jnp.float32
+        assert np.all(np.isfinite(x))
+
+
+def test_samples_have_gradients(key):
+    """Through the scan, with respect to a parameter of the denoiser: against differences."""
+    process = gd.EDM(t_max=2.0)
+
+    def mean(shift):
+        x = gd.sample(
+            lambda x, t: shift + 0 * x,
+            key,
+            (3, 1),
+            process=process,
+            times=gd.time_grid(process, 3),
+        )
+        return x.sum()
+
+    np.testing.assert_allclose(jax.grad(mean)(0.3), 3.0, rtol=1e-5)
+
+
+def test_bad_input(unchecked, key):
+    process = gd.VariancePreserving()
+
+    def run(denoise=lambda x, t: x, shape=(2, 3), step=gd.heun_step, times=None, **options):
+        times = gd.time_grid(process, 4) if times is None else times
+        return gd.sample(denoise, key, shape, process=process, times=times, step=step, **options)
+
+    with pytest.raises(ValueError, match="denoiser must keep the shape"):
+        run(lambda x, t: x[:, :2])
+    with pytest.raises(ValueError, match="times must lie in"):
+        run(times=jnp.array([2.0, 0.0]))
+    with pytest.raises(ValueError, match="decrease of times"):
+        run(times=jnp.array([0.5, 0.7, 0.0]))
+    with pytest.raises(ValueError, match=r"at least 3 values for this solver \(2 steps\)"):
+        run(step=gd.dpm_solver_step, times=jnp.array([1.0, 0.0]))
+    with pytest.raises(ValueError, match="times must hold at least 2"):
+        run(times=jnp.array([1.0]))
+    with pytest.raises(ValueError, match="x_init must have shape"):
+        run(x_init=jnp.ones((3, 3)))
