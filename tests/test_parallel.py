@@ -1,6 +1,11 @@
 """One device, jit over eight, pmap over eight: the same SGD parameters (Adam hides a factor)."""
 
 import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -9,7 +14,15 @@ import numpy as np
 import optax
 import pytest
 
-from genjax.training import data_mesh, init_state, make_train_step, shard_batch, train_step
+from genjax.training import (
+    Checkpoints,
+    data_mesh,
+    init_state,
+    initialize_distributed,
+    make_train_step,
+    shard_batch,
+    train_step,
+)
 
 from .training.problem import make_batch, make_params, noisy_loss, plain_loss, stack
 
@@ -84,3 +97,68 @@ def test_shard_batch_splits_over_the_devices():
     np.testing.assert_array_equal(batch["x"], make_batch(0)["x"])
     with pytest.raises(ValueError, match="got 12"):
         shard_batch(data_mesh(), make_batch(0, size=12))
+
+
+def test_two_processes_equal_one_device(key, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    root = Path(__file__).parents[1]
+    running = []
+    for index in range(2):
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+        }
+        command = [sys.executable, "-m", "tests.training.process", str(tmp_path), str(STEPS)]
+        running.append(
+            subprocess.Popen(
+                command,
+                cwd=root,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        texts = [process.communicate(timeout=120)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], texts
+
+    batches = [make_batch(i) for i in range(STEPS)]
+    one, _ = train(make_train_step(noisy_loss, SGD, mesh=data_mesh(1)), key, batches)
+    expected = jax.tree.leaves((one.params, one.ema))
+    for index in range(2):
+        with np.load(tmp_path / f"end-{index}.npz") as end:
+            assert (int(end["processes"]), int(end["devices"])) == (2, 4)
+            for i, value in enumerate(expected):
+                np.testing.assert_allclose(end[f"arr_{i}"], value, rtol=1e-6, atol=1e-6)
+    # What two processes wrote, one reads.
+    step, state = Checkpoints(tmp_path / "checkpoints").restore(one)
+    assert step == STEPS
+    close(state.params, one.params)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == STEPS  # by the first process alone
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, {}, r"give all three or none: coordinator \(JAX_COORD"),
+        ({"JAX_NUM_PROCESSES": "two"}, {}, "JAX_NUM_PROCESSES must be a whole number, got 'two'"),
+        ({}, {"coordinator": "a:1", "processes": 2, "process": 2}, r"in \[0, 1\], got 2"),
+    ],
+)
+def test_distributed_arguments(monkeypatch, unchecked, environment, arguments, message):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        initialize_distributed(**arguments)
