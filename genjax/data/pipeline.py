@@ -132,7 +132,7 @@ def check_arrays(
         if ranks is not None and name in ranks:
             checks.rank(name, array, ranks[name])
         # The sum of finite numbers overflows only where they are useless too; it needs no copy.
-        if is_float and not np.isfinite(np.sum(array, dtype=np.float64)):
+        if is_float and not np.isfinite(np.sum(np.asarray(array), dtype=np.float64)):
             checks.finite(name, array)
     return arrays
 

@@ -1,0 +1,191 @@
+"""Fidelity and variety of a sample against data: neighbourhoods, memorisation, two-sample tests."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from genjax import checks
+from genjax.metrics._pairs import (
+    Features,
+    MoreFeatures,
+    check_features,
+    kth_smallest,
+    map_row_blocks,
+    nan_unless_finite,
+    squared_distances,
+)
+from genjax.numerics import at_least_float32
+from genjax.typing import PRNGKey
+
+
+class PrecisionRecall(NamedTuple):
+    """Shares in [0, 1]."""
+
+    precision: Float[Array, ""]
+    recall: Float[Array, ""]
+
+
+class DensityCoverage(NamedTuple):
+    """Density (1 expected for equal laws, may exceed it) and coverage, a share in [0, 1]."""
+
+    density: Float[Array, ""]
+    coverage: Float[Array, ""]
+
+
+def precision_recall(real: Features, fake: MoreFeatures, *, k: int = 3) -> PrecisionRecall:
+    """Share of fakes inside the real manifold, and of reals inside that of the fakes.
+
+    A manifold is the union of closed balls around its points, each reaching to the k-th nearest
+    other point of its own sample. Kynkaanniemi et al. 2019, equations (1) and (2).
+
+    Distances are taken in the features' dtype (float32 at least), in blocks of rows. Raises
+    ValueError on NaN, different widths, fewer than k + 1 samples; under `jax.jit` NaN gives NaN.
+    """
+    _check_neighbours(k, real=real, fake=fake)
+    x, y = (at_least_float32(jnp.asarray(v)) for v in (real, fake))
+    radii_x, radii_y = kth_neighbour(x, k), kth_neighbour(y, k)
+
+    def block(rows: Array, index: Array) -> tuple[Array, Array]:
+        distances = squared_distances(rows, y)
+        # A filling row reaches nothing: its radius is below every distance.
+        radius = radii_x.at[index].get(mode="fill", fill_value=-1)
+        hit = jnp.any(distances <= radius[:, None], axis=0)
+        return hit, jnp.any(distances <= radii_y[None, :], axis=1)
+
+    (fakes_hit, reals_hit), valid = map_row_blocks(block, x, y.shape[0])
+    precision = jnp.mean(jnp.any(fakes_hit, axis=0), dtype=x.dtype)
+    recall = jnp.sum(reals_hit & valid, dtype=x.dtype) / x.shape[0]
+    return PrecisionRecall(*(nan_unless_finite(v, x, y) for v in (precision, recall)))
+
+
+def density_coverage(real: Features, fake: MoreFeatures, *, k: int = 5) -> DensityCoverage:
+    """Mean number of real balls around a fake over k, and share of real balls that hold a fake.
+
+    Balls reach to the k-th nearest other real point. Unlike precision, density is not raised by one
+    outlying real point. Naeem et al. 2020, equations (4) and (5).
+
+    Raises ValueError on NaN, different widths, fewer than k + 1 reals; under `jax.jit` NaN gives
+    NaN.
+    """
+    _check_neighbours(k, real=real)
+    check_features(1, real=real, fake=fake)
+    x, y = (at_least_float32(jnp.asarray(v)) for v in (real, fake))
+    radii = kth_neighbour(x, k)
+
+    def block(rows: Array, index: Array) -> tuple[Array, Array]:
+        radius = radii.at[index].get(mode="fill", fill_value=-1)
+        inside = squared_distances(rows, y) <= radius[:, None]
+        return jnp.sum(inside, dtype=x.dtype), jnp.any(inside, axis=1)
+
+    (counts, covered), _ = map_row_blocks(block, x, y.shape[0])
+    density = jnp.sum(counts) / (k * y.shape[0])
+    coverage = jnp.sum(covered, dtype=x.dtype) / x.shape[0]
+    return DensityCoverage(*(nan_unless_finite(v, x, y) for v in (density, coverage)))
+
+
+def kth_neighbour(x: Float[Array, "n d"], k: int) -> Float[Array, " n"]:
+    """Squared distance of each point to its k-th nearest other point, by running minima."""
+
+    def block(rows: Array, index: Array) -> Array:
+        own = index[:, None] == jnp.arange(x.shape[0])[None]
+        return kth_smallest(jnp.where(own, jnp.inf, squared_distances(rows, x)), k)
+
+    return map_row_blocks(block, x, x.shape[0])[0].reshape(-1)[: x.shape[0]]
+
+
+def nearest_distance(x: Float[Array, "n d"], to: Float[Array, "m d"]) -> Float[Array, " n"]:
+    """Squared distance of each x to the nearest of `to`."""
+    blocks, _ = map_row_blocks(
+        lambda rows, index: jnp.min(squared_distances(rows, to), axis=1), x, to.shape[0]
+    )
+    return blocks.reshape(-1)[: x.shape[0]]
+
+
+def memorisation_share(
+    train: Features, test: MoreFeatures, samples: Any, *, quantile: float = 0.01
+) -> Float[Array, ""]:
+    """Share of samples closer to a training point than the closest 1% of test points are.
+
+    The threshold is the `quantile` of the test points' distances to their nearest training point:
+    a model that has the law of the test data scores about `quantile`, one that copies scores 1.
+
+    Raises ValueError on NaN, different widths, a quantile outside [0, 1]; under `jax.jit` NaN gives
+    NaN.
+    """
+    check_features(1, train=train, test=test, samples=samples)
+    checks.between("quantile", quantile, 0, 1)
+    a, b, c = (at_least_float32(jnp.asarray(v)) for v in (train, test, samples))
+    threshold = jnp.quantile(nearest_distance(b, a), quantile)
+    share = jnp.mean(nearest_distance(c, a) < threshold, dtype=a.dtype)
+    return nan_unless_finite(share, a, b, c)
+
+
+class TwoSampleTest(NamedTuple):
+    """Accuracy of the classifier on held-out points (1/2 for equal laws), and its p-value."""
+
+    accuracy: Float[Array, ""]
+    p_value: Float[Array, ""]
+
+
+def classifier_two_sample(
+    key: PRNGKey, real: Features, fake: MoreFeatures, *, k: int | None = None
+) -> TwoSampleTest:
+    """Test whether a k-nearest-neighbour classifier tells fresh fakes from fresh reals.
+
+    Both samples are cut to the smaller size and split in two at random; the classifier votes among
+    the k nearest points of the first half (default: the root of their number, made odd) and is
+    scored on the second. Under equal laws the accuracy is N(1/2, 1 / (4 n_test)) for large n_test.
+    Lopez-Paz, Oquab 2017, section 3.
+
+    Raises ValueError on NaN, different widths, fewer than 4 samples; under `jax.jit` NaN gives NaN.
+    """
+    check_features(4, real=real, fake=fake)
+    x, y = (at_least_float32(jnp.asarray(v)) for v in (real, fake))
+    size = min(x.shape[0], y.shape[0])
+    half = size // 2
+    k = 2 * (math.isqrt(2 * half) // 2) + 1 if k is None else k
+    checks.integer("k", k, least=1)
+    checks.between("k", k, 1, 2 * half)
+    key_x, key_y = jax.random.split(key)
+    x = x[jax.random.permutation(key_x, x.shape[0])[:size]]
+    y = y[jax.random.permutation(key_y, y.shape[0])[:size]]
+    known = jnp.concatenate([x[:half], y[:half]])
+    fresh = jnp.concatenate([x[half:], y[half:]])
+    is_real = jnp.arange(2 * half) < half
+
+    def block(rows: Array, index: Array) -> Array:
+        _, nearest = jax.lax.top_k(-squared_distances(rows, known), k)
+        return jnp.mean(is_real[nearest], axis=1, dtype=x.dtype)
+
+    votes = map_row_blocks(block, fresh, 2 * half)[0].reshape(-1)[: fresh.shape[0]]
+    # A tie, possible for even k, is half a point.
+    right = jnp.where(jnp.arange(fresh.shape[0]) < size - half, votes - 0.5, 0.5 - votes)
+    accuracy = jnp.mean(0.5 + 0.5 * jnp.sign(right))
+    deviation = (accuracy - 0.5) * 2 * math.sqrt(fresh.shape[0])
+    p_value = jax.scipy.stats.norm.sf(deviation)
+    return TwoSampleTest(*(nan_unless_finite(v, x, y) for v in (accuracy, p_value)))
+
+
+def inception_score(
+    probabilities: Float[Array, "n classes"] | Float[np.ndarray, "n classes"],
+) -> Float[Array, ""]:
+    """exp of the mean over x of KL(p(y | x) || p(y)), with p(y) the mean: from 1 to `classes`.
+
+    Raises ValueError on rows that are no probabilities. Salimans et al. 2016, section 4.
+    """
+    check_features(1, probabilities=probabilities)
+    p = at_least_float32(jnp.asarray(probabilities))
+    if checks.is_concrete(p):
+        checks.between("probabilities", p, 0, 1 + 1e-4)
+        checks.between("the rows' sums of probabilities", jnp.sum(p, axis=1), 0.999, 1.001)
+    mean = jnp.mean(p, axis=0, keepdims=True)
+    return jnp.exp(jnp.mean(jnp.sum(jax.scipy.special.rel_entr(p, mean + 0 * p), axis=1)))
+
+
+def _check_neighbours(k: int, **features: Any) -> None:
+    checks.integer("k", k, least=1)
+    check_features(k + 1, f" for {k} neighbours", **features)
