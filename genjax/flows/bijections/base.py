@@ -1,0 +1,168 @@
+"""What a bijection is, and the ways to put several together.
+
+A bijection is a pair of pure functions over a parameter tree; each returns the log-determinant of
+its own Jacobian, summed over the event, one number per example. In a density, `forward` takes data
+to the base and `inverse` takes the base to data; `invert` swaps the two.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from genjax import checks, numerics
+from genjax.typing import Params
+
+# beartype takes no int where a float is asked for
+Number: TypeAlias = float | int
+
+
+class Bijection(NamedTuple):
+    """Pure functions `(params, x [batch, *event]) -> (y, log |det dy/dx| [batch])`, both ways."""
+
+    forward: Callable[[Params, Any], tuple[Any, Array]]
+    inverse: Callable[[Params, Any], tuple[Any, Array]]
+
+
+def zero_log_det(x: Array) -> Float[Array, " batch"]:
+    """Log-determinant of a map that keeps volume: zeros [batch] of float32 at least."""
+    return jnp.zeros(x.shape[0], jnp.promote_types(x.dtype, jnp.float32))
+
+
+def bounded(raw: Float[Array, "..."], bound: Number) -> Float[Array, "..."]:
+    """Map a raw log-scale into (-bound, bound): bound tanh(raw / bound), the identity near 0."""
+    return bound * jnp.tanh(raw / bound)
+
+
+def check_tree(name: str, params: Params, shapes: Mapping[str, Sequence[int | None]]) -> None:
+    """Raise TypeError or ValueError unless `params` maps exactly the names to arrays so shaped."""
+    if not isinstance(params, Mapping) or set(params) != set(shapes):
+        got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise TypeError(f"{name} needs params with the keys {sorted(shapes)}, got {got}")
+    for leaf, wanted in shapes.items():
+        checks.shape(f"{name} params[{leaf!r}]", params[leaf], wanted)
+
+
+def check_count(name: str, params: Any, count: int) -> None:
+    """Raise TypeError unless `params` is a sequence of `count` trees."""
+    if not isinstance(params, list | tuple) or len(params) != count:
+        got = len(params) if isinstance(params, list | tuple) else type(params).__name__
+        raise TypeError(f"{name} needs a sequence of {count} parameter trees, got {got}")
+
+
+def chain(bijections: Sequence[Bijection]) -> Bijection:
+    """Compose bijections in the order given; `params` is a sequence of as many trees.
+
+    log |det| of the composition is the sum of those of its parts. Raises TypeError where the
+    number of trees is another.
+    """
+    bijections = tuple(bijections)
+
+    def forward(params: Params, x: Any) -> tuple[Any, Array]:
+        check_count("chain", params, len(bijections))
+        total = zero_log_det(jax.tree.leaves(x)[0])
+        for bijection, tree in zip(bijections, params, strict=True):
+            x, log_det = bijection.forward(tree, x)
+            total = total + log_det
+        return x, total
+
+    def inverse(params: Params, y: Any) -> tuple[Any, Array]:
+        check_count("chain", params, len(bijections))
+        total = zero_log_det(jax.tree.leaves(y)[0])
+        for bijection, tree in zip(reversed(bijections), reversed(params), strict=True):
+            y, log_det = bijection.inverse(tree, y)
+            total = total + log_det
+        return y, total
+
+    return Bijection(forward, inverse)
+
+
+def repeat(bijection: Bijection) -> Bijection:
+    """Apply one bijection once for every row of a stacked parameter tree, in one scan.
+
+    Every leaf of `params` has a leading axis of the depth; compilation time does not grow with it.
+    The event keeps its shape. Raises ValueError where leaves disagree on the depth.
+    """
+
+    def run(params: Params, x: Array, reverse: bool) -> tuple[Array, Array]:
+        depths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
+        if len(depths) != 1 or () in depths:
+            raise ValueError(f"repeat needs leaves with one leading axis, got {sorted(depths)}")
+        step = bijection.inverse if reverse else bijection.forward
+
+        def body(carry: tuple[Array, Array], tree: Params) -> tuple[tuple[Array, Array], None]:
+            y, log_det = step(tree, carry[0])
+            return (y.astype(x.dtype), carry[1] + log_det), None
+
+        return jax.lax.scan(body, (x, zero_log_det(x)), params, reverse=reverse)[0]
+
+    return Bijection(lambda p, x: run(p, x, False), lambda p, y: run(p, y, True))
+
+
+def invert(bijection: Bijection) -> Bijection:
+    """Swap the two directions: a flow written from base to data becomes one from data to base."""
+    return Bijection(bijection.inverse, bijection.forward)
+
+
+def permutation(order: Sequence[int]) -> Bijection:
+    """Reorder the last axis: y[..., i] = x[..., order[i]]; takes no parameters (None).
+
+    Raises ValueError where `order` is not a permutation or the axis has another length.
+    """
+    index = np.asarray(order)
+    if sorted(index.tolist()) != list(range(index.size)):
+        raise ValueError(f"order must hold each of 0..{index.size - 1} once, got {list(order)}")
+    back = np.argsort(index)
+    reversal = np.array_equal(index, np.arange(index.size)[::-1])
+
+    def move(x: Array, by: np.ndarray) -> tuple[Array, Array]:
+        if x.shape[-1] != index.size:
+            raise ValueError(f"the last axis must be {index.size} long, got shape {x.shape}")
+        # A reversal is a stride, not a gather.
+        return (x[..., ::-1] if reversal else x[..., by]), zero_log_det(x)
+
+    return Bijection(lambda _, x: move(x, index), lambda _, y: move(y, back))
+
+
+def rescale(low: Number, high: Number, new_low: Number = 0.0, new_high: Number = 1.0) -> Bijection:
+    """Map [low, high] to [new_low, new_high] linearly; takes no parameters (None).
+
+    With low = 0, high = levels it carries dequantised integers (x + u) to the unit interval:
+    log |det| = -D log(levels). Raises ValueError unless both intervals have positive length.
+    """
+    checks.positive("high - low", high - low)
+    checks.positive("new_high - new_low", new_high - new_low)
+    scale = (new_high - new_low) / (high - low)
+
+    def run(x: Array, a: Number, b: Number, c: Number) -> tuple[Array, Array]:
+        return (x - b) * a + c, zero_log_det(x) + float(np.log(a)) * (x.size // x.shape[0])
+
+    return Bijection(
+        lambda _, x: run(x, scale, low, new_low), lambda _, y: run(y, 1 / scale, new_low, low)
+    )
+
+
+def logit(alpha: Number = 0.05) -> Bijection:
+    """Carry the unit interval to the line: y = log(s / (1 - s)), s = alpha + (1 - 2 alpha) x.
+
+    log |dy/dx| = log(1 - 2 alpha) - log s - log(1 - s), summed over the event; no parameters.
+    Dinh, Sohl-Dickstein and Bengio (2017), section 4.1, in the symmetric form that keeps both
+    ends finite. Raises ValueError unless 0 < alpha < 1/2.
+    """
+    if not 0 < alpha < 0.5:
+        raise ValueError(f"alpha must lie in (0, 0.5), got {alpha}")
+    width = 1 - 2 * alpha
+
+    def forward(_: Params, x: Array) -> tuple[Array, Array]:
+        s = alpha + width * x
+        log_s, log_rest = jnp.log(s), jnp.log1p(-s)
+        return log_s - log_rest, numerics.sum_event(np.log(width) - log_s - log_rest)
+
+    def inverse(_: Params, y: Array) -> tuple[Array, Array]:
+        x = (jax.nn.sigmoid(y) - alpha) / width
+        return x, numerics.sum_event(jax.nn.log_sigmoid(y) + jax.nn.log_sigmoid(-y) - np.log(width))
+
+    return Bijection(forward, inverse)

@@ -1,0 +1,107 @@
+"""Coupling and masked autoregressive maps: a conditioner reads some numbers and sets others."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from genjax import numerics
+from genjax.flows.bijections.base import Bijection
+from genjax.flows.bijections.spline import Transformer
+from genjax.typing import Params
+
+# (params, x) -> raw parameters, the last axis `size` times that of the part to be transformed
+ConditionerFn = Callable[[Params, Array], Array]
+
+
+def _raw(conditioner: ConditionerFn, params: Params, x: Array, size: int, out: Array) -> Array:
+    """Call the conditioner and lay its output out as [..., size, d]."""
+    raw = conditioner(params, x)
+    wanted = (*out.shape[:-1], size * out.shape[-1])
+    if raw.shape != wanted:
+        raise ValueError(f"the conditioner must return shape {wanted}, got {raw.shape}")
+    return raw.reshape(*out.shape[:-1], size, out.shape[-1])
+
+
+def coupling(
+    conditioner: ConditionerFn, transformer: Transformer, *, swap: bool = False
+) -> Bijection:
+    """Transform one half of the last axis by what the other half says.
+
+    y_a = x_a, y_b = T(x_b; conditioner(x_a)); log |det| = sum log |T'|. Dinh et al. (2017), eqs
+    (4)-(8). `swap` transforms the first half instead. `conditioner(params, x_a)` returns
+    `transformer.size` numbers for each of x_b, all of one kind together. Raises ValueError where
+    the last axis is odd or the conditioner returns another shape.
+    """
+
+    def run(params: Params, x: Array, apply: Callable) -> tuple[Array, Array]:
+        if x.ndim < 2 or x.shape[-1] % 2:
+            raise ValueError(f"coupling needs an even last axis, got shape {x.shape}")
+        half = x.shape[-1] // 2
+        a, b = x[..., :half], x[..., half:]
+        if swap:
+            a, b = b, a
+        b, log_det = apply(_raw(conditioner, params, a, transformer.size, b), b)
+        halves = (b, a) if swap else (a, b)
+        return jnp.concatenate(halves, axis=-1), numerics.sum_event(log_det)
+
+    return Bijection(
+        lambda p, x: run(p, x, transformer.forward), lambda p, y: run(p, y, transformer.inverse)
+    )
+
+
+def masked_coupling(
+    conditioner: ConditionerFn, transformer: Transformer, mask: np.ndarray
+) -> Bijection:
+    """Transform the numbers where `mask` is False by what those where it is True say.
+
+    `mask` is boolean with the shape of the event (a checkerboard, for instance); the conditioner
+    sees the event with zeros where the mask is False and returns raw parameters for all of it.
+    Raises ValueError where the mask fits no event or keeps all or nothing.
+    """
+    mask = np.asarray(mask, dtype=bool)
+    if mask.all() or not mask.any():
+        raise ValueError("mask must keep some numbers and free others, got one value throughout")
+
+    def run(params: Params, x: Array, apply: Callable) -> tuple[Array, Array]:
+        if x.shape[1:] != mask.shape:
+            raise ValueError(f"the event must have the mask's shape {mask.shape}, got {x.shape}")
+        keep = jnp.broadcast_to(mask, x.shape)
+        raw = _raw(conditioner, params, jnp.where(keep, x, 0), transformer.size, x)
+        y, log_det = apply(raw, x)
+        return jnp.where(keep, x, y), numerics.sum_event(jnp.where(keep, 0, log_det))
+
+    return Bijection(
+        lambda p, x: run(p, x, transformer.forward), lambda p, y: run(p, y, transformer.inverse)
+    )
+
+
+def masked_autoregressive(conditioner: ConditionerFn, transformer: Transformer) -> Bijection:
+    """Transform each position by what the positions before it say.
+
+    y_t = T(x_t; conditioner(x)_t), where the conditioner's output at position t (axis 1) depends
+    on x at positions before t only; log |det| = sum log |T'|. Papamakarios, Pavlakou and Murray
+    (2017), eq. (3). `forward` is one call of the conditioner; `inverse` is as many as there are
+    positions, in one scan. That the conditioner is causal is the caller's promise.
+    """
+
+    def forward(params: Params, x: Array) -> tuple[Array, Array]:
+        y, log_det = transformer.forward(_raw(conditioner, params, x, transformer.size, x), x)
+        return y, numerics.sum_event(log_det)
+
+    def inverse(params: Params, y: Array) -> tuple[Array, Array]:
+        def solve(x: Array) -> tuple[Array, Array]:
+            return transformer.inverse(_raw(conditioner, params, x, transformer.size, y), y)
+
+        def step(x: Array, t: Array) -> tuple[Array, None]:
+            # Positions before t are already right, so position t now becomes right.
+            here = jnp.arange(y.shape[1]) == t
+            here = here.reshape((1, -1) + (1,) * (y.ndim - 2))
+            return jnp.where(here, solve(x)[0].astype(x.dtype), x), None
+
+        x, _ = jax.lax.scan(step, jnp.zeros_like(y), jnp.arange(y.shape[1]))
+        return x, numerics.sum_event(solve(x)[1])
+
+    return Bijection(forward, inverse)

@@ -1,0 +1,146 @@
+"""Element-wise transformers: what coupling and autoregressive maps do to one number at a time.
+
+A transformer takes raw parameters from a conditioner, `size` for every number, stacked on the
+last axis but one; raw parameters of zero give the identity.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from genjax import checks
+from genjax.flows.bijections.base import Number, bounded
+
+
+class Transformer(NamedTuple):
+    """`(raw [..., size, d], x [..., d]) -> (y [..., d], log |dy/dx| [..., d])`, both ways."""
+
+    forward: Callable[[Array, Array], tuple[Array, Array]]
+    inverse: Callable[[Array, Array], tuple[Array, Array]]
+    size: int
+
+
+def affine(bound: Number = 2.0) -> Transformer:
+    """y = x exp(s) + t, with the log-scale s = bound tanh(raw / bound).
+
+    Dinh et al. (2017), eqs (7)-(8). raw[0] is the log-scale, raw[1] the shift.
+    """
+    checks.positive("bound", bound)
+
+    def forward(raw: Array, x: Array) -> tuple[Array, Array]:
+        s = bounded(raw[..., 0, :], bound)
+        return x * jnp.exp(s) + raw[..., 1, :], s
+
+    def inverse(raw: Array, y: Array) -> tuple[Array, Array]:
+        s = bounded(raw[..., 0, :], bound)
+        return (y - raw[..., 1, :]) * jnp.exp(-s), -s
+
+    return Transformer(forward, inverse, 2)
+
+
+class _Bin(NamedTuple):
+    """The bin of each x: left end, width, bottom, height, and the two slopes at its ends."""
+
+    left: Array
+    width: Array
+    bottom: Array
+    height: Array
+    slope_left: Array
+    slope_right: Array
+
+
+def rational_quadratic(
+    bins: int = 8,
+    low: Number = -6.0,
+    high: Number = 6.0,
+    *,
+    min_bin: Number = 1e-3,
+    min_slope: Number = 1e-3,
+) -> Transformer:
+    """Monotone rational-quadratic spline on [low, high], the identity outside.
+
+    Durkan, Bekasov, Murray and Papamakarios (2019), eqs (4)-(8), linear tails with slope 1 at both
+    ends. Raw parameters: `bins` widths, `bins` heights (softmax, at least `min_bin` of the
+    interval each), `bins` - 1 inner slopes (softplus, at least `min_slope`). Gradients outside the
+    interval are those of the identity, never NaN.
+    """
+    checks.integer("bins", bins, 2)
+    checks.positive("high - low", high - low)
+    if not 0 < min_bin * bins < 1:
+        raise ValueError(f"min_bin * bins must lie in (0, 1), got {min_bin} * {bins}")
+    span = high - low
+    # softplus(shift) + min_slope = 1: zero raw slopes are slope 1.
+    shift = math.log(math.expm1(1 - min_slope))
+
+    def knots(raw: Array) -> tuple[Array, Array]:
+        """Sizes [..., bins, d] and the left ends [..., bins, d] of the bins."""
+        sizes = span * (min_bin + (1 - min_bin * bins) * jax.nn.softmax(raw, axis=-2))
+        left = low + jnp.cumsum(sizes, axis=-2)[..., :-1, :]
+        first = jnp.full_like(left[..., :1, :], low)
+        return sizes, jnp.concatenate([first, left], axis=-2)
+
+    def find(raw: Array, value: Array, along_y: bool) -> _Bin:
+        """Select the bin of each value by comparing with the left ends: no gather, no scatter."""
+        widths, lefts = knots(raw[..., :bins, :])
+        heights, bottoms = knots(raw[..., bins : 2 * bins, :])
+        inner = min_slope + jax.nn.softplus(raw[..., 2 * bins :, :] + shift)
+        one = jnp.ones_like(inner[..., :1, :])
+        slopes = jnp.concatenate([one, inner, one], axis=-2)
+        edges = bottoms if along_y else lefts
+        above = value[..., None, :] >= edges
+        # The first bin also takes what lies below it, so that exactly one bin is chosen.
+        above = above.at[..., 0, :].set(True)
+        beyond = jnp.concatenate([above[..., 1:, :], jnp.zeros_like(above[..., :1, :])], axis=-2)
+        chosen = above & ~beyond
+
+        def pick(table: Array) -> Array:
+            return jnp.sum(jnp.where(chosen, table, 0), axis=-2)
+
+        return _Bin(
+            pick(lefts),
+            pick(widths),
+            pick(bottoms),
+            pick(heights),
+            pick(slopes[..., :-1, :]),
+            pick(slopes[..., 1:, :]),
+        )
+
+    def log_slope(b: _Bin, z: Array) -> Array:
+        """log dy/dx at the place z in [0, 1] of the bin (eq. (5))."""
+        s = b.height / b.width
+        top = b.slope_right * z**2 + 2 * s * z * (1 - z) + b.slope_left * (1 - z) ** 2
+        bottom = s + (b.slope_left + b.slope_right - 2 * s) * z * (1 - z)
+        return 2 * jnp.log(s) + jnp.log(top) - 2 * jnp.log(bottom)
+
+    def forward(raw: Array, x: Array) -> tuple[Array, Array]:
+        inside = (x > low) & (x < high)
+        # The spline sees the clipped value only: its gradient is finite wherever x lies.
+        safe = jnp.clip(x, low, high)
+        b = find(raw, safe, along_y=False)
+        s = b.height / b.width
+        z = jnp.clip((safe - b.left) / b.width, 0, 1)
+        top = b.height * (s * z**2 + b.slope_left * z * (1 - z))
+        y = b.bottom + top / (s + (b.slope_left + b.slope_right - 2 * s) * z * (1 - z))
+        return jnp.where(inside, y, x), jnp.where(inside, log_slope(b, z), 0)
+
+    def inverse(raw: Array, y: Array) -> tuple[Array, Array]:
+        inside = (y > low) & (y < high)
+        safe = jnp.clip(y, low, high)
+        bin_ = find(raw, safe, along_y=True)
+        s = bin_.height / bin_.width
+        rise = safe - bin_.bottom
+        total = bin_.slope_left + bin_.slope_right - 2 * s
+        a = bin_.height * (s - bin_.slope_left) + rise * total
+        b = bin_.height * bin_.slope_left - rise * total
+        c = -s * rise
+        # The discriminant is positive for a monotone spline; rounding may take it to 0.
+        root = jnp.sqrt(jnp.maximum(b**2 - 4 * a * c, 1e-30))
+        z = jnp.clip(2 * c / (-b - root), 0, 1)
+        x = bin_.left + z * bin_.width
+        return jnp.where(inside, x, y), jnp.where(inside, -log_slope(bin_, z), 0)
+
+    return Transformer(forward, inverse, 3 * bins - 1)

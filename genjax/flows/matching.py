@@ -1,0 +1,209 @@
+"""Flow matching: draw pairs, regress the velocity of the path between them, integrate it.
+
+Time runs from noise (t = 0) to data (t = 1). Drawing pairs and regressing are two functions;
+couplings come in from outside as callables of a cost matrix.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from genjax import checks, numerics
+from genjax.flows import continuous
+from genjax.flows.bijections.base import Number
+from genjax.typing import PRNGKey, VelocityFn
+
+# cost [n, n] of (noise i, data j) -> a transport plan [n, n], or for each data point the index of
+# its noise [n]
+CouplingFn: TypeAlias = Callable[[Array], Array]
+TimeFn: TypeAlias = Callable[[Array], Array]
+
+
+class Path(NamedTuple):
+    """x_t = data(t) x_1 + noise(t) x_0: the weights of the two ends as functions of t."""
+
+    data: TimeFn
+    noise: TimeFn
+
+
+class Pairs(NamedTuple):
+    """Matched ends of paths: x0 noise (or a source), x1 data, row by row."""
+
+    x0: Float[Array, "batch *event"]
+    x1: Float[Array, "batch *event"]
+
+
+def ot_path(sigma_min: Number = 0.0) -> Path:
+    """x_t = t x_1 + (1 - (1 - sigma_min) t) x_0: straight lines (Lipman et al., 2023, eq. (22)).
+
+    sigma_min = 0 is the rectified flow of Liu, Gong and Liu (2023), eq. (1).
+    """
+    checks.between("sigma_min", sigma_min, 0, 1)
+    return Path(lambda t: t, lambda t: 1 - (1 - sigma_min) * t)
+
+
+def vp_path(beta_min: Number = 0.1, beta_max: Number = 20.0) -> Path:
+    """Variance-preserving path: data weight a = exp(-B(1 - t) / 2), noise weight sqrt(1 - a^2).
+
+    B(s) = beta_min s + (beta_max - beta_min) s^2 / 2 (Lipman et al., 2023, eq. (18)). The noise
+    weight has an infinite slope at t = 1: s is kept above 1e-5, as Song et al. (2021) train.
+    """
+    checks.positive("beta_min", beta_min)
+    checks.at_least("beta_max", beta_max, beta_min)
+
+    def integral(t: Array) -> Array:
+        s = jnp.maximum(1 - t, 1e-5)
+        return beta_min * s + 0.5 * (beta_max - beta_min) * s**2
+
+    return Path(
+        lambda t: jnp.exp(-0.5 * integral(t)),
+        lambda t: jnp.sqrt(-jnp.expm1(-integral(t))),
+    )
+
+
+def interpolate(
+    path: Path,
+    x0: Float[Array, "batch *event"],
+    x1: Float[Array, "batch *event"],
+    t: Float[Array, " batch"],
+) -> tuple[Float[Array, "batch *event"], Float[Array, "batch *event"]]:
+    """Return the point x_t and the velocity dx_t/dt of the path from x0 to x1 at time t.
+
+    velocity = data'(t) x_1 + noise'(t) x_0 (Lipman et al., 2023, eq. (15)).
+    """
+    checks.same_shape(x0=x0, x1=x1)
+
+    def at(t: Array) -> Array:
+        return (
+            numerics.expand_to(path.data(t), x1) * x1 + numerics.expand_to(path.noise(t), x0) * x0
+        )
+
+    return jax.jvp(at, (t,), (jnp.ones_like(t),))
+
+
+def sample_pairs(
+    key: PRNGKey,
+    x1: Float[Array, "batch *event"],
+    *,
+    x0: Float[Array, "batch *event"] | None = None,
+    coupling: CouplingFn | None = None,
+    label: Int[Array, " batch"] | None = None,
+) -> Pairs:
+    """Match every data point with a noise: standard normal unless `x0` is given.
+
+    Without `coupling` rows are matched as they come (independent). `coupling` takes the squared
+    distances [n, n] and returns either the index of the noise for each data point, or a plan, from
+    whose columns the noise of each data point is drawn (Tong et al., 2024, section 3.2). With
+    `label` noise i belongs to the class of data i and pairs stay within the class: the cost
+    between classes is raised above any that a crossing could save. Data and labels keep their
+    order. Raises ValueError where shapes disagree.
+    """
+    key_noise, key_pair = jax.random.split(key)
+    if x0 is None:
+        x0 = jax.random.normal(key_noise, x1.shape, x1.dtype)
+    checks.same_shape(x0=x0, x1=x1)
+    if coupling is None:
+        return Pairs(x0, x1)
+    n = x1.shape[0]
+    cost = _squared_distances(x0.reshape(n, -1), x1.reshape(n, -1))
+    apart = None
+    if label is not None:
+        checks.shape("label", label, (n,))
+        apart = label[:, None] != label[None, :]
+        cost = jnp.where(apart, cost + n * jnp.max(cost), cost)
+    matched = coupling(cost)
+    if jnp.issubdtype(matched.dtype, jnp.integer):
+        checks.shape("coupling's indices", matched, (n,))
+        return Pairs(x0[matched], x1)
+    checks.shape("coupling's plan", matched, (n, n))
+    # A plan of strength zero between classes, even where it was solved with some.
+    mass = matched if apart is None else jnp.where(apart, 0, matched)
+    logits = jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1)), -jnp.inf)
+    return Pairs(x0[jax.random.categorical(key_pair, logits, axis=0)], x1)
+
+
+def _squared_distances(x: Array, y: Array) -> Float[Array, "n m"]:
+    """|x_i - y_j|^2, by the inner products in full precision."""
+    x, y = numerics.at_least_float32(x), numerics.at_least_float32(y)
+    inner = jnp.matmul(x, y.T, precision=numerics.HIGHEST)
+    square = jnp.sum(x**2, axis=1)[:, None] + jnp.sum(y**2, axis=1)[None, :] - 2 * inner
+    return jnp.maximum(square, 0)
+
+
+def flow_matching_loss(
+    velocity_fn: VelocityFn,
+    key: PRNGKey,
+    x0: Float[Array, "batch *event"],
+    x1: Float[Array, "batch *event"],
+    *,
+    path: Path | None = None,
+    t: Float[Array, " batch"] | None = None,
+) -> tuple[Float[Array, " batch"], dict[str, Array]]:
+    """|v(x_t, t) - dx_t/dt|^2 per pair, summed over the event, at one uniform time each.
+
+    Conditional flow matching (Lipman et al., 2023, eq. (9)); with the default straight path the
+    rectified-flow loss (Liu et al., 2023, eq. (1)). Times are drawn unless given. Returns
+    (losses [batch], {"t", "speed" = |dx_t/dt|^2}).
+    """
+    path = ot_path() if path is None else path
+    if t is None:
+        t = jax.random.uniform(key, x1.shape[:1], jnp.promote_types(x1.dtype, jnp.float32))
+    x_t, velocity = interpolate(path, x0, x1, t.astype(x1.dtype))
+    error = numerics.at_least_float32(velocity_fn(x_t, t)) - velocity
+    checks.same_shape(velocity=error, x=x1)
+    losses = numerics.sum_event(jnp.square(error))
+    return losses, {"t": t, "speed": numerics.sum_event(jnp.square(velocity))}
+
+
+def integrate(
+    velocity_fn: VelocityFn,
+    x0: Float[Array, "batch *event"],
+    *,
+    times: tuple[Number, Number] = (0.0, 1.0),
+    steps: int = 100,
+    method: str = "euler",
+) -> Float[Array, "batch *event"]:
+    """Follow the velocity from times[0] to times[1]: samples, when x0 is noise at time 0.
+
+    The same methods as `continuous.solve`.
+    """
+    return continuous.solve(
+        lambda _, x, t: velocity_fn(x, t), None, x0, times=times, steps=steps, method=method
+    )
+
+
+def reflow_pairs(
+    velocity_fn: VelocityFn,
+    x0: Float[Array, "batch *event"],
+    *,
+    steps: int = 100,
+    method: str = "euler",
+) -> Pairs:
+    """Pair each noise with the end of its own path, (x0, ODE(x0)): data for one more round.
+
+    Liu, Gong and Liu (2023), algorithm 1. No gradient flows into the pairs.
+    """
+    x0 = jax.lax.stop_gradient(x0)
+    return Pairs(x0, jax.lax.stop_gradient(integrate(velocity_fn, x0, steps=steps, method=method)))
+
+
+def curvature(
+    velocity_fn: VelocityFn, x0: Float[Array, "batch *event"], *, steps: int = 100
+) -> Float[Array, " batch"]:
+    """Integral over t of |(X_1 - X_0) - v(X_t, t)|^2 along each path: 0 where it is straight.
+
+    The straightness S of Liu et al. (2023), section 3.2, by Euler steps.
+    """
+    checks.integer("steps", steps, 1)
+    h = 1 / steps
+
+    def step(x: Array, i: Array) -> tuple[Array, Array]:
+        v = velocity_fn(x, jnp.full(x.shape[:1], i * h, x.dtype))
+        return x + h * v, v
+
+    x1, velocities = jax.lax.scan(step, x0, jnp.arange(steps))
+    gaps = jnp.square((x1 - x0)[None] - velocities)
+    return jnp.mean(jnp.sum(gaps.reshape(*gaps.shape[:2], -1), axis=-1), axis=0)
