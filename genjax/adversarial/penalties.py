@@ -73,7 +73,7 @@ def gradient_penalty(
 
 
 def r1_penalty(critic: CriticFn, real: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
-    """Squared norm of the critic's gradient at the real examples, [batch].
+    """Squared norm of the critic's gradient at the real examples, |grad critic(x_i)|^2, [batch].
 
     The paper adds gamma / 2 times the mean to the critic's loss. Mescheder, Geiger, Nowozin 2018
     (arXiv:1801.04406), eq. 9.
@@ -82,7 +82,7 @@ def r1_penalty(critic: CriticFn, real: Float[Array, "batch *event"]) -> Float[Ar
 
 
 def r2_penalty(critic: CriticFn, fake: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
-    """Squared norm of the critic's gradient at the generated examples, [batch].
+    """Squared norm of the critic's gradient at generated examples, |grad critic(x_i)|^2, [batch].
 
     The paper adds gamma / 2 times the mean. Mescheder et al. 2018 (arXiv:1801.04406), eq. 10.
     """

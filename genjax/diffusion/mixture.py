@@ -55,7 +55,11 @@ def mixture_log_prob(
     *,
     process: Process,
 ) -> Float[Array, " batch"]:
-    """Log density in nats of x_t where x_0 is drawn from the mixture."""
+    """Log density in nats of x_t where x_0 is drawn from the mixture.
+
+    log sum_k w_k N(x; alpha m_k, alpha^2 C_k + sigma^2 I), in the log domain. Raises ValueError
+    for wrong shapes, weights that are not positive, or times outside the process' range.
+    """
     log_prob, _ = _components(mixture, _spectra(mixture), x, t, process)
     return jax.nn.logsumexp(log_prob, axis=-1)
 

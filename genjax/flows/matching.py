@@ -205,5 +205,6 @@ def curvature(
         return x + h * v, v
 
     x1, velocities = jax.lax.scan(step, x0, jnp.arange(steps))
+    x0, x1, velocities = (numerics.at_least_float32(a) for a in (x0, x1, velocities))
     gaps = jnp.square((x1 - x0)[None] - velocities)
     return jnp.mean(jnp.sum(gaps.reshape(*gaps.shape[:2], -1), axis=-1), axis=0)

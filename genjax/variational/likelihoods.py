@@ -22,7 +22,7 @@ def gaussian_log_likelihood(
     mean: Float[Array, "batch *event"],
     log_var: float | int | Float[Array, "..."] = 0.0,
 ) -> Float[Array, " batch"]:
-    """Log density of x under a Gaussian of fixed or learned variance.
+    """Log density in nats of x under a Gaussian of fixed or learned variance.
 
     -1/2 sum [ (x - m)^2 / s^2 + log s^2 + log 2 pi ]. `log_var` = log s^2 is a number, one value
     per element of the event, or one per element of the batch: anything that broadcasts to x.
@@ -43,7 +43,7 @@ def bernoulli_log_likelihood(
     x: Float[Array, "batch *event"] | Bool[Array, "batch *event"] | Levels,
     logits: Float[Array, "batch *event"],
 ) -> Float[Array, " batch"]:
-    """Log probability of binary x: sum [ x l - softplus(l) ], l the logit of a one.
+    """Log probability of binary x in nats: sum [ x l - softplus(l) ], l the logit of a one.
 
     x between 0 and 1 gives the cross-entropy used for grey values, which is no log-likelihood of
     them. Raises ValueError where shapes differ or concrete x lies outside [0, 1].
@@ -57,7 +57,7 @@ def bernoulli_log_likelihood(
 def categorical_log_likelihood(
     x: Levels, logits: Float[Array, "batch *event levels"]
 ) -> Float[Array, " batch"]:
-    """Log probability of whole numbers x: sum log softmax(logits)[x], levels on the last axis.
+    """Log probability in nats of whole x: sum log softmax(logits)[x], levels on the last axis.
 
     Raises TypeError unless x holds integers, ValueError where shapes or concrete values do not fit.
     """
@@ -76,7 +76,7 @@ def logistic_log_likelihood(
     *,
     levels: int,
 ) -> Float[Array, " batch"]:
-    """Log probability of whole numbers x under a discretised logistic.
+    """Log probability in nats of whole numbers x under a discretised logistic.
 
     P(x) = sigmoid((c + h - m) / s) - sigmoid((c - h - m) / s), with bin centres
     c = 2 x / (levels - 1) - 1 in [-1, 1], half widths h = 1 / (levels - 1), and the first and the
@@ -96,7 +96,7 @@ def logistic_mixture_log_likelihood(
     *,
     levels: int,
 ) -> Float[Array, " batch"]:
-    """Log probability of whole numbers x under a mixture of discretised logistics per element.
+    """Log probability in nats of whole x under a mixture of discretised logistics per element.
 
     sum log sum_k softmax(logits)_k P_k(x), each P_k as in `logistic_log_likelihood`, the components
     on the last axis. Raises as `categorical_log_likelihood` does.
