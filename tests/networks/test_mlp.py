@@ -20,7 +20,7 @@ def layers(params):
 
 def test_mlp_is_its_formula(compiled, key):
     net = MLP(features=(7, 4, 3), activation=jnp.tanh)
-    params = net.init(key, X)
+    params = jax.jit(net.init)(key, X)
     (w0, b0), (w1, b1), (w2, b2) = layers(params)
     expected = np.tanh(np.tanh(np.asarray(X) @ w0 + b0) @ w1 + b1) @ w2 + b2
     np.testing.assert_allclose(compiled(net.apply)(params, X), expected, rtol=1e-4, atol=1e-5)
@@ -28,7 +28,7 @@ def test_mlp_is_its_formula(compiled, key):
 
 def test_residual_mlp_is_its_formula(compiled, key):
     net = ResidualMLP(width=8, depth=3, features=2)
-    params = net.init(key, X)
+    params = jax.jit(net.init)(key, X)
     *hidden, (w, b) = layers(params)
     h = 0
     for i, (wi, bi) in enumerate(hidden):
@@ -41,7 +41,7 @@ def test_residual_mlp_is_its_formula(compiled, key):
     "net", [MLP((400, 400), dropout=0.3), ResidualMLP(400, 1, 400, dropout=0.3)]
 )
 def test_dropout_needs_a_key_and_keeps_the_mean(net, key):
-    params = net.init(key, X)
+    params = jax.jit(net.init)(key, X)
     plain = net.apply(params, X)
     np.testing.assert_array_equal(plain, net.apply(params, X))
     keys = jax.random.split(key, 2000)
@@ -71,6 +71,7 @@ def test_layers_drop_different_units(key):
 
 
 def test_bfloat16_parameters_compute_in_bfloat16(key):
-    net = MLP((4, 2))
-    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), net.init(key, X))
-    assert net.apply(params, X.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    net, x = MLP((4, 2)), X.astype(jnp.bfloat16)
+    params = jax.eval_shape(net.init, key, X)
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
+    assert jax.eval_shape(net.apply, params, x).dtype == jnp.bfloat16
