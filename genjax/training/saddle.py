@@ -17,8 +17,8 @@ from genjax.training.step import (
     all_finite,
     apply_update,
     compile_step,
-    global_norm,
     reduce_terms,
+    with_norm,
 )
 from genjax.typing import Batch, Params
 
@@ -234,7 +234,7 @@ def _update(
     grads, terms = jax.grad(loss, has_aux=True)(player.params)
     if axis_name is not None:
         grads, terms = jax.lax.pmean((grads, terms), axis_name)
-    terms["grad_norm"] = global_norm(grads)
+    grads, terms["grad_norm"] = with_norm(grads)
     return Player(*apply_update(optimizer, grads, player.opt_state, player.params)), terms
 
 
