@@ -1,7 +1,7 @@
 """Variational autoencoder of images, with the likelihood of whole grey levels.
 
 The prior is N(0, I), q(z|x) a diagonal Gaussian, p(x|z) independent over pixels: a mixture of
-discretised logistics, or a categorical law over the levels. Three objectives:
+discretised logistics, or a categorical law over the levels. Two objectives:
 
     elbo                  E_q log p(x|z) - beta KL(q(z|x) || p(z))          (beta 1: the VAE)
     iwae                  log 1/K sum_k p(x, z_k) / q(z_k|x), K = num_samples
@@ -29,10 +29,11 @@ import numpy as np
 import optax
 
 from experiments import _pictures, _run, ppca
+from genjax import checks
 from genjax.data import DataSpec, Scaling, load
 from genjax.metrics import Likelihood, test_log_likelihood
 from genjax.networks import ConvDecoder, ConvEncoder, ResidualMLP
-from genjax.training import export_npz, init_state, make_train_step
+from genjax.training import export_npz, init_state, make_train_step, shard_batch
 from genjax.variational import (
     categorical_log_likelihood,
     elbo,
@@ -64,7 +65,7 @@ class Config(_run.RunConfig):
     latent_dim: int = 16
     """Dimensions of z."""
     network: Literal["mlp", "conv"] = "mlp"
-    """Fully connected, or convolutions (two halvings) around one hidden layer."""
+    """Fully connected, or convolutional: two halvings of the image, and back."""
     width: int = 256
     """Units of a hidden layer; of the wider convolution, a quarter of it."""
     depth: int = 2
@@ -84,7 +85,7 @@ class Config(_run.RunConfig):
     steps_per_call: int = 50
     """Updates in one call of the compiled program."""
     test_samples: int = 512
-    """K of the importance weighted bound on the test split (a multiple of 32, or below it)."""
+    """K of the importance weighted bound on the test split, best a multiple of 32."""
     ppca_components: int = 30
     """Components of the PPCA baseline."""
 
@@ -100,8 +101,7 @@ class Model(NamedTuple):
 
 def main(config: Config) -> dict[str, Any]:
     """Train, evaluate, draw; returns the summary."""
-    if config.objective == "iwae" and config.beta != 1:
-        raise ValueError(f"beta must be 1 with objective iwae, got {config.beta}")
+    check(config)
     train, spec = load(config.dataset, "train", data_dir=config.data_dir)
     test, _ = load(config.dataset, "test", data_dir=config.data_dir)
     model = build(config, spec)
@@ -110,19 +110,21 @@ def main(config: Config) -> dict[str, Any]:
     optimizer = make_optimizer(config)
     state = init_state(model.init(key_init), optimizer, key_run, ema_decays=(config.ema,))
     evaluate = make_evaluate(config, model, test["x"])
+    mesh, batches = _run.mesh(config), _run.batches(config, train)
+    shard_batch(mesh, batches(0))  # a batch that does not fit is refused before a file is written
 
     def validate(state: Any) -> dict[str, Any]:
         return {"bound": evaluate(state.ema_params(config.ema), key_test).log_likelihood}
 
     with _run.start_run(config) as run:
         step_fn = make_train_step(
-            loss_fn, optimizer, mesh=_run.mesh(config), steps_per_call=config.steps_per_call
+            loss_fn, optimizer, mesh=mesh, steps_per_call=config.steps_per_call
         )
         state = _run.fit(
             run,
             state,
             step_fn,
-            _run.batches(config, train),
+            batches,
             evaluate=lambda s: {
                 "bound": evaluate(s.ema_params(config.ema), key_test).log_likelihood
             },
@@ -153,6 +155,16 @@ def main(config: Config) -> dict[str, Any]:
                 "ppca_components": config.ppca_components,
             },
         )
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for options that make no model."""
+    for name in ("num_samples", "components", "latent_dim", "width", "depth", "test_samples"):
+        checks.integer(name, getattr(config, name), 1)
+    checks.at_least("beta", config.beta, 0)
+    checks.between("dropout", config.dropout, 0, 0.99)
+    if config.objective == "iwae" and config.beta != 1:
+        raise ValueError(f"beta must be 1 with objective iwae, got {config.beta}")
 
 
 def build(config: Config, spec: DataSpec) -> Model:

@@ -74,7 +74,7 @@ def test_levels_of_a_pixel_sum_to_one(likelihood):
     "changes",
     [
         {"objective": "iwae", "num_samples": 2, "estimator": "dreg", "likelihood": "categorical"},
-        {"network": "conv", "components": 1, "width": 16, "beta": 4.0, "dropout": 0.2},
+        {"components": 1, "beta": 4.0, "dropout": 0.2},
     ],
 )
 def test_variants_have_a_loss_per_example_and_a_gradient(changes, key):
@@ -100,6 +100,16 @@ def test_variants_have_a_loss_per_example_and_a_gradient(changes, key):
         np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_mnist_shapes(network, key):
+    config = dataclasses.replace(SHORT, network=network)
+    model = vae.build(config, DataSpec("mnist", (28, 28, 1), 256, 10))
+    batch = {"x": jax.ShapeDtypeStruct((5, 28, 28, 1), jnp.uint8)}
+    params = jax.eval_shape(model.init, key)
+    losses, _ = jax.eval_shape(vae.make_loss(config, model), params, key, batch)
+    assert losses.shape == (5,)
+
+
 def test_bad_input(tmp_path):
     def run(**changes):
         vae.main(dataclasses.replace(SHORT, run_dir=str(tmp_path / "run"), **changes))
@@ -112,7 +122,11 @@ def test_bad_input(tmp_path):
         run(dataset="moons")
     with pytest.raises(ValueError, match="batch_size must be at most the split's 1437 examples"):
         run(batch_size=2000)
-    assert not (tmp_path / "run" / "summary.json").exists()
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        run(num_samples=0)
+    with pytest.raises(ValueError, match="batch size must be a positive multiple of 8"):
+        run(batch_size=12, devices=8)
+    assert not (tmp_path / "run").exists()
 
 
 def test_help(monkeypatch, capsys):
