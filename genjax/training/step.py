@@ -75,7 +75,9 @@ def make_train_step(
     one key, so that n devices compute what one does. steps_per_call > 1: the batch has a leading
     axis of (up to) that many batches, each gets its update in one scan, and the metrics have the
     same leading axis. The batch must divide by devices x accumulate (ValueError). Several
-    processes pass their own shares of the batch. The compiled program is `.compiled`.
+    processes pass their own shares of the batch. The compiled program is `.compiled`. On CPU keep
+    steps_per_call and accumulate at 1 for convolutional networks: XLA takes several times as long
+    for the gradient of a convolution inside a loop.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

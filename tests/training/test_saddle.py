@@ -68,10 +68,11 @@ def close(a, b, tolerance=1e-6):
 
 @pytest.mark.parametrize("n_critic", [1, 3])
 @pytest.mark.parametrize("project", [None, clip])
-@pytest.mark.parametrize("simultaneous", [False, True])
-def test_step_written_out(n_critic, project, simultaneous):
+@pytest.mark.parametrize(("simultaneous", "unroll"), [(False, True), (True, False)])
+def test_step_written_out(n_critic, project, simultaneous, unroll):
     state, batch = start(), jax.tree.map(jnp.asarray, make_batch(0, n_critic))
-    options = {"n_critic": n_critic, "project": project, "simultaneous": simultaneous}
+    options = {"n_critic": n_critic, "project": project}
+    options |= {"simultaneous": simultaneous, "unroll": unroll}
     new, metrics = jax.jit(step_of(**options))(state, batch)
 
     critic, generator = players()
