@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from genjax.data.preparing import builder_of, prepare, unprepared
+from genjax.data.preparing import builder_of, prepare
 
 # Anything tfds knows by name loads; these are the ones that messages and help texts show.
 IMAGES = ("digits", "mnist", "fashion_mnist", "cifar10", "celeb_a")
@@ -51,11 +51,7 @@ def open_images(
     splits = list(builder.info.splits)
     if split.split("[")[0] not in splits:
         raise ValueError(f"split must be one of {splits} for {name}, got {split!r}")
-    try:
-        source = builder.as_data_source(split=split)
-    except NotImplementedError as error:  # on disk, but as TFRecords
-        reason = "what is there is not in the array_record format"
-        raise unprepared(name, builder.data_dir_root, reason) from error
+    source = builder.as_data_source(split=split)
     classes = features["label"].num_classes if "label" in features else None
     return ImageRecords(source, classes is not None), shape, classes
 

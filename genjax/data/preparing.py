@@ -15,7 +15,10 @@ import numpy as np
 
 
 def builder_of(name: str, data_dir: str | os.PathLike | None) -> Any:
-    """Make the tfds builder of a data set, its files in the array_record format."""
+    """Make the tfds builder of a data set, its files in the array_record format.
+
+    Raises RuntimeError where the data set is on disk in another format.
+    """
     data_dir = None if data_dir is None else os.path.expanduser(os.fspath(data_dir))
     if name == "digits":
         from genjax.data.digits import Digits
@@ -29,6 +32,14 @@ def builder_of(name: str, data_dir: str | os.PathLike | None) -> Any:
     was_disabled, absl.disabled = absl.disabled, True  # tfds warns of folders that are yet to come
     try:
         return make(data_dir=data_dir, file_format="array_record")
+    except ValueError as error:
+        if "format is already set" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{name} is on disk under {data_dir or 'the data folder of tfds'}, but not in the "
+            "array_record format, which is read without TensorFlow; prepare it in another folder: "
+            f"python -m genjax.data {name} --data-dir DIR"
+        ) from error
     finally:
         absl.disabled = was_disabled
 
@@ -97,7 +108,7 @@ def tensorflow_stand_in() -> Iterator[None]:
         errors=SimpleNamespace(UnimplementedError=NotImplementedError),
     )
     # tfds' modules share one lazy module, which keeps what it imported in this slot.
-    lazy = vars(lazy_imports_utils.tensorflow)
+    lazy: Any = vars(lazy_imports_utils.tensorflow)
     encoder: Any = image_feature._ImageEncoder
     original = encoder._encode_image
     if "_module" in lazy:  # the user has TensorFlow and tfds has loaded it: nothing to do

@@ -80,22 +80,25 @@ def frechet_distance(real: Features | Moments, fake: MoreFeatures | Moments) -> 
     return jnp.sum((mean0 - mean1) ** 2) + jnp.trace(cov0) + jnp.trace(cov1) - 2 * cross
 
 
-def _moments_of(name: str, x: Features | Moments) -> tuple[Array, Array]:
+def _moments_of(name: str, given: Features | Moments) -> tuple[Array, Array]:
     """Moments in the widest dtype, of features or as given; on the CPU where not traced."""
-    if not isinstance(x, Moments):
-        check_features(2, " for a covariance", **{name: x})
-        if x.shape[0] <= x.shape[1]:
+    if isinstance(given, Moments):
+        moments = given
+    else:
+        check_features(2, " for a covariance", **{name: given})
+        size, width = given.shape
+        if size <= width:
             warnings.warn(
-                f"{name} has {x.shape[0]} samples in {x.shape[1]} dimensions: its covariance is "
-                "singular and the Frechet distance biased",
+                f"{name} has {size} samples in {width} dimensions: its covariance is singular and "
+                "the Frechet distance biased",
                 stacklevel=4,
             )
-        x = feature_moments(x)
-    checks.rank(f"{name} mean", x.mean, 1)
-    checks.shape(f"{name} covariance", x.covariance, (x.mean.shape[0],) * 2)
-    checks.finite(f"{name} mean", x.mean)
-    checks.finite(f"{name} covariance", x.covariance)
-    mean, covariance = (jnp.asarray(part, widest()) for part in x)
+        moments = feature_moments(given)
+    checks.rank(f"{name} mean", moments.mean, 1)
+    checks.shape(f"{name} covariance", moments.covariance, (moments.mean.shape[0],) * 2)
+    checks.finite(f"{name} mean", moments.mean)
+    checks.finite(f"{name} covariance", moments.covariance)
+    mean, covariance = (jnp.asarray(part, widest()) for part in moments)
     if checks.is_concrete(mean) and checks.is_concrete(covariance):
         # Accelerators are slow at float64 and at symmetric eigenvalues.
         cpu = jax.local_devices(backend="cpu")[0]

@@ -68,12 +68,10 @@ def kid(
             .set(1)
             for v, rows in zip((x, y), chosen, strict=True)
         ]
-        sums = [
-            _subset_sums(kernel, x, x, members[0], members[0], True),
-            _subset_sums(kernel, y, y, members[1], members[1], True),
-            _subset_sums(kernel, x, y, members[0], members[1], False),
-        ]
-        values = _unbiased(*sums, subset_size, subset_size)
+        xx = _subset_sums(kernel, x, x, members[0], members[0], True)
+        yy = _subset_sums(kernel, y, y, members[1], members[1], True)
+        xy = _subset_sums(kernel, x, y, members[0], members[1], False)
+        values = _unbiased(xx, yy, xy, subset_size, subset_size)
     else:
         values = jax.lax.map(
             lambda rows: mmd(x[rows[0]], y[rows[1]], kernel=kernel), (chosen[0], chosen[1])

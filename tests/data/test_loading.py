@@ -3,6 +3,8 @@
 import functools
 import gzip
 import http.server
+import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -183,6 +185,14 @@ def test_what_cannot_be_prepared_names_the_command(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("preparing_*"))
 
 
+def test_another_format_on_disk(tmp_path, data_dir):
+    shutil.copytree(data_dir / "digits", tmp_path / "digits")
+    info = tmp_path / "digits" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(RuntimeError, match=r"digits is on disk under .* not in the array_record"):
+        load("digits", "test", data_dir=tmp_path)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("name", "split", "message"),
@@ -201,13 +211,17 @@ def test_unknown_names(data_dir, name, split, message):
 
 @pytest.mark.parametrize("name", DENSITIES)
 def test_densities_are_fixed_samples(name):
-    (train, spec), (test, _) = load(name, "train"), load(name, "test")
+    arrays, spec = load(name, "test")
     assert spec == (name, (2,), None, None)
-    assert train["x"].shape == (10_000, 2)
-    assert test["x"].shape == (5_000, 2)
-    assert train["x"].dtype == np.float32
-    np.testing.assert_array_equal(train["x"], load(name, "train")[0]["x"])
-    assert not np.array_equal(train["x"][:5000], test["x"])
+    assert arrays["x"].shape == (5_000, 2)
+    assert arrays["x"].dtype == np.float32
+    np.testing.assert_array_equal(arrays["x"], load(name, "test")[0]["x"])
+
+
+def test_splits_of_a_density_differ():
+    train, test = (load("8gaussians", split)[0]["x"] for split in ("train", "test"))
+    assert train.shape == (10_000, 2)
+    assert not set(train[:, 0]) & set(test[:100, 0])
 
 
 def test_import_is_light():
@@ -219,7 +233,10 @@ def test_import_is_light():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_command_prepares(tmp_path):
-    command = [sys.executable, "-m", "genjax.data", "digits", "--data-dir", str(tmp_path)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == str(tmp_path / "digits" / "1.0.0")
+def test_command_prepares(data_dir, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["genjax.data", "digits", "--data-dir", str(data_dir)])
+    runpy.run_module("genjax.data", run_name="__main__")
+    assert capsys.readouterr().out.strip() == str(data_dir / "digits" / "1.0.0")
+    monkeypatch.setattr(sys, "argv", ["genjax.data", "digit"])
+    with pytest.raises(ValueError, match="did you mean 'digits'"):
+        runpy.run_module("genjax.data", run_name="__main__")

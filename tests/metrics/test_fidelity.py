@@ -119,7 +119,7 @@ def test_two_sample_test_of_equal_laws_is_calibrated():
 
 def test_two_sample_test_of_disjoint_laws(key):
     x = features(n=50, d=3)[0]
-    result = classifier_two_sample(key, x, x[:41] + np.float32(1e3))
+    result = jax.jit(classifier_two_sample)(key, x, x[:41] + np.float32(1e3))
     assert float(result.accuracy) == 1
     np.testing.assert_allclose(result.p_value, stats.norm.sf(np.sqrt(42)), rtol=1e-3)
 
