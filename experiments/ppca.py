@@ -55,6 +55,7 @@ def main(config: Config) -> dict[str, Any]:
             run,
             {
                 "components": config.components,
+                "draws": config.draws,
                 "test_log_likelihood": scores.log_likelihood,
                 "standard_error": scores.standard_error,
                 "bits_per_dim": scores.bits_per_dim,

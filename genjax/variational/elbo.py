@@ -1,7 +1,8 @@
 """Variational bounds on the log-likelihood of a latent variable model with prior N(0, I).
 
-`encode(x)` gives the mean and log variance of q(z|x), both `[batch, latent]`;
-`log_likelihood(x, z)` gives log p(x|z) `[batch]` for one sample `z [batch, latent]` per example.
+`encode(x)` gives the mean and log variance of q(z|x), both `[batch, latent]` (or with more axes,
+all of them latent); `log_likelihood(x, z)` gives log p(x|z) `[batch]` for one sample z of that
+shape per example.
 """
 
 from typing import Literal
@@ -101,7 +102,8 @@ def iwae(
     if estimator == "dreg":
         # Both calls compute the same numbers; compiled, the first costs nothing.
         weights = jax.nn.softmax(jax.lax.stop_gradient(terms(z)[0]), axis=0)
-        z = _scale_tangent(z, jnp.broadcast_to(weights[..., None], z.shape))
+        weights = weights.reshape(weights.shape + (1,) * (z.ndim - 2))
+        z = _scale_tangent(z, jnp.broadcast_to(weights, z.shape))
     log_weights, reconstruction = terms(z)
     weights = jax.nn.softmax(jax.lax.stop_gradient(log_weights), axis=0)
     aux = {
@@ -121,7 +123,7 @@ def _posterior(encode: EncoderFn, x: Array, num_samples: int) -> tuple[Array, Ar
     mean, log_var = encode(x)
     checks.floating("encode(x)[0], the mean,", mean)
     checks.floating("encode(x)[1], the log variance,", log_var)
-    checks.rank("encode(x)[0], the mean,", mean, 2)
+    checks.min_rank("encode(x)[0], the mean,", mean, 2)
     checks.same_shape(**{"mean": mean, "log variance": log_var})
     checks.same_batch(**{"x": x, "encode(x)": mean})
     return at_least_float32(mean), at_least_float32(log_var)

@@ -300,6 +300,29 @@ def test_bfloat16_and_vmap_over_keys(bound, key):
     assert np.ptp(np.asarray(both), axis=0).min() > 0
 
 
+@pytest.mark.parametrize(("bound", "options"), [(elbo, {}), (iwae, {"estimator": "dreg"})])
+def test_a_latent_image_is_summed_over_all_its_axes(bound, options, key):
+    """A flat latent and the same one folded draw the same noise."""
+
+    def total(params, fold):
+        shape = (8, 2) if fold is None else (8, *fold)
+        losses, _ = bound(
+            lambda x: tuple(a.reshape(shape) for a in loose_encode(x, params)),
+            lambda x, z: decode(x, z.reshape(8, 2)),
+            key,
+            X,
+            num_samples=3,
+            **options,
+        )
+        return losses.sum()
+
+    flat, folded = (
+        jax.jit(jax.value_and_grad(lambda p, f=f: total(p, f)))(LOOSE) for f in (None, (1, 2, 1))
+    )
+    for a, b in zip(jax.tree.leaves(flat), jax.tree.leaves(folded), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
 @pytest.mark.parametrize("bound", [elbo, iwae])
 def test_traced_once(bound):
     traces = []
@@ -331,7 +354,7 @@ def test_bad_input(bound, key, unchecked):
         call(encode=lambda x: (x[:, :2], x[:, :1]))
     with pytest.raises(ValueError, match="batch sizes"):
         call(encode=lambda x: (x[:4, :2], x[:4, :2]))
-    with pytest.raises(ValueError, match="the mean, must have rank 2"):
+    with pytest.raises(ValueError, match="the mean, must have rank at least 2"):
         call(encode=lambda x: (x[:, 0], x[:, 0]))
     with pytest.raises(ValueError, match=r"x, z\) must have shape \(8,\), got \(\)"):
         call(decode=lambda x, z: decode(x, z).mean())
