@@ -1,79 +1,286 @@
-"""The solver behind `tolerance`: Sinkhorn in the kernel domain around absorbed potentials.
+"""The solver behind `tolerance`: annealed, over-relaxed Sinkhorn in the kernel domain.
 
-Within a stage of the annealing the potentials are F + epsilon log u and G + epsilon log v, and an
-iteration is two matrix-vector products with the kernel around F and G, which is built once.
+epsilon comes down in stages. A stage absorbs the potentials into a kernel whose row maxima are 1,
+built once, and then sweeps: one pass over the kernel updates u = 1 / (K v) and gathers K^T (a u).
+Potentials of the next stage are extrapolated from the last two. A scaling that leaves e^30, or
+anything not finite, sends the stage back to the log domain.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from genjax.transport.log_domain import col_update, log_weights, row_update
+from genjax.numerics import HIGHEST
+from genjax.transport import blocks as passes
+from genjax.transport.blocks import Blocks
+from genjax.transport.log_domain import log_weights
 
-# Scalings beyond e^30 are absorbed into the potentials, long before float32 ends.
-LARGEST = 1e13
+FACTOR = 4.0  # between the epsilons of two stages
+LOOSE = 0.05  # marginal error at which a stage before the last ends
+LARGEST = 1e13  # about e^30
+CHECK = 8  # sweeps between looks at the rate
+EASE = 4.0  # the spectral gap is taken as EASE epsilon / scale until the rate has been seen
 
 
-def solve(cost, a, b, epsilon, g, *, start, tolerance, max_iterations):
-    """Anneal from `start` down to epsilon and iterate until the marginal error meets tolerance."""
-    log_a, log_b = log_weights(a), log_weights(b)
+class Problem(NamedTuple):
+    """What a solve is given; `scale` is the size of the cost's variation."""
 
-    def sweep(state):
-        kernel, goal, u, v, _, count = state
-        u = 1 / (kernel @ v)
-        sums = (a * u) @ kernel
-        error = jnp.sum(jnp.abs(v * sums - b))
-        v = jnp.where(b > 0, jnp.clip(b / sums, 1 / (LARGEST * LARGEST), LARGEST * LARGEST), 1)
-        return kernel, goal, u, v, error, count + 1
+    blocks: Blocks
+    a: Array
+    b: Array
+    epsilon: Array
+    scale: Array
+    goal: Array
+    limit: Array
 
-    def going(state):
-        _, goal, _, v, error, count = state
-        inside = (jnp.max(v) < LARGEST) & (jnp.min(v) > 1 / LARGEST)
-        return (error > goal) & inside & (count < max_iterations)
 
-    def stage(state):
-        g, level, _, count = state
-        z = (g[None, :] - cost) / level + log_b[None, :]
-        peak = jnp.max(z, axis=1)
-        kernel = jnp.exp(z - peak[:, None])
+class _Stage(NamedTuple):
+    f: Array
+    g: Array
+    before: Array  # g of the stage before, at the level before
+    level: Array
+    level_before: Array
+    stages: Array
+    count: Array
+    trial: Array  # whether this is the first look at a warm start
+    cautious: Array
+    done: Array
+
+
+class _Sweep(NamedTuple):
+    u: Array
+    v: Array
+    error: Array
+    mark: Array
+    omega: Array
+    done: Array
+    steps: Array
+
+
+def solve(
+    problem: Problem, g: Array, *, anneal: bool | None, relaxation: float | None, stored: bool
+) -> tuple[Array, Array, Array]:
+    """Potentials of marginal error `goal`, the rows exact, and the number of sweeps.
+
+    anneal: start above epsilon, or at it; None for at it, and above if g proves of no use.
+    stored: keep the kernel of a stage, or form it again in every sweep.
+    """
+    blocks, a, b, epsilon = problem.blocks, problem.a, problem.b, problem.epsilon
+    rows, a_rows, log_b = blocks.rows(), blocks.split(a, 0.0), log_weights(b)
+    start = jnp.maximum(problem.scale / 4, epsilon)
+    stages = jnp.ceil(jnp.log(start / epsilon) / jnp.log(FACTOR) - 1e-3)
+    ratio = jnp.where(stages > 0, (epsilon / start) ** (1 / jnp.maximum(stages, 1)), 1)
+
+    def first_omega(level: Array) -> Array:
+        if relaxation is not None:
+            return jnp.full_like(level, relaxation)
+        gap = jnp.minimum(EASE * level / problem.scale, 1)
+        return 2 / (1 + jnp.sqrt(jnp.where(gap > 0, gap, 1)))
+
+    def stage(state: _Stage) -> _Stage:
+        level = state.level
         last = level <= epsilon
-        goal = jnp.where(last, 0.6 * tolerance, jnp.maximum(tolerance, 0.1))
-        v = jnp.ones_like(g)
-        first = (kernel, goal, jnp.ones_like(a), v, jnp.asarray(jnp.inf, g.dtype), count)
-        _, _, u, v, error, count = jax.lax.while_loop(going, sweep, first)
-        wild = (jnp.max(v) >= LARGEST) | (jnp.min(v) <= 1 / LARGEST)
-        f = level * (jnp.log(u) - peak)
-        g = jax.lax.cond(
-            wild,
-            lambda: col_update(cost, f, log_a, level),
-            lambda: g + level * jnp.log(v),
+        goal = jnp.where(last, problem.goal, jnp.maximum(LOOSE, problem.goal))
+        h = state.g + level * log_b
+        kernel, peak = passes.build(blocks, h, level) if stored else (rows, jnp.zeros_like(a_rows))
+
+        def products(u: Array, v: Array, omega: Array) -> tuple[Array, Array]:
+            if stored:
+                u, cols = passes.kernel_products(kernel, a_rows, u, v, omega)
+                return u, cols * v
+            return _streamed_products(blocks, rows, a_rows, u, h, v, level, omega)
+
+        def rows_potential(u: Array) -> Array:
+            return blocks.join(level * jnp.log(u) - peak if stored else level * u)
+
+        def sweep(s: _Sweep) -> _Sweep:
+            # Relaxed sweeps leave neither marginal exact: at the goal a plain one must confirm.
+            # They also hide how near it is, so that a plain one looks now and then.
+            near = (s.steps % CHECK == 0) & (s.error <= 30 * goal) & last
+            plain = (s.steps < 2) | (s.error <= goal) | near | state.cautious
+            omega = jnp.where(plain, 1, s.omega)
+            u, cols = products(s.u, s.v, omega)
+            error = jnp.sum(jnp.abs(cols - b))
+            done = plain & (error <= goal)
+            held = done | (b == 0)
+            v = passes.relaxed(s.v, jnp.where(held, 1, cols / jnp.where(held, 1, b)), omega)
+            v = jnp.where(held, s.v, v)
+            look = (s.steps % CHECK) == CHECK - 1
+            omega = s.omega
+            if relaxation is None:
+                omega = jnp.where(look, _faster(s.omega, error / s.mark), omega)
+            mark = jnp.where(look | (s.steps < 2), error, s.mark)
+            return _Sweep(u, v, error, mark, omega, done, s.steps + 1)
+
+        def going(s: _Sweep) -> Array:
+            tame = (jnp.max(s.v) < LARGEST) & (jnp.min(s.v) > 1 / LARGEST)
+            hopeless = state.trial & (s.steps >= 2) & (s.error > 0.5)
+            # A loose stage ends on any sweep, the last one on a plain one.
+            short = ~last & (s.error <= goal)
+            left = s.steps + state.count < problem.limit
+            return ~s.done & ~short & ~hopeless & tame & left
+
+        zero, infinite = jnp.zeros_like(level), jnp.full_like(level, jnp.inf)
+        first = _Sweep(
+            u=jnp.ones_like(a_rows),
+            v=jnp.ones_like(b),
+            error=infinite,
+            mark=infinite,
+            omega=first_omega(level),
+            done=zero > 1,
+            steps=jnp.zeros_like(state.count),
         )
-        done = last & ~wild & ~(error > goal)
-        error = jnp.where(done, 0, jnp.inf)
-        return g, jnp.where(wild, level, jnp.maximum(level / 2, epsilon)), error, count
+        s = jax.lax.while_loop(going, sweep, first)
+        tame = (jnp.max(s.v) < LARGEST) & (jnp.min(s.v) > 1 / LARGEST) & jnp.isfinite(s.error)
+        f, g = jax.lax.cond(
+            tame,
+            lambda: (rows_potential(s.u), state.g + level * jnp.log(s.v)),
+            lambda: _log_step(blocks, state.g, a, b, level),
+        )
+        again = ~tame | (state.trial & ~s.done)
+        below = jnp.where(state.trial, start, jnp.maximum(level * ratio, epsilon))
+        below = jnp.where(below < epsilon * 1.001, epsilon, below)
+        # g varies smoothly with epsilon: extrapolate linearly to the next one.
+        slope = (below - level) / jnp.where(state.stages > 0, level - state.level_before, 1)
+        ahead = g + slope * (g - state.before)
+        onward = tame & ~last & (state.stages > 0)
+        return _Stage(
+            f=f,
+            g=jnp.where(onward, ahead, g),
+            before=jnp.where(tame, g, state.before),
+            level=jnp.where(tame & ~(last & ~state.trial), below, level),
+            level_before=level,
+            stages=jnp.where(again, 0, state.stages + 1),
+            count=state.count + s.steps,
+            trial=state.trial & False,
+            cautious=~tame,
+            done=last & s.done,
+        )
 
-    def unfinished(state):
-        return (state[2] > 0) & (state[3] < max_iterations)
+    def unfinished(state: _Stage) -> Array:
+        return ~state.done & (state.count < problem.limit)
 
-    level = jnp.maximum(start, epsilon)
-    state = (g, level, jnp.asarray(jnp.inf, g.dtype), jnp.asarray(0, jnp.int32))
-    g, _, _, count = jax.lax.while_loop(unfinished, stage, state)
-    return g, count
+    no = epsilon > jnp.inf
+    count = jnp.zeros((), jnp.int32)
+    first = _Stage(
+        f=jnp.zeros_like(a),
+        g=g,
+        before=g,
+        level=start if anneal else epsilon,
+        level_before=start,
+        stages=count,
+        count=count,
+        trial=~no if anneal is None else no,
+        cautious=no,
+        done=no,
+    )
+    state = jax.lax.while_loop(unfinished, stage, first)
+    f, g = jax.lax.cond(
+        state.done,
+        lambda: (state.f, state.g),
+        lambda: (passes.row_update(blocks, state.g, b, epsilon), state.g),  # out of sweeps
+    )
+    # Columns of zero weight took no part: their potential is read off the rows.
+    g = jax.lax.cond(
+        jnp.any(b == 0),
+        lambda: jnp.where(b == 0, passes.col_update(blocks, f, a, epsilon), g),
+        lambda: g,
+    )
+    return f, g, state.count
 
 
-def solve_symmetric(cost, a, epsilon, f, *, tolerance, max_iterations):
-    """The potential of one cloud against itself: the error halves at every symmetric update."""
+def _faster(omega: Array, decay: Array) -> Array:
+    """The relaxation that suits the decay of the error over CHECK sweeps (Young 1954).
+
+    At rate r and factor w the plain iteration's rate is (r + w - 1)^2 / (r w^2). Where r = w - 1
+    the relaxation is past its best and the rate says nothing: it stays.
+    """
+    rate = decay ** (1 / CHECK)
+    plain = jnp.clip(jnp.square(rate + omega - 1) / (rate * omega * omega), 0, 0.9998)
+    better = 2 / (1 + jnp.sqrt(1 - plain))
+    slow = (rate > omega - 1 + 0.01) & (rate < 1)
+    new = jnp.where(slow, jnp.maximum(better, omega), omega)
+    return jnp.where(rate < 1, new, 1 + 0.7 * (omega - 1))
+
+
+def _log_step(blocks: Blocks, g: Array, a: Array, b: Array, epsilon: Array) -> tuple[Array, Array]:
+    """One iteration in the log domain."""
+    f = passes.row_update(blocks, g, b, epsilon)
+    new = passes.col_update(blocks, f, a, epsilon)
+    g = jnp.where(b == 0, g, new)
+    return f, g
+
+
+def scan_updates(
+    blocks: Blocks, f: Array, g: Array, a: Array, b: Array, epsilon: Array, length: int, same: bool
+) -> tuple[Array, Array]:
+    """The fixed-length iteration without the matrix; the symmetric one for `same`."""
+
+    def body(state, _):
+        f, g = state
+        new = passes.row_update(blocks, g, b, epsilon)
+        if same:
+            f = (f + new) / 2
+            return (f, f), None
+        return (new, passes.col_update(blocks, new, a, epsilon)), None
+
+    return jax.lax.scan(body, (f, f if same else g), None, length=length)[0]
+
+
+def _streamed_products(blocks, rows, a_rows, f, h, v, epsilon, omega):
+    """A sweep that forms each block of the kernel and lets it go: u holds f / epsilon here."""
+    h = h + epsilon * jnp.log(v)
+
+    def body(cols, block):
+        rows, a, f = block
+        kernel, peak = passes.row_kernel(blocks.cost(rows), h, epsilon)
+        new = -(peak / epsilon + jnp.log(jnp.sum(kernel, axis=1)))
+        f = jnp.where(omega == 1, new, f + omega * (new - f))
+        return cols + (a * jnp.exp(f + peak / epsilon)) @ kernel, f
+
+    cols, f = passes.scan(body, jnp.zeros_like(v), (rows, a_rows, f), blocks.count)
+    return f, cols
+
+
+def solve_symmetric(problem: Problem, f: Array, *, stored: bool) -> tuple[Array, Array]:
+    """The potential of one cloud against itself, by the mean of it and its update.
+
+    The error halves at every update where the kernel is positive definite; the rows of P sum to
+    a exp((f - update) / epsilon), which is the marginal error, counted for rows and columns.
+    """
+    blocks, a, epsilon = problem.blocks, problem.a, problem.epsilon
     log_a = log_weights(a)
 
-    def body(state):
-        f, _, count = state
-        new = row_update(cost, f, log_a, epsilon)
-        # The rows of P sum to a exp((f - new) / epsilon).
-        error = 2 * jnp.sum(a * jnp.abs(jnp.expm1((f - new) / epsilon)))
-        return jnp.where(error > 0.6 * tolerance, (f + new) / 2, f), error, count + 1
+    def absorb(state):
+        base, _, count = state
+        if stored:
+            kernel, peak = passes.build(blocks, base + epsilon * log_a, epsilon)
+
+        def update(f: Array) -> Array:
+            if not stored:
+                return passes.row_update(blocks, f, a, epsilon)
+            v = jnp.exp((f - base) / epsilon)
+            sums = jnp.einsum("kij,j->ki", kernel, v, precision=HIGHEST)
+            return -blocks.join(peak + epsilon * jnp.log(sums))
+
+        def body(state):
+            f, _, count = state
+            new = update(f)
+            error = jnp.abs(jnp.expm1(jnp.where(a > 0, f - new, 0) / epsilon))
+            error = 2 * jnp.sum(a * error)
+            return jnp.where(error > problem.goal, (f + new) / 2, f), error, count + 1
+
+        def going(state):
+            near = jnp.max(jnp.abs(state[0] - base)) < 30 * epsilon
+            return unfinished(state) & near
+
+        return jax.lax.while_loop(going, body, (base, jnp.full_like(epsilon, jnp.inf), count))
 
     def unfinished(state):
-        return (state[1] > 0.6 * tolerance) & (state[2] < max_iterations)
+        return (state[1] > problem.goal) & (state[2] < problem.limit)
 
-    state = (f, jnp.asarray(jnp.inf, f.dtype), jnp.asarray(0, jnp.int32))
-    f, _, count = jax.lax.while_loop(unfinished, body, state)
+    start = (f, jnp.full_like(epsilon, jnp.inf), jnp.zeros((), jnp.int32))
+    f, _, count = jax.lax.while_loop(unfinished, absorb, start)
     return f, count

@@ -83,8 +83,8 @@ def scan_symmetric(cost: Matrix, f: Rows, a: Rows, epsilon: Scalar, num_iteratio
     return jax.lax.scan(body, f, None, length=num_iterations)[0]
 
 
-def plan(cost: Matrix, f: Rows, g: Cols, a: Rows, b: Cols, epsilon: Scalar) -> Matrix:
-    """P_ij = a_i b_j exp((f_i + g_j - C_ij) / epsilon); rows and columns of zero weight are 0.
+def density_exponent(cost: Matrix, f: Rows, g: Cols, epsilon: Scalar) -> Matrix:
+    """(f_i + g_j - C_ij) / epsilon, the logarithm of P_ij / (a_i b_j).
 
     Where P has mass f_i + g_j is nearly C_ij: the rounding of that sum, not the sum itself, sets
     the accuracy at small epsilon. It is recovered (Knuth's two-sum) and added back.
@@ -93,11 +93,10 @@ def plan(cost: Matrix, f: Rows, g: Cols, a: Rows, b: Cols, epsilon: Scalar) -> M
     total = row + col
     part = total - row
     rounding = (row - (total - part)) + (col - part)
+    return ((total - cost) + rounding) / epsilon
+
+
+def plan(cost: Matrix, f: Rows, g: Cols, a: Rows, b: Cols, epsilon: Scalar) -> Matrix:
+    """P_ij = a_i b_j exp((f_i + g_j - C_ij) / epsilon); rows and columns of zero weight are 0."""
     weights = log_weights(a)[:, None] + log_weights(b)[None, :]
-    return jnp.exp(((total - cost) + rounding) / epsilon + weights)
-
-
-def marginal_error(p: Matrix, a: Rows, b: Cols) -> Scalar:
-    """L1 distance of both marginals of the plan from a and b, added."""
-    rows, cols = jnp.sum(p, axis=1), jnp.sum(p, axis=0)
-    return jnp.sum(jnp.abs(rows - a)) + jnp.sum(jnp.abs(cols - b))
+    return jnp.exp(density_exponent(cost, f, g, epsilon) + weights)

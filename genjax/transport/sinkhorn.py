@@ -15,11 +15,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from genjax import checks
 from genjax.numerics import at_least_float32
-from genjax.transport import log_domain, solve
-from genjax.transport.costs import squared_euclidean
+from genjax.transport import blocks, log_domain, solve
+from genjax.transport.costs import cosine, euclidean, squared_euclidean
 from genjax.typing import CostFn
 
 GRADIENTS = ("envelope", "unroll", "last")
+# Costs that are cheap to form again, block by block.
+COSTS = (squared_euclidean, euclidean, cosine)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -50,7 +52,9 @@ class SinkhornResult:
 
     def plan(self) -> Float[Array, "n m"]:
         """The transport plan [n, m]: forms the cost matrix, whatever `chunk_size` was."""
-        cost = self.geometry[0] if self.cost_fn is None else _matrix(self.cost_fn, *self.geometry)
+        cost = self.geometry[0]
+        if self.cost_fn is not None:
+            cost = at_least_float32(self.cost_fn(*self.geometry))
         return log_domain.plan(cost, self.f, self.g, self.a, self.b, self.epsilon)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], CostFn | None]:
@@ -67,13 +71,7 @@ class SinkhornResult:
         return new
 
 
-def _matrix(cost_fn: CostFn, x: Array, y: Array) -> Array:
-    cost = at_least_float32(cost_fn(x, y))
-    checks.shape("cost_fn(x, y)", cost, (x.shape[0], y.shape[0]))
-    return cost
-
-
-def _weights(name: str, weights, size: int, dtype) -> Array:
+def _weights(name: str, weights: Any, size: int, dtype: Any) -> Array:
     """Uniform weights for None; otherwise checked, widened and divided by their sum."""
     if weights is None:
         return jnp.full((size,), 1 / size, dtype)
@@ -81,46 +79,81 @@ def _weights(name: str, weights, size: int, dtype) -> Array:
     checks.at_least(name, weights, 0.0)
     weights = jnp.asarray(weights).astype(dtype)
     total = jnp.sum(weights)
-    if checks.is_concrete(total):
-        # bfloat16 weights carry three digits.
-        checks.between(f"the sum of {name}", total, 0.99, 1.01)
+    # Two digits: weights may come in bfloat16.
+    checks.between(f"the sum of {name}", total, 0.99, 1.01)
     return weights / total
 
 
-def _start(init, n: int, m: int, dtype) -> tuple[Array, Array]:
+def _start(init: Any, n: int, m: int, dtype: Any) -> tuple[Array, Array]:
     if init is None:
         return jnp.zeros((n,), dtype), jnp.zeros((m,), dtype)
     f, g = init
     checks.shape("init[0]", f, (n,))
     checks.shape("init[1]", g, (m,))
-    f, g = jnp.asarray(f).astype(dtype), jnp.asarray(g).astype(dtype)
-    return jax.lax.stop_gradient((f, g))
+    return jax.lax.stop_gradient((jnp.asarray(f).astype(dtype), jnp.asarray(g).astype(dtype)))
 
 
-def _options(
-    num_iterations,
-    tolerance,
-    max_iterations,
-    gradient,
-    last,
-    anneal,
-    relaxation,
-    symmetric,
-    init,
-) -> solve.Options:
+def _check(gradient: str, last_iterations: int, options: solve.Options) -> None:
     checks.one_of("gradient", gradient, GRADIENTS)
-    checks.positive("tolerance", tolerance)
-    checks.integer("max_iterations", max_iterations, 1)
-    checks.integer("last_iterations", last, 1)
-    if num_iterations is not None:
-        checks.integer("num_iterations", num_iterations, 1)
+    checks.positive("tolerance", options.tolerance)
+    checks.integer("max_iterations", options.max_iterations, 1)
+    checks.integer("last_iterations", last_iterations, 1)
+    if options.num_iterations is not None:
+        checks.integer("num_iterations", options.num_iterations, 1)
     elif gradient == "unroll":
         raise ValueError("gradient 'unroll' needs num_iterations, a fixed number; got None")
-    if relaxation is not None and not 0 < relaxation < 2:
-        raise ValueError(f"relaxation must lie in (0, 2), got {relaxation}")
-    anneal = init is None if anneal is None else anneal
-    return solve.Options(
-        num_iterations, float(tolerance), max_iterations, anneal, relaxation, symmetric
+    if options.relaxation is not None and not 0 < options.relaxation < 2:
+        raise ValueError(f"relaxation must lie in (0, 2), got {options.relaxation}")
+    if options.chunk_size is not None:
+        checks.integer("chunk_size", options.chunk_size, 1)
+        if gradient != "envelope":
+            raise ValueError(f"chunk_size needs gradient 'envelope', got {gradient!r}")
+
+
+def _solve(
+    arrays: tuple[Array, ...],
+    shape: tuple[int, int],
+    dtype: Any,
+    options: solve.Options,
+    *,
+    epsilon: ArrayLike,
+    a: Any,
+    b: Any,
+    init: Any,
+    gradient: str,
+    last_iterations: int,
+) -> SinkhornResult:
+    checks.rank("epsilon", epsilon, 0)
+    checks.positive("epsilon", epsilon)
+    _check(gradient, last_iterations, options)
+    if options.anneal is None and init is None:
+        options = options._replace(anneal=True)
+    a, b = _weights("a", a, shape[0], dtype), _weights("b", b, shape[1], dtype)
+    level = jnp.asarray(epsilon).astype(dtype)
+    f, g = _start(init, *shape, dtype)
+    if gradient == "envelope":
+        out = solve.envelope(options, arrays, a, b, level, f, g)
+    else:
+        last = last_iterations if gradient == "last" else None
+        out = solve.differentiated(options, last, arrays[0], a, b, level, f, g)
+    # A cost that is not finite makes <P, C> not finite, even where the plan is 0.
+    broken = ~jnp.isfinite(out.cost)
+    value, cost, error = (
+        jnp.where(broken, jnp.nan, z) for z in (out.value, out.cost, out.marginal_error)
+    )
+    return SinkhornResult(
+        f=out.f,
+        g=out.g,
+        value=value,
+        cost=cost,
+        marginal_error=error,
+        num_iterations=jax.lax.stop_gradient(out.count).astype(jnp.int32),
+        converged=error + out.rounding <= options.tolerance,
+        a=a,
+        b=b,
+        epsilon=level,
+        geometry=arrays,
+        cost_fn=None,
     )
 
 
@@ -137,57 +170,32 @@ def sinkhorn_from_cost(
     last_iterations: int = 1,
     init: tuple[Float[Array, " n"], Float[Array, " m"]] | None = None,
     anneal: bool | None = None,
-    relaxation: float | None = None,
+    relaxation: float | int | None = None,
     symmetric: bool = False,
 ) -> SinkhornResult:
-    """Entropic optimal transport for a cost matrix; the options are those of `sinkhorn`."""
+    """Entropic optimal transport for a cost matrix, which may depend on learned parameters.
+
+    value = min_P <P, C> + epsilon KL(P | a b^T). The options, the result and the errors are those
+    of `sinkhorn`; the gradient of the value for the cost is the plan.
+    """
     checks.rank("cost", cost, 2)
     checks.not_empty("cost", cost)
     checks.floating("cost", cost)
-    checks.rank("epsilon", epsilon, 0)
-    checks.positive("epsilon", epsilon)
-    options = _options(
-        num_iterations,
-        tolerance,
-        max_iterations,
-        gradient,
-        last_iterations,
-        anneal,
-        relaxation,
-        symmetric,
-        init,
-    )
     cost = at_least_float32(cost)
-    n, m = cost.shape
-    a, b = _weights("a", a, n, cost.dtype), _weights("b", b, m, cost.dtype)
-    level = jnp.asarray(epsilon).astype(cost.dtype)
-    f, g = _start(init, n, m, cost.dtype)
-    if gradient == "envelope":
-        out = solve.envelope(options, cost, a, b, level, f, g)
-    else:
-        out = solve.differentiated(options, gradient, last_iterations, cost, a, b, level, f, g)
-    return _result(out, options.tolerance, 0.0, a, b, level, (cost,), None)
-
-
-def _result(out, tolerance, rounding, a, b, epsilon, geometry, cost_fn) -> SinkhornResult:
-    f, g, value, total, error, count = out
-    broken = ~jnp.isfinite(sum(jnp.sum(jnp.abs(z)) * 0 for z in (*geometry, a, b)))
-    value = jnp.where(broken, jnp.nan, value)
-    total = jnp.where(broken, jnp.nan, total)
-    error = jnp.where(broken, jnp.nan, error)
-    return SinkhornResult(
-        f=f,
-        g=g,
-        value=value,
-        cost=total,
-        marginal_error=error,
-        num_iterations=jax.lax.stop_gradient(count).astype(jnp.int32),
-        converged=error + rounding <= tolerance,
+    options = solve.Options(
+        num_iterations, tolerance, max_iterations, anneal, relaxation, symmetric, None
+    )
+    return _solve(
+        (cost,),
+        cost.shape,
+        cost.dtype,
+        options,
+        epsilon=epsilon,
         a=a,
         b=b,
-        epsilon=epsilon,
-        geometry=geometry,
-        cost_fn=cost_fn,
+        init=init,
+        gradient=gradient,
+        last_iterations=last_iterations,
     )
 
 
@@ -206,32 +214,66 @@ def sinkhorn(
     last_iterations: int = 1,
     init: tuple[Float[Array, " n"], Float[Array, " m"]] | None = None,
     anneal: bool | None = None,
-    relaxation: float | None = None,
+    relaxation: float | int | None = None,
     symmetric: bool = False,
+    chunk_size: int | None = None,
 ) -> SinkhornResult:
     """Entropic optimal transport between two weighted point clouds.
 
-    value = min_P <P, C> + epsilon KL(P | a b^T), with C = cost_fn(x, y) and P's marginals a and b,
-    both uniform by default (Peyre and Cuturi 2019, eq. 4.2). Costs and epsilon share one unit.
+    value = min_P <P, C> + epsilon KL(P | a b^T), with C = cost_fn(x, y) and the marginals of P a
+    and b, uniform by default (Peyre and Cuturi 2019, section 4). Costs and epsilon share a unit.
+
+    num_iterations: run that many plain log-domain iterations, f and then g. Otherwise stop at
+    `tolerance`, an L1 marginal error, or after `max_iterations` sweeps of an annealed,
+    over-relaxed solver.
+    gradient: "envelope" differentiates value and cost with the potentials held constant: exact for
+    the value at the optimum, and for the cost the gradient with the plan cut off (OT-GAN).
+    "unroll" goes through all of num_iterations, "last" through `last_iterations` more after the
+    solver. Memory O(n m) for all three, "unroll" recomputing its exponentials.
+    init: potentials (f, g) to start from. The solver then starts at epsilon itself, and goes back
+    to annealing if they are of no use; `anneal` True or False forces either.
+    relaxation: of both updates, in (0, 2); by default 1 for num_iterations, adapted otherwise.
+    symmetric: y is x and b is a, for a symmetric cost: one potential, by averaged updates.
+    chunk_size: rows of the cost formed at a time, forward and backward, instead of the matrix;
+    cost_fn is then called on blocks of x.
+
+    Weights are divided by their sum, so their gradients are the potentials less a constant:
+    <a, gradient> = 0. Non-finite points give converged False and a NaN value. Narrow dtypes are
+    computed in float32. Raises ValueError or TypeError for shapes, weights or options that do not
+    fit and for epsilon <= 0.
     """
-    checks.not_empty("x", x)
-    checks.not_empty("y", y)
-    checks.floating("x", x)
-    checks.floating("y", y)
-    cost = _matrix(cost_fn, x, y)
-    result = sinkhorn_from_cost(
-        cost,
+    for name, z in (("x", x), ("y", y)):
+        checks.min_rank(name, z, 1)
+        checks.not_empty(name, z)
+        checks.floating(name, z)
+    shape = (x.shape[0], y.shape[0])
+    formed = jax.eval_shape(cost_fn, x, y)
+    checks.shape("cost_fn(x, y)", formed, shape)
+    x, y = at_least_float32(x), at_least_float32(y)
+    dtype = jnp.promote_types(formed.dtype, jnp.float32)
+    options = solve.Options(
+        num_iterations, tolerance, max_iterations, anneal, relaxation, symmetric, chunk_size
+    )
+    arrays: tuple[Array, ...] = (x, y)
+    if chunk_size is not None and cost_fn not in COSTS:
+        # What the cost closes over (learned parameters) becomes an argument, to differentiate.
+        converted, closed = jax.closure_convert(cost_fn, x[: blocks.rows(*shape, chunk_size)], y)
+        arrays = (x, y, *closed)
+        options = options._replace(cost_fn=converted)
+    elif cost_fn in COSTS and gradient == "envelope":
+        options = options._replace(cost_fn=cost_fn)
+    else:
+        arrays = (at_least_float32(cost_fn(x, y)),)
+    result = _solve(
+        arrays,
+        shape,
+        dtype,
+        options,
         epsilon=epsilon,
         a=a,
         b=b,
-        num_iterations=num_iterations,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
+        init=init,
         gradient=gradient,
         last_iterations=last_iterations,
-        init=init,
-        anneal=anneal,
-        relaxation=relaxation,
-        symmetric=symmetric,
     )
     return dataclasses.replace(result, geometry=(x, y), cost_fn=cost_fn)

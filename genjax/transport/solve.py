@@ -1,116 +1,176 @@
 """One solve and its derivatives: at fixed potentials, through all iterations, or through the last.
 
-Each returns (f, g, value, <P, C>, marginal error, number of iterations as a float).
+Each returns an `Outcome`, whose number of iterations is a float so that it may be differentiated.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
 
-from genjax.transport import kernel, log_domain
+from genjax.transport import blocks, kernel, log_domain
+from genjax.transport.costs import DIRECT_DIMS, squared_euclidean
 
 
 class Options(NamedTuple):
-    """What is static in a solve."""
+    """What is static in a solve. cost_fn is None where the cost is given as a matrix."""
 
     num_iterations: int | None
     tolerance: float
     max_iterations: int
-    anneal: bool
+    anneal: bool | None
     relaxation: float | None
-    symmetric: bool = False
+    symmetric: bool
+    chunk_size: int | None
+    cost_fn: Callable | None = None
 
 
-def read(cost, f, g, a, b, epsilon):
-    """The dual objective (the value, once converged), <P, C> and the marginal error."""
-    p = log_domain.plan(cost, f, g, a, b, epsilon)
-    total = jnp.sum(p * cost)
-    dual = jnp.sum(a * f) + jnp.sum(b * g) - epsilon * (jnp.sum(p) - 1)
-    return dual, total, log_domain.marginal_error(p, a, b)
+class Outcome(NamedTuple):
+    f: Array
+    g: Array
+    value: Array
+    cost: Array
+    marginal_error: Array
+    count: Array
+    rounding: Array  # what the rounding of the cost may add to the marginal error
 
 
-def potentials(options: Options, cost, a, b, epsilon, f, g):
-    """Run the solver that the options name; returns potentials and the number of iterations."""
-    if options.num_iterations is not None and options.symmetric:
-        f = log_domain.scan_symmetric(cost, f, a, epsilon, options.num_iterations)
-        return f, f, jnp.asarray(options.num_iterations, cost.dtype)
-    if options.num_iterations is not None:
+def _moments(options: Options, arrays: tuple[Array, ...]) -> tuple[Array, Array]:
+    """The variation of the cost, and its size where it is rounded, for scales and stopping."""
+    if options.cost_fn is None:
+        mean = jnp.mean(arrays[0])
+        return mean - jnp.min(arrays[0]), jnp.zeros_like(mean)
+    if options.cost_fn is squared_euclidean:
+        x, y = arrays
+
+        def spread(z, centre):
+            return jnp.mean(jnp.sum(jnp.square(z - jnp.mean(centre, 0, keepdims=True)), axis=1))
+
+        scale = spread(x, x) + spread(y, y)
+        # Differences lose nothing but the last digit of a cost that is small where the plan is.
+        direct = x.shape[1] <= DIRECT_DIMS
+        return scale, scale / 2 if direct else spread(x, y) + spread(y, y)
+    # A sample of rows stands for the rest.
+    rows = arrays[0][:: max(1, arrays[0].shape[0] // 64)]
+    sample = options.cost_fn(rows, *arrays[1:])
+    return jnp.mean(sample) - jnp.min(sample), jnp.mean(jnp.abs(sample))
+
+
+def _potentials(options: Options, arrays, a, b, epsilon, f, g) -> tuple[Array, ...]:
+    """Run the solver that the options name."""
+    limit = options.num_iterations
+    if limit is not None and options.chunk_size is not None:
+        parts = blocks.make(arrays, options.cost_fn, options.chunk_size)
+        f, g = kernel.scan_updates(parts, f, g, a, b, epsilon, limit, options.symmetric)
+        return f, g, jnp.asarray(limit, f.dtype), jnp.zeros_like(epsilon)
+    if limit is not None:
+        cost = arrays[0] if options.cost_fn is None else options.cost_fn(*arrays)
+        if options.symmetric:
+            f = log_domain.scan_symmetric(cost, f, a, epsilon, limit)
+            return f, f, jnp.asarray(limit, f.dtype), jnp.zeros_like(epsilon)
         relaxation = 1.0 if options.relaxation is None else options.relaxation
-        f, g = log_domain.scan_updates(
-            cost, f, g, a, b, epsilon, options.num_iterations, relaxation
-        )
-        return f, g, jnp.asarray(options.num_iterations, cost.dtype)
-    if options.symmetric:
-        f, count = kernel.solve_symmetric(
-            cost,
-            a,
-            epsilon,
-            f,
-            tolerance=options.tolerance,
-            max_iterations=options.max_iterations,
-        )
-        return f, f, count.astype(cost.dtype)
-    start = jnp.mean(cost) / 4 if options.anneal else epsilon
-    g, count = kernel.solve(
-        cost,
-        a,
-        b,
-        epsilon,
-        g,
-        start=start,
-        tolerance=options.tolerance,
-        max_iterations=options.max_iterations,
+        f, g = log_domain.scan_updates(cost, f, g, a, b, epsilon, limit, relaxation)
+        return f, g, jnp.asarray(limit, f.dtype), jnp.zeros_like(epsilon)
+    parts = blocks.make(arrays, options.cost_fn, options.chunk_size)
+    scale, size = _moments(options, arrays)
+    tiny = jnp.finfo(f.dtype).eps
+    rounding = 0.8 * tiny * size / epsilon
+    # Potentials are rounded too: leave room for both below the tolerance.
+    room = rounding + tiny * scale / (4 * epsilon)
+    goal = jnp.maximum(0.95 * options.tolerance - room, 0.3 * options.tolerance)
+    sound = jnp.isfinite(scale) & jnp.isfinite(jnp.sum(a) + jnp.sum(b)) & (epsilon > 0)
+    problem = kernel.Problem(
+        blocks=parts,
+        a=a,
+        b=b,
+        epsilon=epsilon,
+        scale=jnp.maximum(scale, tiny * epsilon),
+        goal=goal,
+        limit=jnp.where(sound, options.max_iterations, 0),
     )
-    log_b = log_domain.log_weights(b)
-    f = log_domain.row_update(cost, g, log_b, epsilon)
-    g = g + (jnp.sum(a * f) - jnp.sum(b * g)) / 2
-    return log_domain.row_update(cost, g, log_b, epsilon), g, count.astype(cost.dtype)
+    stored = options.chunk_size is None
+    if options.symmetric:
+        f, count = kernel.solve_symmetric(problem, f, stored=stored)
+        return f, f, count.astype(f.dtype), rounding
+    f, g, count = kernel.solve(
+        problem, g, anneal=options.anneal, relaxation=options.relaxation, stored=stored
+    )
+    # Of the constant by which potentials may differ: <a, f> = <b, g>, where both are smallest.
+    shift = (jnp.sum(a * f) - jnp.sum(b * g)) / 2
+    return f - shift, g + shift, count.astype(f.dtype), rounding
+
+
+def _solve(
+    options: Options, wanted: tuple[bool, ...], arrays, a, b, epsilon, f, g
+) -> tuple[Outcome, tuple[Array | None, ...]]:
+    """Solve, and read value, cost, error and the wanted gradients off the potentials."""
+    f, g, count, rounding = _potentials(options, arrays, a, b, epsilon, f, g)
+    parts = blocks.make(arrays, options.cost_fn, options.chunk_size)
+    seen = blocks.read(parts, f, g, a, b, epsilon, wanted)
+    error = jnp.sum(jnp.abs(seen.row_sums - a)) + jnp.sum(jnp.abs(seen.col_sums - b))
+    # The dual objective: a lower bound of the value, and the value at the optimum.
+    dual = jnp.sum(a * f) + jnp.sum(b * g) - epsilon * (jnp.sum(seen.col_sums) - 1)
+    return Outcome(f, g, dual, seen.total, error, count, rounding), seen.gradient
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def envelope(options: Options, cost, a, b, epsilon, f, g):
-    """Solve, with the derivative of the value at fixed potentials (the envelope theorem)."""
-    f, g, count = potentials(options, cost, a, b, epsilon, f, g)
-    return (f, g, *read(cost, f, g, a, b, epsilon), count)
+def envelope(options: Options, arrays, a, b, epsilon, f, g) -> Outcome:
+    """Solve, with the derivative of the value at fixed potentials (the envelope theorem).
+
+    Of the value it is P for the cost, f and g for the weights and KL(P | a b^T) for epsilon; of
+    <P, C>, with the plan a constant, P. The potentials are constants.
+    """
+    return _solve(options, (), arrays, a, b, epsilon, f, g)[0]
 
 
 @functools.partial(envelope.defjvp, symbolic_zeros=True)
 def _envelope_jvp(options: Options, primals, tangents):
-    cost, a, b, epsilon, *_ = primals
-    out = envelope(options, *primals)
-    f, g, value, total, error, count = out
+    wanted = tuple(not isinstance(t, SymbolicZero) for t in tangents[0])
+    out, gradient = _solve(options, wanted, *primals)
+    epsilon = primals[3]
 
     def along(gradient, tangent):
         if isinstance(tangent, SymbolicZero):
-            return jnp.zeros((), value.dtype)
-        return jnp.sum(gradient() * tangent)
+            return jnp.zeros_like(out.value)
+        return jnp.sum(gradient * tangent)
 
-    moved = along(lambda: log_domain.plan(cost, f, g, a, b, epsilon), tangents[0])
-    # The value's derivatives at the optimum: P for the cost, f and g for the weights, and the
-    # divergence KL(P | a b^T) for epsilon.
-    change = along(lambda: f, tangents[1]) + along(lambda: g, tangents[2])
-    change = change + along(lambda: (value - total) / epsilon, tangents[3])
-    zeros = [jnp.zeros_like(o) for o in (f, g, error, count)]
-    return out, (zeros[0], zeros[1], moved + change, moved, zeros[2], zeros[3])
+    moved = sum(
+        (along(g, t) for g, t in zip(gradient, tangents[0], strict=True)),
+        jnp.zeros_like(out.value),
+    )
+    change = along(out.f, tangents[1]) + along(out.g, tangents[2])
+    change = change + along((out.value - out.cost) / epsilon, tangents[3])
+    still = jax.tree.map(jnp.zeros_like, out)
+    return out, still._replace(value=moved + change, cost=moved)
 
 
-def differentiated(options: Options, gradient, last, cost, a, b, epsilon, f, g):
-    """Solve with the derivative through all the iterations, or through the last ones only."""
-    if gradient == "last":
-        before = options
-        if options.num_iterations is not None:
-            before = options._replace(num_iterations=max(options.num_iterations - last, 0))
-            last = min(last, options.num_iterations)
-        fixed = [jax.lax.stop_gradient(z) for z in (cost, a, b, epsilon, f, g)]
-        f, g, count = potentials(before, *fixed)
-        f, g = jax.lax.stop_gradient((f, g))
-    else:
-        count, last = jnp.zeros((), cost.dtype), options.num_iterations
+def differentiated(options: Options, last: int | None, cost, a, b, epsilon, f, g) -> Outcome:
+    """Solve with the derivative through the `last` iterations only, or through all for None."""
     relaxation = 1.0
     if options.num_iterations is not None and options.relaxation is not None:
         relaxation = options.relaxation
-    f, g = log_domain.scan_updates(cost, f, g, a, b, epsilon, last, relaxation)
-    return (f, g, *read(cost, f, g, a, b, epsilon), count + last)
+    count = jnp.zeros((), cost.dtype)
+    rounding = jnp.zeros((), cost.dtype)
+    if last is None:
+        last = options.num_iterations or 1
+    else:
+        before = options
+        if options.num_iterations is not None:
+            last = min(last, options.num_iterations)
+            before = options._replace(num_iterations=options.num_iterations - last)
+        fixed = jax.lax.stop_gradient(((cost,), a, b, epsilon, f, g))
+        f, g, count, rounding = jax.lax.stop_gradient(_potentials(before, *fixed))
+    if options.symmetric:
+        f = log_domain.scan_symmetric(cost, f, a, epsilon, last)
+        g = f
+    else:
+        f, g = log_domain.scan_updates(cost, f, g, a, b, epsilon, last, relaxation)
+    p = log_domain.plan(cost, f, g, a, b, epsilon)
+    rows, cols = jnp.sum(p, axis=1), jnp.sum(p, axis=0)
+    error = jnp.sum(jnp.abs(rows - a)) + jnp.sum(jnp.abs(cols - b))
+    dual = jnp.sum(a * f) + jnp.sum(b * g) - epsilon * (jnp.sum(p) - 1)
+    return Outcome(f, g, dual, jnp.sum(p * cost), error, count + last, rounding)

@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from scipy.linalg import sqrtm
+
+from genjax.transport import gaussian_entropic_ot, gaussian_wasserstein, sinkhorn
+
+
+def gaussians(d, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def one():
+        root = rng.standard_normal((d, d + 2)) / np.sqrt(d)
+        return jnp.asarray(rng.standard_normal(d)), jnp.asarray(root @ root.T)
+
+    return (*one(), *one())
+
+
+@pytest.mark.parametrize("d", [1, 2, 7])
+def test_wasserstein_against_scipy(x64, compiled, d):
+    m0, a, m1, b = gaussians(d)
+    root = sqrtm(np.asarray(a))
+    cross = np.trace(np.real(sqrtm(root @ np.asarray(b) @ root)))
+    expected = np.sum((m0 - m1) ** 2) + np.trace(a) + np.trace(b) - 2 * cross
+    np.testing.assert_allclose(compiled(gaussian_wasserstein)(m0, a, m1, b), expected, rtol=1e-9)
+
+
+def entropic_by_definition(m0, a, m1, b, epsilon):
+    """Maximise over the cross-covariance K of a Gaussian coupling, by its stationarity."""
+    s2 = epsilon / 2
+    a, b = np.asarray(a), np.asarray(b)
+    root = np.real(sqrtm(a))
+    inner = np.real(sqrtm(root @ b @ root + s2**2 / 4 * np.eye(len(a))))
+    k = root @ inner @ np.linalg.inv(root) - s2 / 2 * np.eye(len(a))
+    joint = np.block([[a, k], [k.T, b]])
+    kl = 0.5 * (np.linalg.slogdet(a)[1] + np.linalg.slogdet(b)[1] - np.linalg.slogdet(joint)[1])
+    return np.sum((m0 - m1) ** 2) + np.trace(a) + np.trace(b) - 2 * np.trace(k) + epsilon * kl
+
+
+@pytest.mark.parametrize("d", [1, 5])
+@pytest.mark.parametrize("epsilon", [0.01, 1.0, 30.0])
+def test_entropic_against_the_optimal_coupling(x64, compiled, d, epsilon):
+    args = gaussians(d)
+    value = compiled(gaussian_entropic_ot)(*args, epsilon=jnp.asarray(epsilon))
+    np.testing.assert_allclose(value, entropic_by_definition(*args, epsilon), rtol=1e-9)
+
+
+def test_entropic_tends_to_wasserstein(x64):
+    args = gaussians(4)
+    limit = gaussian_wasserstein(*args)
+    np.testing.assert_allclose(gaussian_entropic_ot(*args, epsilon=1e-9), limit, rtol=1e-6)
+
+
+def test_gradients(x64):
+    m0, a, m1, b = gaussians(3)
+    check_grads(
+        lambda *z: gaussian_wasserstein(*map(jnp.asarray, z)),  # check_grads passes numpy arrays
+        (m0, a, m1, b),
+        order=1,
+        modes=["fwd", "rev"],
+    )
+    check_grads(
+        lambda *z: gaussian_entropic_ot(*map(jnp.asarray, z[:4]), epsilon=jnp.asarray(z[4])),
+        (m0, a, m1, b, jnp.asarray(0.7)),
+        order=1,
+        modes=["fwd", "rev"],
+    )
+
+
+def test_equal_and_singular_covariances(compiled):
+    zero, eye = jnp.zeros(3), jnp.eye(3)
+    line = jnp.diag(jnp.asarray([1.0, 0.0, 0.0]))
+    run = compiled(jax.value_and_grad(gaussian_wasserstein, argnums=(0, 1, 2, 3)))
+    for a, b in ((eye, eye), (line, line), (line, eye), (0 * eye, eye), (0 * eye, 0 * eye)):
+        value, grads = run(zero, a, zero, b)
+        expected = np.sum((np.sqrt(np.diag(a)) - np.sqrt(np.diag(b))) ** 2)
+        np.testing.assert_allclose(value, expected, atol=1e-6)
+        assert all(jnp.isfinite(g).all() for g in grads)
+    # At the minimum the gradient is zero.
+    assert all(jnp.abs(g).max() < 1e-6 for g in run(zero, eye, zero, eye)[1])
+
+
+def test_samples_meet_the_closed_form():
+    rng = np.random.default_rng(0)
+    m0, a, m1, b = gaussians(2, seed=3)
+    n, epsilon = 1000, 1.0
+    x = rng.multivariate_normal(m0, a, n).astype(np.float32)
+    y = rng.multivariate_normal(m1, b, n).astype(np.float32)
+    sample = jax.jit(lambda x, y: sinkhorn(x, y, epsilon=epsilon).value)(
+        jnp.asarray(x), jnp.asarray(y)
+    )
+    m0, a, m1, b = (jnp.asarray(z, jnp.float32) for z in (m0, a, m1, b))
+    exact = gaussian_entropic_ot(m0, a, m1, b, epsilon=epsilon)
+    # Sampling error of the mean of |x - y|^2 over 1000 pairs.
+    np.testing.assert_allclose(sample, exact, rtol=0.08)
+    fitted = gaussian_entropic_ot(
+        *(jnp.asarray(z, jnp.float32) for z in (x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))),
+        epsilon=epsilon,
+    )
+    np.testing.assert_allclose(sample, fitted, rtol=0.02)
+
+
+def test_bad_input(unchecked):
+    m, a = jnp.zeros(2), jnp.eye(2)
+    with pytest.raises(ValueError, match=r"cov1 must have shape \(2, 2\), got \(3, 3\)"):
+        gaussian_wasserstein(m, a, m, jnp.eye(3))
+    with pytest.raises(ValueError, match="epsilon must be positive"):
+        gaussian_entropic_ot(m, a, m, a, epsilon=0.0)
