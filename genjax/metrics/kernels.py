@@ -111,7 +111,7 @@ def mmd(
     xy = _kernel_sum(kernel, x, y, False)
     if unbiased:
         return _unbiased(xx, yy, xy, n, m)
-    return xx / n**2 + yy / m**2 - 2 * xy / (n * m)
+    return xx / float(n**2) + yy / float(m**2) - 2 * xy / float(n * m)
 
 
 def median_distance(x: Array, y: Array) -> Array:
@@ -157,7 +157,8 @@ def _subset_sums(
 
 
 def _unbiased(xx: Array, yy: Array, xy: Array, n: int, m: int) -> Array:
-    return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m)
+    # Floats: the numbers of pairs overflow 32-bit integers.
+    return xx / float(n * (n - 1)) + yy / float(m * (m - 1)) - 2 * xy / float(n * m)
 
 
 def polynomial_kernel(degree: int = 3, offset: float | int = 1.0) -> KernelFn:

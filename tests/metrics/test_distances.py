@@ -91,7 +91,7 @@ def test_sliced_wasserstein_fixture(x64, compiled, key):
     np.testing.assert_allclose(value, expected["sw1_unequal_sizes"], rtol=1e-10)
 
 
-@pytest.mark.parametrize(("n", "m", "p"), [(40, 40, 3), (7, 12, 2), (13, 5, 1)])
+@pytest.mark.parametrize(("n", "m", "p"), [(40, 40, 3), (7, 12, 2)])
 def test_sliced_wasserstein_equals_pot(x64, key, n, m, p):
     import ot
 
