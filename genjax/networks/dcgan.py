@@ -1,0 +1,207 @@
+"""DCGAN generator and critic, sizes by field, for images from 8x8 to 64x64; labels by option.
+
+Radford, Metz, Chintala 2016 (arXiv:1511.06434), without what depends on the batch in the critic.
+"""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from genjax import checks
+
+Norm = Literal["none", "layer", "batch"]
+Condition = Literal["projection", "concat"]
+
+
+class Conv(nn.Module):
+    """Convolution with `SAME` padding, as a matrix product over patches where that is faster.
+
+    as_matmul: None picks the product on CPU, where compiled convolutions and their derivatives
+    are several times slower, and the convolution elsewhere. Both give the same function.
+    """
+
+    features: int
+    kernel: int = 3
+    stride: int = 1
+    use_bias: bool = True
+    as_matmul: bool | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width inputs"]) -> Array:
+        k, s = self.kernel, self.stride
+        shape = (k, k, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        as_matmul = jax.default_backend() == "cpu" if self.as_matmul is None else self.as_matmul
+        if as_matmul:
+            y = _patches(x, k, s) @ kernel.reshape(-1, self.features)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x, kernel, (s, s), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            y = y + bias.reshape(1, 1, 1, -1)
+        return y
+
+
+class Upscale(nn.Module):
+    """Double the resolution: a convolution to four times the channels, dealt out to 2x2 pixels.
+
+    kernel 1 is the transposed convolution of size 2 and stride 2; kernel 3 holds those of size 4.
+    """
+
+    features: int
+    kernel: int = 3
+    as_matmul: bool | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width inputs"]) -> Array:
+        b, h, w, _ = x.shape
+        y = Conv(4 * self.features, self.kernel, as_matmul=self.as_matmul)(x)
+        y = y.reshape(b, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
+        return y.reshape(b, 2 * h, 2 * w, self.features)
+
+
+class BatchStatistics(nn.Module):
+    """Normalise each channel by the batch's own mean and variance, then scale and shift."""
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
+        channels = x.shape[-1:]
+        mean = jnp.mean(x, axis=(0, 1, 2), keepdims=True)
+        variance = jnp.mean(jnp.square(x - mean), axis=(0, 1, 2), keepdims=True)
+        scale = self.param("scale", nn.initializers.ones_init(), channels).reshape(1, 1, 1, -1)
+        bias = self.param("bias", nn.initializers.zeros_init(), channels).reshape(1, 1, 1, -1)
+        return (x - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
+
+
+class DCGANGenerator(nn.Module):
+    """Noise [batch, latent] (and labels [batch]) -> images in [-1, 1].
+
+    A dense layer to base x base, then doublings to `size` with width * 2^i channels, tanh at the
+    end. norm "batch" uses the batch's own statistics, also when sampling: a sample then depends on
+    those drawn with it; "layer" normalises each example by itself. With `classes`, an embedding of
+    the label is concatenated to the noise.
+    """
+
+    size: int = 32
+    channels: int = 3
+    width: int = 64
+    base: int = 4
+    kernel: int = 3
+    norm: Norm = "layer"
+    classes: int | None = None
+    embedding: int = 32
+    as_matmul: bool | None = None
+
+    @nn.compact
+    def __call__(
+        self, z: Float[Array, "batch latent"], label: Int[Array, " batch"] | None = None
+    ) -> Float[Array, "batch size size channels"]:
+        stages = _stages(self.size, self.base)
+        _check_label(self.classes, label)
+        if self.classes is not None:
+            z = jnp.concatenate([z, nn.Embed(self.classes, self.embedding)(label)], axis=-1)
+        widths = [self.width * 2**i for i in range(stages)][::-1]
+        h = nn.Dense(self.base**2 * widths[0])(z)
+        h = h.reshape(-1, self.base, self.base, widths[0])
+        for width in [*widths[1:], self.channels]:
+            h = nn.relu(_normalise(self.norm, h))
+            h = Upscale(width, self.kernel, self.as_matmul)(h)
+        return jnp.tanh(h)
+
+
+class DCGANCritic(nn.Module):
+    """Images [batch, size, size, channels] (and labels [batch]) -> scores [batch].
+
+    Strided convolutions with width * 2^i channels down to base x base, leaky ReLU, a dense layer.
+    There is no normalisation over the batch, so that each example is scored by itself. With
+    `classes`, condition "projection" adds <embedding(label), features> to the score (Miyato &
+    Koyama 2018); "concat" appends the label's embedding to the image as a channel (Mirza &
+    Osindero 2014).
+    """
+
+    size: int = 32
+    channels: int = 3
+    width: int = 64
+    base: int = 4
+    kernel: int = 4
+    norm: Literal["none", "layer"] = "none"
+    classes: int | None = None
+    condition: Condition = "projection"
+    as_matmul: bool | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch size size channels"],
+        label: Int[Array, " batch"] | None = None,
+    ) -> Float[Array, " batch"]:
+        stages = _stages(self.size, self.base)
+        checks.shape("x", x, (None, self.size, self.size, self.channels))
+        checks.one_of("norm", self.norm, ("none", "layer"))
+        checks.one_of("condition", self.condition, ("projection", "concat"))
+        _check_label(self.classes, label)
+        if self.classes is not None and self.condition == "concat":
+            plane = nn.Embed(self.classes, self.size**2)(label)
+            x = jnp.concatenate([x, plane.reshape(-1, self.size, self.size, 1)], axis=-1)
+        h = x
+        for i in range(stages):
+            h = Conv(self.width * 2**i, self.kernel, 2, as_matmul=self.as_matmul)(h)
+            h = nn.leaky_relu(_normalise(self.norm if i else "none", h), 0.2)
+        h = h.reshape(h.shape[0], -1)
+        score = nn.Dense(1)(h)[:, 0]
+        if self.classes is not None and self.condition == "projection":
+            embedded = nn.Embed(
+                self.classes,
+                h.shape[-1],
+                embedding_init=nn.initializers.normal(h.shape[-1] ** -0.5),
+            )(label)
+            score = score + jnp.sum(embedded * h, axis=-1)
+        return score
+
+
+def _patches(x: Array, k: int, s: int) -> Array:
+    """Gather the k x k neighbourhood of every s-th pixel, [batch, h, w, k k c], `SAME` padding."""
+    if k == 1 and s == 1:
+        return x
+    sizes = [-(-n // s) for n in x.shape[1:3]]
+    totals = [max((m - 1) * s + k - n, 0) for m, n in zip(sizes, x.shape[1:3], strict=True)]
+    padded = jnp.pad(x, ((0, 0), *[(t // 2, t - t // 2) for t in totals], (0, 0)))
+    h, w = sizes
+    parts = [
+        padded[:, i : i + (h - 1) * s + 1 : s, j : j + (w - 1) * s + 1 : s]
+        for i in range(k)
+        for j in range(k)
+    ]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _normalise(norm: Norm, h: Array) -> Array:
+    checks.one_of("norm", norm, ("none", "layer", "batch"))
+    if norm == "none":
+        return h
+    if norm == "layer":
+        return nn.LayerNorm(reduction_axes=(1, 2, 3), feature_axes=-1)(h)
+    return BatchStatistics()(h)
+
+
+def _stages(size: int, base: int) -> int:
+    """Count the doublings from base to size."""
+    stages = (size // base).bit_length() - 1
+    if stages < 1 or base * 2**stages != size:
+        raise ValueError(f"size must be base * 2^k with k >= 1, got size {size} and base {base}")
+    return stages
+
+
+def _check_label(classes: int | None, label: Array | None) -> None:
+    if (classes is None) != (label is None):
+        raise ValueError(
+            f"label must be given exactly where classes is set, got classes={classes} and "
+            f"{'no label' if label is None else 'a label'}"
+        )

@@ -1,0 +1,193 @@
+"""Critics with a bounded Lipschitz constant: spectral normalisation, and 1-Lipschitz layers.
+
+Spectral normalisation divides each weight by an estimate of its largest singular value; as pure
+functions on a tree of parameters, it fits any network. `LipschitzMLP` is 1-Lipschitz by
+construction: orthonormal weights and sorting activations, which also keep the gradient's norm.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float
+
+from genjax import checks
+from genjax.numerics import HIGHEST, safe_norm
+from genjax.typing import Params, PRNGKey
+
+# path of a weight in the tree -> left singular vector, the estimate so far
+PowerState = dict[str, Array]
+
+
+def power_iteration(
+    weight: Float[Array, "out inputs"], u: Float[Array, " out"], *, steps: int = 1
+) -> tuple[Float[Array, ""], Float[Array, " out"]]:
+    """Estimate the largest singular value: v = W'u / |W'u|, u = Wv / |Wv|, sigma = u'Wv.
+
+    Returns (sigma, the new u). u and v are constants to the gradient, so d sigma / dW = u v'.
+    Miyato et al. 2018 (arXiv:1802.05957), Algorithm 1.
+    """
+    checks.integer("steps", steps, 1)
+    fixed = stop_gradient(weight)
+
+    def step(_: Any, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+        v = _unit(jnp.matmul(pair[0], fixed, precision=HIGHEST))
+        return _unit(jnp.matmul(fixed, v, precision=HIGHEST)), v
+
+    u, v = jax.lax.fori_loop(0, steps, step, (stop_gradient(u), jnp.zeros_like(fixed[0])))
+    return jnp.einsum("o,oi,i->", u, weight, v, precision=HIGHEST), u
+
+
+def init_power(params: Params, key: PRNGKey) -> PowerState:
+    """Draw a random unit vector u for every weight (leaf named `kernel`, rank 2 at least)."""
+    return {
+        path: _unit(jax.random.normal(jax.random.fold_in(key, i), w.shape[-1:], w.dtype))
+        for i, (path, w) in enumerate(_weights(params).items())
+    }
+
+
+def spectral_normalise(
+    params: Params, power: PowerState, *, steps: int = 1
+) -> tuple[Params, PowerState]:
+    """Divide every weight by its estimated largest singular value; returns (params, new power).
+
+    A convolution's kernel [h, w, in, out] is taken as the matrix [out, h w in]: the usual
+    convention, which is not the norm of the convolution as an operator. Keep the new power state
+    for the next call once per update, for example beside the parameters, refreshed by the
+    `project` of a two-player step; it gets no gradient. Miyato et al. 2018, section 2.1.
+    """
+    weights = _weights(params)
+    if missing := weights.keys() - power.keys():
+        raise ValueError(f"power must come from init_power of these params; it lacks {missing}")
+    scale, updated = {}, dict(power)
+    for path, weight in weights.items():
+        matrix = weight.reshape(-1, weight.shape[-1]).T
+        sigma, updated[path] = power_iteration(matrix, power[path], steps=steps)
+        scale[path] = sigma
+
+    def divide(path: Any, leaf: Array) -> Array:
+        name = jax.tree_util.keystr(path)
+        return leaf / scale[name] if name in scale else leaf
+
+    return jax.tree_util.tree_map_with_path(divide, params), updated
+
+
+def group_sort(
+    x: Float[Array, "*batch features"], size: int = 2
+) -> Float[Array, "*batch features"]:
+    """Sort the features, ascending, within contiguous groups of `size`; gradient norm is kept.
+
+    Anil, Lucas, Grosse 2019 (arXiv:1811.05381), section 4.2. Raises ValueError where `size` does
+    not divide the features.
+    """
+    checks.integer("size", size, 1)
+    if x.shape[-1] % size:
+        raise ValueError(f"size must divide the {x.shape[-1]} features, got {size}")
+    groups = x.reshape(*x.shape[:-1], -1, size)
+    if size == 2:  # much cheaper than a sort
+        a, b = groups[..., 0], groups[..., 1]
+        first = a <= b  # one choice for both, so that a tie splits no gradient
+        ordered = jnp.stack([jnp.where(first, a, b), jnp.where(first, b, a)], axis=-1)
+    else:
+        ordered = jnp.sort(groups, axis=-1)
+    return ordered.reshape(x.shape)
+
+
+def max_min(x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+    """GroupSort in pairs, the larger first: (x0, x1) -> (max, min)."""
+    return group_sort(x, 2).reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+
+
+def bjorck(
+    weight: Float[Array, "inputs out"], *, steps: int = 15, order: int = 2
+) -> Float[Array, "inputs out"]:
+    """Bring a matrix to the nearest one with orthonormal rows or columns, by matrix products.
+
+        order 1: W <- (3 W - W W'W) / 2
+        order 2: W <- (15 W - 10 W W'W + 3 W (W'W)^2) / 8
+
+    W is first divided by a bound on its norm, sqrt of the largest row sum of |G| with G the
+    smaller Gram matrix: 1 where W is orthonormal already. Singular values then lie in (0, 1] and
+    rise towards 1 without passing it: the result has norm at most 1, up to rounding, after any
+    number of steps. Small ones grow by 3/2 (15/8) a step. A vector is divided by its norm.
+    Bjorck & Bowie 1971; Anil et al. 2019, section 4.3.
+    """
+    checks.rank("weight", weight, 2)
+    checks.integer("steps", steps, 1)
+    checks.one_of("order", order, (1, 2))
+    tall = weight.shape[0] >= weight.shape[1]
+    w = weight.T if tall else weight  # rows are the short side
+
+    def gram(w: Array) -> Array:
+        return jnp.matmul(w, w.T, precision=HIGHEST)
+
+    bound = jnp.sqrt(jnp.max(jnp.sum(jnp.abs(gram(w)), axis=1)))
+    tiny = jnp.finfo(w.dtype).tiny
+    # A little above the bound: rounding must not push the largest singular value over 1.
+    w = w / jnp.maximum(bound * (1 + 4 * jnp.finfo(w.dtype).eps), tiny)
+
+    def iterate(w: Array, _: None) -> tuple[Array, None]:
+        g = gram(w)
+        gw = jnp.matmul(g, w, precision=HIGHEST)
+        if order == 1:
+            return 1.5 * w - 0.5 * gw, None
+        return (15 * w - 10 * gw + 3 * jnp.matmul(g, gw, precision=HIGHEST)) / 8, None
+
+    if w.shape[0] == 1:
+        w = w / jnp.maximum(safe_norm(w), tiny)
+    else:
+        w = jax.lax.scan(iterate, w, None, length=steps)[0]
+    return w.T if tall else w
+
+
+class OrthonormalDense(nn.Module):
+    """Dense layer whose weight is orthonormalised at every call, so that its norm is at most 1."""
+
+    features: int
+    steps: int = 15
+    order: int = 2
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
+        shape = (x.shape[-1], self.features)
+        weight = self.param("kernel", nn.initializers.orthogonal(), shape)
+        y = jnp.matmul(x, bjorck(weight, steps=self.steps, order=self.order), precision=HIGHEST)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+class LipschitzMLP(nn.Module):
+    """Critic [batch, *event] -> [batch] that is 1-Lipschitz in the event's Euclidean norm.
+
+    Orthonormal dense layers with GroupSort between them, and a last weight of norm 1. Where no
+    layer narrows, its gradient has norm 1 almost everywhere. Anil, Lucas, Grosse 2019.
+    """
+
+    features: tuple[int, ...] = (64, 64, 64)
+    group: int = 2
+    steps: int = 15
+    order: int = 2
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
+        h = x.reshape(x.shape[0], -1)
+        for width in self.features:
+            h = OrthonormalDense(width, self.steps, self.order)(h)
+            h = group_sort(h, self.group)
+        return OrthonormalDense(1, self.steps, self.order)(h)[:, 0]
+
+
+def _unit(x: Array) -> Array:
+    return x / jnp.maximum(safe_norm(x), jnp.finfo(x.dtype).tiny).astype(x.dtype)
+
+
+def _weights(params: Params) -> dict[str, Array]:
+    """Collect the weights by their path: leaves named `kernel`, of rank 2 at least."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    return {n: w for n, w in named.items() if n.endswith("['kernel']") and jnp.ndim(w) >= 2}

@@ -1,0 +1,158 @@
+"""The adversarial experiments with a handful of steps, and what they rest on."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import f_gan, gan, mode_collapse, wgan
+
+SMALL = {"batch_size": 32, "width": 16, "steps_per_call": 1, "progress": False, "devices": 1}
+
+
+def check_folder(tmp_path, summary, picture="samples.png"):
+    folder = tmp_path / "run"
+    assert json.loads((folder / "summary.json").read_text()).keys() == summary.keys()
+    assert (folder / picture).stat().st_size > 1000
+    assert (folder / "config.json").exists()
+    assert all(np.isfinite(v) for v in summary.values() if isinstance(v, float))
+    return folder
+
+
+def test_conditional_mlp_gan(tmp_path):
+    summary = gan.main(
+        gan.Config(conditional=True, r1=0.1, steps=2, run_dir=str(tmp_path / "run"), **SMALL)
+    )
+    folder = check_folder(tmp_path, summary)
+    assert np.load(folder / "samples.npy").shape == (1437, 8, 8, 1)
+    assert {"precision", "recall", "memorised", "label_accuracy"} <= summary.keys()
+
+
+def test_spectral_dcgan(tmp_path):
+    summary = gan.main(
+        gan.Config(
+            network="dcgan", objective="hinge", spectral=True, conditional=True,
+            condition="concat", steps=1, run_dir=str(tmp_path / "run"), **SMALL,
+        )
+    )  # fmt: skip
+    check_folder(tmp_path, summary)
+
+
+@pytest.mark.parametrize("constraint", ["clip", "penalty", "lipschitz"])
+def test_wgan_in_the_plane(constraint, tmp_path):
+    summary = wgan.main(
+        wgan.Config(
+            dataset="25gaussians", constraint=constraint, n_critic=2, steps=2,
+            run_dir=str(tmp_path / "run"), **SMALL,
+        )
+    )  # fmt: skip
+    folder = check_folder(tmp_path, summary)
+    assert 0 <= summary["modes"] <= 25
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert any("critic/bound" in line for line in lines)
+
+
+def test_estimates_of_w1_on_the_line(tmp_path):
+    """A few steps: every constraint's bound over its largest slope stays below the exact W1."""
+    summary = wgan.main(wgan.Config(dataset="line", steps=30, run_dir=str(tmp_path / "run")))
+    check_folder(tmp_path, summary, "critics.png")
+    for constraint in wgan.CONSTRAINTS:
+        assert summary[f"{constraint}_estimate"] <= summary["exact_w1"] * 1.001
+    assert summary["lipschitz_largest_slope"] <= 1 + 1e-3
+    assert summary["lipschitz_estimate"] > 0.5 * summary["exact_w1"]
+
+
+def test_f_gan_on_digits(tmp_path):
+    summary = f_gan.main(
+        f_gan.Config(
+            dataset="digits", divergence="squared_hellinger", steps=2,
+            run_dir=str(tmp_path / "run"), **SMALL,
+        )
+    )  # fmt: skip
+    check_folder(tmp_path, summary)
+
+
+def test_direct_fits_are_the_papers():
+    """f-GAN's table of best fits, from which the mixture was recovered."""
+    paper = {
+        "pearson": (0.5737, 1.9274),
+        "kl": (1.0100, 1.8308),
+        "jensen_shannon": (1.3070, 1.7542),
+        "jeffreys": (1.3218, 1.7034),
+        "reverse_kl": (1.5782, 1.6319),
+    }
+    fits = {name: f_gan.fit_directly(name) for name in paper}
+    for name, (mean, std) in paper.items():
+        np.testing.assert_allclose(fits[name][:2], (mean, std), atol=5e-3)
+    assert sorted(paper, key=lambda n: fits[n][0]) == list(paper)
+    # KL matches moments.
+    weights, means, stds = map(np.array, zip(*f_gan.MIXTURE, strict=True))
+    mean = weights @ means
+    np.testing.assert_allclose(fits["kl"][0], mean, rtol=1e-4)
+    variance = weights @ (stds**2 + means**2) - mean**2
+    np.testing.assert_allclose(fits["kl"][1], np.sqrt(variance), rtol=1e-4)
+
+
+def test_study_approaches_the_direct_fit(tmp_path):
+    summary = f_gan.main(
+        f_gan.Config(
+            divergence="reverse_kl", steps=250, batch_size=256, run_dir=str(tmp_path / "run")
+        )
+    )
+    check_folder(tmp_path, summary, "fits.png")
+    assert summary["largest_error"] < 0.15  # the start is off by 1
+
+
+@pytest.mark.slow
+def test_study_lands_within_three_percent(tmp_path):
+    summary = f_gan.main(f_gan.Config(run_dir=str(tmp_path / "run")))
+    assert summary["largest_error"] < 0.03
+
+
+def test_mode_collapse_counts(tmp_path):
+    config = mode_collapse.Config(
+        objectives=("gan", "wgan_gp"), seeds=2, steps=2, width=8, depth=1, batch_size=8,
+        run_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    summary = mode_collapse.main(config)
+    check_folder(tmp_path, summary, "modes.png")
+    assert len(summary["gan"]["modes_by_seed"]) == 2
+    # A seed of the vmapped runs is the run of that seed.
+    density = mode_collapse.DENSITIES["25gaussians"]
+    train = jax.jit(mode_collapse.make_train(config, density, "gan"))
+    alone = train(jax.random.split(jax.random.key(0), 2)[1])
+    assert int(alone["covered"]) == summary["gan"]["modes_by_seed"][1]
+
+
+def test_modes_of_the_mixture_itself():
+    density = mode_collapse.DENSITIES["25gaussians"]
+    samples = density.sample(jax.random.key(0), 2500)
+    near = (samples, jnp.asarray(density.means), density.std)
+    assert mode_collapse.modes_covered(*near, least=10) == 25
+
+
+def test_label_accuracy_of_real_digits():
+    train, _ = gan.load("digits", "train")
+    test, _ = gan.load("digits", "test")
+    flat = [a["x"].reshape(len(a["x"]), -1) for a in (train, test)]
+    accuracy = gan.label_accuracy(flat[0], train["label"], flat[1], test["label"])
+    assert accuracy == pytest.approx(0.992, abs=5e-4)
+
+
+def test_bad_config(tmp_path):
+    with pytest.raises(ValueError, match="divergence must be one of"):
+        f_gan.main(f_gan.Config(divergence="kll", run_dir=str(tmp_path / "a")))
+    with pytest.raises(ValueError, match="no conditional critic"):
+        wgan.main(wgan.Config(constraint="lipschitz", conditional=True))
+    with pytest.raises(ValueError, match="needs labels"):
+        gan.main(gan.Config(dataset="25gaussians", conditional=True))
+    with pytest.raises(ValueError, match="must be mlp"):
+        gan.main(gan.Config(dataset="25gaussians", network="dcgan"))
+    config = mode_collapse.Config(objectives=("gam",))
+    with pytest.raises(ValueError, match="did you mean 'gan'"):
+        mode_collapse.main(config)
+    with pytest.raises(ValueError, match="mixture of Gaussians"):
+        mode_collapse.main(dataclasses.replace(config, objectives=("gan",), dataset="moons"))

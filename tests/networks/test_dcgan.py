@@ -1,0 +1,116 @@
+"""DCGAN: shapes at every size, both ways to convolve, labels, and no coupling of examples."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genjax.networks.dcgan import Conv, DCGANCritic, DCGANGenerator, Upscale
+
+
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(1, 1, 5), (3, 1, 5), (4, 2, 8), (5, 2, 7)])
+def test_convolution_by_patches_is_the_convolution(kernel, stride, size, key):
+    x = jax.random.normal(key, (2, size, size + 1, 3))
+    fast = Conv(4, kernel, stride, as_matmul=True)
+    plain = Conv(4, kernel, stride, as_matmul=False)
+    params = fast.init(key, x)
+    np.testing.assert_allclose(fast.apply(params, x), plain.apply(params, x), rtol=2e-4, atol=2e-5)
+    slopes = [
+        jax.jit(jax.grad(lambda p, x, m=m: jnp.sum(jnp.sin(m.apply(p, x))), (0, 1)))(params, x)
+        for m in (fast, plain)
+    ]
+    for a, b in zip(*map(jax.tree.leaves, slopes), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_upscale_is_a_transposed_convolution(key):
+    """kernel 1 against lax.conv_transpose of size 2 and stride 2."""
+    x = jax.random.normal(key, (2, 3, 3, 4))
+    module = Upscale(5, kernel=1)
+    params = module.init(key, x)
+    kernel = params["params"]["Conv_0"]["kernel"].reshape(4, 2, 2, 5).transpose(1, 2, 0, 3)
+    expected = jax.lax.conv_transpose(
+        x, kernel[::-1, ::-1], (2, 2), "VALID", transpose_kernel=False
+    )
+    np.testing.assert_allclose(
+        jnp.sort(module.apply(params, x).ravel()), jnp.sort(expected.ravel()), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("size", "base", "channels"), [(8, 2, 1), (16, 4, 3), (64, 4, 3)])
+@pytest.mark.parametrize("classes", [None, 3])
+def test_shapes(size, base, channels, classes, key):
+    label = None if classes is None else jnp.array([0, 2])
+    generator = DCGANGenerator(size, channels, width=4, base=base, classes=classes)
+    critic = DCGANCritic(size, channels, width=4, base=base, classes=classes)
+    z = jax.random.normal(key, (2, 6))
+    images = jax.eval_shape(lambda: generator.apply(generator.init(key, z, label), z, label))
+    assert images.shape == (2, size, size, channels)
+    scores = jax.eval_shape(
+        lambda: critic.apply(critic.init(key, jnp.zeros(images.shape), label),
+                             jnp.zeros(images.shape), label)
+    )  # fmt: skip
+    assert scores.shape == (2,)
+
+
+@pytest.mark.parametrize("condition", ["projection", "concat"])
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_critic_scores_each_example_by_itself_and_reads_the_label(condition, norm, key):
+    critic = DCGANCritic(8, 1, width=4, base=2, norm=norm, classes=3, condition=condition)
+    x, label = jax.random.normal(key, (4, 8, 8, 1)), jnp.array([0, 1, 2, 0])
+    params = critic.init(key, x, label)
+    scores = critic.apply(params, x, label)
+    alone = critic.apply(params, x[1:2], label[1:2])
+    np.testing.assert_allclose(scores[1:2], alone, rtol=1e-4, atol=1e-5)
+    other = critic.apply(params, x, (label + 1) % 3)
+    assert jnp.all(jnp.abs(other - scores) > 1e-4)
+
+
+def test_projection_adds_an_inner_product(key):
+    """The score's dependence on the label is <embedding, features>: linear in the embedding."""
+    critic = DCGANCritic(8, 1, width=4, base=2, classes=3)
+    x, label = jax.random.normal(key, (4, 8, 8, 1)), jnp.array([0, 1, 2, 0])
+    params = critic.init(key, x, label)
+
+    def score(scale):
+        table = params["params"]["Embed_0"]["embedding"]
+        changed = {**params["params"], "Embed_0": {"embedding": scale * table}}
+        return critic.apply({"params": changed}, x, label)
+
+    np.testing.assert_allclose(score(2.0) - score(1.0), score(1.0) - score(0.0), atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "batch"])
+def test_generator_is_bounded_and_reads_the_label(norm, key):
+    generator = DCGANGenerator(8, 1, width=4, base=2, norm=norm, classes=3)
+    z, label = jax.random.normal(key, (4, 6)), jnp.array([0, 1, 2, 0])
+    params = generator.init(key, z, label)
+    images = generator.apply(params, z, label)
+    assert jnp.all(jnp.abs(images) <= 1)
+    assert not jnp.allclose(images, generator.apply(params, z, (label + 1) % 3), atol=1e-3)
+    alone = generator.apply(params, z[:2], label[:2])
+    assert jnp.allclose(images[:2], alone, atol=1e-4) == (norm != "batch")
+
+
+def test_batch_norm_standardises(key):
+    from genjax.networks.dcgan import BatchStatistics
+
+    x = 3 + 2 * jax.random.normal(key, (8, 4, 4, 5))
+    module = BatchStatistics()
+    y = module.apply(module.init(key, x), x)
+    np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(y.std((0, 1, 2)), 1, rtol=1e-4)
+
+
+def test_bad_input(unchecked, key):
+    z, x = jnp.zeros((2, 6)), jnp.zeros((2, 8, 8, 1))
+    with pytest.raises(ValueError, match="size 12 and base 4"):
+        DCGANGenerator(12).init(key, z)
+    with pytest.raises(ValueError, match="classes=None and a label"):
+        DCGANGenerator(8, base=2).init(key, z, jnp.zeros(2, int))
+    with pytest.raises(ValueError, match="classes=3 and no label"):
+        DCGANCritic(8, 1, base=2, classes=3).init(key, x)
+    with pytest.raises(ValueError, match=r"x must have shape \('any', 16, 16, 1\)"):
+        DCGANCritic(16, 1).init(key, x)
+    with pytest.raises(ValueError, match="norm must be one of"):
+        DCGANCritic(8, 1, base=2, norm="batch").init(key, x)
