@@ -13,6 +13,7 @@ from genjax.flows.bijections import (
     affine,
     chain,
     coupling,
+    elementwise,
     invert,
     logit,
     masked_autoregressive,
@@ -31,6 +32,7 @@ from genjax.flows.bijections import (
     rescale,
     split,
     squeeze,
+    standardise,
 )
 from genjax.flows.continuous import (
     continuous_flow,
@@ -77,6 +79,7 @@ __all__ = [
     "curvature",
     "denoise",
     "divergence",
+    "elementwise",
     "flow_matching_loss",
     "integrate",
     "interpolate",
@@ -108,6 +111,7 @@ __all__ = [
     "solve_with_log_det",
     "split",
     "squeeze",
+    "standardise",
     "uniform",
     "vp_path",
 ]

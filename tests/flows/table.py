@@ -95,21 +95,27 @@ def _autoregressive(transformer, d=3):
     return build
 
 
+def _elementwise(key):
+    spline = flows.rational_quadratic(4)
+    params = jax.random.normal(key, (spline.size, 4))
+    return Entry(flows.elementwise(spline), params, points(key, 4))
+
+
 def _actnorm(key):
     x = points(key, 2, 2, 3) + 1
     return Entry(flows.actnorm(), flows.actnorm_init(x), x)
 
 
 def _plu(key):
-    order, params = flows.plu_init(flows.random_rotation(key, 3) * np.array([[1.0], [2.0], [0.5]]))
+    order, params = flows.plu_init(flows.random_rotation(0, 3) * np.array([[1.0], [2.0], [0.5]]))
     return Entry(flows.plu(order), params, points(key, 2, 1, 3))
 
 
 def _multi_scale(key):
-    keys = jax.random.split(key, 3)
+    keys = jax.random.split(key, 2)
     squeezed = flows.chain([flows.actnorm(), flows.squeeze()])
     x = points(keys[1], 2, 2, 2)
-    order, params = flows.plu_init(flows.random_rotation(keys[2], 4))
+    order, params = flows.plu_init(flows.random_rotation(1, 4))
     return Entry(
         flows.multi_scale([squeezed, flows.plu(order)]),
         [[flows.actnorm_init(x), None], params],
@@ -149,11 +155,12 @@ TABLE: dict[str, Callable[[jax.Array], Entry]] = {
     "radial": _radial,
     "inverted radial": lambda key: _radial(key)._replace(bijection=flows.invert(flows.radial())),
     "affine coupling": _coupling(flows.affine()),
-    "affine coupling, swapped": _coupling(flows.affine(1.0), swap=True),
+    "standardising coupling, swapped": _coupling(flows.standardise(), swap=True),
     "spline coupling": _coupling(flows.rational_quadratic(5, -3.0, 3.0)),
     "checkerboard coupling": _checkerboard,
     "autoregressive affine": _autoregressive(flows.affine()),
     "autoregressive spline": _autoregressive(flows.rational_quadratic(4)),
+    "elementwise": _elementwise,
     "actnorm": _actnorm,
     "plu": _plu,
     "squeeze": _plain(flows.squeeze(), 2, 4, 1),

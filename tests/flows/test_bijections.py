@@ -155,7 +155,7 @@ def test_actnorm_initialisation_whitens_each_channel_and_survives_a_constant_one
 
 
 def test_plu_starts_as_the_matrix_and_its_signs_stay_fixed():
-    weight = flows.random_rotation(KEY, 5)
+    weight = flows.random_rotation(0, 5)
     order, params = flows.plu_init(weight)
     x = jax.random.normal(KEY, (2, 3, 3, 5))
     y, log_det = flows.plu(order).forward(params, x)

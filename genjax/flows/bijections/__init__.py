@@ -2,7 +2,7 @@
 
 base: what a bijection is; chain, repeat, invert; permutation, rescale, logit.
 residual: planar and radial. spline: affine and rational-quadratic transformers.
-couplings: coupling, masked coupling, masked autoregressive.
+couplings: elementwise, coupling, masked coupling, masked autoregressive.
 image: actnorm, 1x1 by PLU, squeeze, split, multi-scale.
 """
 
@@ -19,6 +19,7 @@ from genjax.flows.bijections.base import (
 from genjax.flows.bijections.couplings import (
     ConditionerFn,
     coupling,
+    elementwise,
     masked_autoregressive,
     masked_coupling,
 )
@@ -33,7 +34,7 @@ from genjax.flows.bijections.image import (
     squeeze,
 )
 from genjax.flows.bijections.residual import planar, planar_init, radial, radial_init
-from genjax.flows.bijections.spline import Transformer, affine, rational_quadratic
+from genjax.flows.bijections.spline import Transformer, affine, rational_quadratic, standardise
 
 __all__ = [
     "Bijection",
@@ -45,6 +46,7 @@ __all__ = [
     "bounded",
     "chain",
     "coupling",
+    "elementwise",
     "invert",
     "logit",
     "masked_autoregressive",
@@ -63,4 +65,5 @@ __all__ = [
     "rescale",
     "split",
     "squeeze",
+    "standardise",
 ]

@@ -107,7 +107,7 @@ def invert(bijection: Bijection) -> Bijection:
     return Bijection(bijection.inverse, bijection.forward)
 
 
-def permutation(order: Sequence[int]) -> Bijection:
+def permutation(order: Sequence[int] | np.ndarray) -> Bijection:
     """Reorder the last axis: y[..., i] = x[..., order[i]]; takes no parameters (None).
 
     Raises ValueError where `order` is not a permutation or the axis has another length.

@@ -1,4 +1,4 @@
-"""Coupling and masked autoregressive maps: a conditioner reads some numbers and sets others."""
+"""Element-wise, coupling and masked autoregressive maps, over any transformer of numbers."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from genjax import numerics
+from genjax import checks, numerics
 from genjax.flows.bijections.base import Bijection
 from genjax.flows.bijections.spline import Transformer
 from genjax.typing import Params
@@ -23,6 +23,23 @@ def _raw(conditioner: ConditionerFn, params: Params, x: Array, size: int, out: A
     if raw.shape != wanted:
         raise ValueError(f"the conditioner must return shape {wanted}, got {raw.shape}")
     return raw.reshape(*out.shape[:-1], size, out.shape[-1])
+
+
+def elementwise(transformer: Transformer) -> Bijection:
+    """Transform each number of the event by raw parameters of its own; log |det| = sum log |T'|.
+
+    `params` are raw numbers [*event[:-1], size, d]. Raises ValueError for another shape.
+    """
+
+    def run(params: Params, x: Array, apply: Callable) -> tuple[Array, Array]:
+        wanted = (*x.shape[1:-1], transformer.size, x.shape[-1])
+        checks.shape("elementwise params", params, wanted)
+        y, log_det = apply(jnp.broadcast_to(params, (x.shape[0], *wanted)), x)
+        return y, numerics.sum_event(log_det)
+
+    return Bijection(
+        lambda p, x: run(p, x, transformer.forward), lambda p, y: run(p, y, transformer.inverse)
+    )
 
 
 def coupling(

@@ -20,7 +20,7 @@ from genjax.flows.bijections.base import (
     check_tree,
     zero_log_det,
 )
-from genjax.typing import Params, PRNGKey
+from genjax.typing import Params
 
 _BOUND = 10.0
 
@@ -87,13 +87,16 @@ def plu_init(weight: np.ndarray) -> tuple[tuple[int, ...], Params]:
     return order, {name: jnp.asarray(value, jnp.float32) for name, value in parts.items()}
 
 
-def random_rotation(key: PRNGKey, channels: int) -> np.ndarray:
-    """Draw an orthogonal matrix [c, c] (QR of a normal one), as Glow starts from."""
-    normal = np.asarray(jax.random.normal(key, (channels, channels)), dtype=np.float64)
+def random_rotation(seed: int, channels: int) -> np.ndarray:
+    """Draw an orthogonal matrix [c, c] in numpy (QR of a normal one), as Glow starts from.
+
+    Drawn outside of any trace: its factors fix a permutation, which is structure.
+    """
+    normal = np.random.default_rng(seed).normal(size=(channels, channels))
     return np.linalg.qr(normal)[0]
 
 
-def plu(order: Sequence[int]) -> Bijection:
+def plu(order: Sequence[int] | np.ndarray) -> Bijection:
     """y = x W^T over channels with W = P L (U + diag(sign e^s)); log |det| = h w sum s.
 
     Kingma and Dhariwal (2018), section 3.2: `order` is the fixed permutation P (row i of P L is

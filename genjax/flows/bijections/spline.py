@@ -42,6 +42,25 @@ def affine(bound: Number = 2.0) -> Transformer:
     return Transformer(forward, inverse, 2)
 
 
+def standardise(bound: Number = 2.0) -> Transformer:
+    """y = (x - mu) exp(-alpha), with the log-scale alpha = bound tanh(raw / bound).
+
+    The same maps as `affine`, in the terms of an autoregressive model: mu is the mean of x.
+    raw[0] is the log-scale, raw[1] is mu.
+    """
+    checks.positive("bound", bound)
+
+    def forward(raw: Array, x: Array) -> tuple[Array, Array]:
+        alpha = bounded(raw[..., 0, :], bound)
+        return (x - raw[..., 1, :]) * jnp.exp(-alpha), -alpha
+
+    def inverse(raw: Array, y: Array) -> tuple[Array, Array]:
+        alpha = bounded(raw[..., 0, :], bound)
+        return y * jnp.exp(alpha) + raw[..., 1, :], alpha
+
+    return Transformer(forward, inverse, 2)
+
+
 class _Bin(NamedTuple):
     """The bin of each x: left end, width, bottom, height, and the two slopes at its ends."""
 
