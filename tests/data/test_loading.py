@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 
-from genjax.data import DENSITIES, batch_at, load, stream
+from genjax.data import batch_at, load, stream
 from genjax.data.preparing import tensorflow_stand_in
 
 PREPARE_TWICE = """
@@ -209,19 +209,14 @@ def test_unknown_names(data_dir, name, split, message):
         load(name, split, data_dir=data_dir)
 
 
-@pytest.mark.parametrize("name", DENSITIES)
-def test_densities_are_fixed_samples(name):
-    arrays, spec = load(name, "test")
-    assert spec == (name, (2,), None, None)
-    assert arrays["x"].shape == (5_000, 2)
-    assert arrays["x"].dtype == np.float32
-    np.testing.assert_array_equal(arrays["x"], load(name, "test")[0]["x"])
-
-
-def test_splits_of_a_density_differ():
-    train, test = (load("8gaussians", split)[0]["x"] for split in ("train", "test"))
-    assert train.shape == (10_000, 2)
-    assert not set(train[:, 0]) & set(test[:100, 0])
+def test_densities_are_fixed_samples():
+    for name in ("8gaussians", "checkerboard"):
+        (train, spec), (test, _) = load(name, "train"), load(name, "test")
+        assert spec == (name, (2,), None, None)
+        assert (train["x"].shape, test["x"].shape) == ((10_000, 2), (5_000, 2))
+        assert train["x"].dtype == np.float32
+        np.testing.assert_array_equal(train["x"], load(name, "train")[0]["x"])
+        assert not set(train["x"][:, 0]) & set(test["x"][:100, 0])
 
 
 def test_import_is_light():

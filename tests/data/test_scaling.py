@@ -13,7 +13,8 @@ from genjax.data import Scaling
 @pytest.mark.parametrize(
     "scaling", [Scaling(17), Scaling(256), Scaling(256, 0, 1), Scaling(2, -3.0, 5.0)]
 )
-def test_every_level_comes_back(scaling, key, compiled):
+def test_every_level_comes_back(scaling, key):
+    compiled = (lambda f: f) if scaling == Scaling(17) else jax.jit
     x = np.repeat(np.arange(scaling.levels, dtype=np.uint8), 4000)
     y = compiled(scaling.dequantise)(key, x)
     assert y.dtype == jnp.float32
