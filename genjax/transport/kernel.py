@@ -20,7 +20,9 @@ from genjax.transport.log_domain import log_weights
 FACTOR = 4.0  # between the epsilons of two stages
 LOOSE = 0.05  # marginal error at which a stage before the last ends
 LARGEST = 1e13  # about e^30
+HOPELESS = 0.5  # marginal error, after two sweeps, at which a warm start is given up
 CHECK = 8  # sweeps between looks at the rate
+GROWTH = 3.0  # of the error over CHECK sweeps, beyond which relaxation is reduced
 EASE = 4.0  # the spectral gap is taken as EASE epsilon / scale until the rate has been seen
 
 
@@ -34,6 +36,7 @@ class Problem(NamedTuple):
     scale: Array
     goal: Array
     limit: Array
+    start: Array  # the epsilon at which annealing starts
 
 
 class _Stage(NamedTuple):
@@ -45,7 +48,8 @@ class _Stage(NamedTuple):
     stages: Array
     count: Array
     trial: Array  # whether this is the first look at a warm start
-    cautious: Array
+    cautious: Array  # plain sweeps only: the last attempt left the numbers
+    omega: Array
     done: Array
 
 
@@ -69,9 +73,7 @@ def solve(
     """
     blocks, a, b, epsilon = problem.blocks, problem.a, problem.b, problem.epsilon
     rows, a_rows, log_b = blocks.rows(), blocks.split(a, 0.0), log_weights(b)
-    start = jnp.maximum(problem.scale / 4, epsilon)
-    stages = jnp.ceil(jnp.log(start / epsilon) / jnp.log(FACTOR) - 1e-3)
-    ratio = jnp.where(stages > 0, (epsilon / start) ** (1 / jnp.maximum(stages, 1)), 1)
+    start = jnp.maximum(problem.start, epsilon)
 
     def first_omega(level: Array) -> Array:
         if relaxation is not None:
@@ -107,7 +109,7 @@ def solve(
             held = done | (b == 0)
             v = passes.relaxed(s.v, jnp.where(held, 1, cols / jnp.where(held, 1, b)), omega)
             v = jnp.where(held, s.v, v)
-            look = (s.steps % CHECK) == CHECK - 1
+            look = (s.steps % CHECK == CHECK - 1) & (s.steps > CHECK)
             omega = s.omega
             if relaxation is None:
                 omega = jnp.where(look, _faster(s.omega, error / s.mark), omega)
@@ -116,7 +118,7 @@ def solve(
 
         def going(s: _Sweep) -> Array:
             tame = (jnp.max(s.v) < LARGEST) & (jnp.min(s.v) > 1 / LARGEST)
-            hopeless = state.trial & (s.steps >= 2) & (s.error > 0.5)
+            hopeless = state.trial & (s.steps == 2) & (s.error > HOPELESS)
             # A loose stage ends on any sweep, the last one on a plain one.
             short = ~last & (s.error <= goal)
             left = s.steps + state.count < problem.limit
@@ -128,20 +130,25 @@ def solve(
             v=jnp.ones_like(b),
             error=infinite,
             mark=infinite,
-            omega=first_omega(level),
+            omega=state.omega,
             done=zero > 1,
             steps=jnp.zeros_like(state.count),
         )
         s = jax.lax.while_loop(going, sweep, first)
-        tame = (jnp.max(s.v) < LARGEST) & (jnp.min(s.v) > 1 / LARGEST) & jnp.isfinite(s.error)
+        tame = (jnp.max(s.v) < LARGEST) & (jnp.min(s.v) > 1 / LARGEST)
+        sound = jnp.isfinite(s.error) & jnp.isfinite(jnp.max(s.v)) & (jnp.min(s.v) > 0)
         f, g = jax.lax.cond(
-            tame,
+            sound,
             lambda: (rows_potential(s.u), state.g + level * jnp.log(s.v)),
             lambda: _log_step(blocks, state.g, a, b, level),
         )
-        again = ~tame | (state.trial & ~s.done)
-        below = jnp.where(state.trial, start, jnp.maximum(level * ratio, epsilon))
-        below = jnp.where(below < epsilon * 1.001, epsilon, below)
+        useless = state.trial & (s.steps == 2) & (s.error > HOPELESS)
+        again = ~tame | useless
+        above = jnp.minimum(level * FACTOR, start)  # a warm start that is of no use at this level
+        stages = jnp.ceil(jnp.log(level / epsilon) / jnp.log(FACTOR) - 0.05)
+        below = level * (epsilon / level) ** (1 / jnp.maximum(stages, 1))
+        below = jnp.where(stages > 1, below, epsilon)
+        below = jnp.where(useless, above, jnp.where(tame, below, level))
         # g varies smoothly with epsilon: extrapolate linearly to the next one.
         slope = (below - level) / jnp.where(state.stages > 0, level - state.level_before, 1)
         ahead = g + slope * (g - state.before)
@@ -149,13 +156,14 @@ def solve(
         return _Stage(
             f=f,
             g=jnp.where(onward, ahead, g),
-            before=jnp.where(tame, g, state.before),
-            level=jnp.where(tame & ~(last & ~state.trial), below, level),
+            before=g,
+            level=below,
             level_before=level,
             stages=jnp.where(again, 0, state.stages + 1),
             count=state.count + s.steps,
-            trial=state.trial & False,
-            cautious=~tame,
+            trial=useless & (above < start),
+            cautious=~sound,
+            omega=jnp.where(tame | useless | ~sound, first_omega(below), s.omega),
             done=last & s.done,
         )
 
@@ -174,6 +182,7 @@ def solve(
         count=count,
         trial=~no if anneal is None else no,
         cautious=no,
+        omega=first_omega(epsilon if anneal is not True else start),
         done=no,
     )
     state = jax.lax.while_loop(unfinished, stage, first)
@@ -195,14 +204,17 @@ def _faster(omega: Array, decay: Array) -> Array:
     """The relaxation that suits the decay of the error over CHECK sweeps (Young 1954).
 
     At rate r and factor w the plain iteration's rate is (r + w - 1)^2 / (r w^2). Where r = w - 1
-    the relaxation is past its best and the rate says nothing: it stays.
+    the relaxation is past its best and the rate says nothing: it stays. An error that stands still
+    (potentials on their way to the next pair that binds) asks for the most; one that grows for
+    less.
     """
-    rate = decay ** (1 / CHECK)
-    plain = jnp.clip(jnp.square(rate + omega - 1) / (rate * omega * omega), 0, 0.9998)
-    better = 2 / (1 + jnp.sqrt(1 - plain))
-    slow = (rate > omega - 1 + 0.01) & (rate < 1)
-    new = jnp.where(slow, jnp.maximum(better, omega), omega)
-    return jnp.where(rate < 1, new, 1 + 0.7 * (omega - 1))
+    rate = jnp.minimum(decay, 1) ** (1 / CHECK)
+    plain = jnp.square(rate + omega - 1) / (rate * omega * omega)
+    better = 2 / (1 + jnp.sqrt(1 - jnp.clip(plain, 0, 0.9999)))
+    # No more than half of what is left to 2 at a time: the first sweeps of a stage mislead.
+    better = jnp.minimum(better, 1 + omega / 2)
+    new = jnp.where(rate > omega - 1 + 0.01, jnp.maximum(better, omega), omega)
+    return jnp.where(decay < GROWTH, new, 1 + 0.7 * (omega - 1))
 
 
 def _log_step(blocks: Blocks, g: Array, a: Array, b: Array, epsilon: Array) -> tuple[Array, Array]:

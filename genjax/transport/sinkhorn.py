@@ -16,12 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 from genjax import checks
 from genjax.numerics import at_least_float32
 from genjax.transport import blocks, log_domain, solve
-from genjax.transport.costs import cosine, euclidean, squared_euclidean
+from genjax.transport.costs import squared_euclidean
 from genjax.typing import CostFn
 
 GRADIENTS = ("envelope", "unroll", "last")
-# Costs that are cheap to form again, block by block.
-COSTS = (squared_euclidean, euclidean, cosine)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -255,12 +253,12 @@ def sinkhorn(
         num_iterations, tolerance, max_iterations, anneal, relaxation, symmetric, chunk_size
     )
     arrays: tuple[Array, ...] = (x, y)
-    if chunk_size is not None and cost_fn not in COSTS:
+    if chunk_size is not None and cost_fn not in solve.COSTS:
         # What the cost closes over (learned parameters) becomes an argument, to differentiate.
         converted, closed = jax.closure_convert(cost_fn, x[: blocks.rows(*shape, chunk_size)], y)
         arrays = (x, y, *closed)
         options = options._replace(cost_fn=converted)
-    elif cost_fn in COSTS and gradient == "envelope":
+    elif cost_fn in solve.COSTS and gradient == "envelope":
         options = options._replace(cost_fn=cost_fn)
     else:
         arrays = (at_least_float32(cost_fn(x, y)),)

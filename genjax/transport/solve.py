@@ -13,7 +13,14 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from genjax.transport import blocks, kernel, log_domain
-from genjax.transport.costs import DIRECT_DIMS, squared_euclidean
+from genjax.transport.costs import DIRECT_DIMS, cosine, euclidean, squared_euclidean
+
+
+# Costs that are cheap to form again, block by block.
+COSTS = (squared_euclidean, euclidean, cosine)
+# With FINE points on both sides, annealing is done on a sample of COARSE, or a quarter.
+FINE, COARSE = 512, 2048
+SMOOTH = 0.03  # of the cost's scale: the least epsilon for the sample
 
 
 class Options(NamedTuple):
@@ -78,7 +85,7 @@ def _potentials(options: Options, arrays, a, b, epsilon, f, g) -> tuple[Array, .
     parts = blocks.make(arrays, options.cost_fn, options.chunk_size)
     scale, size = _moments(options, arrays)
     tiny = jnp.finfo(f.dtype).eps
-    rounding = 0.8 * tiny * size / epsilon
+    rounding = tiny * size / epsilon
     # Potentials are rounded too: leave room for both below the tolerance.
     room = rounding + tiny * scale / (4 * epsilon)
     goal = jnp.maximum(0.95 * options.tolerance - room, 0.3 * options.tolerance)
@@ -91,17 +98,63 @@ def _potentials(options: Options, arrays, a, b, epsilon, f, g) -> tuple[Array, .
         scale=jnp.maximum(scale, tiny * epsilon),
         goal=goal,
         limit=jnp.where(sound, options.max_iterations, 0),
+        start=scale / 4,
     )
     stored = options.chunk_size is None
+    before = 0
+    if options.anneal and not options.symmetric and _thinnable(options, parts):
+        problem, g, before = _coarse(options, problem)
     if options.symmetric:
         f, count = kernel.solve_symmetric(problem, f, stored=stored)
         return f, f, count.astype(f.dtype), rounding
     f, g, count = kernel.solve(
         problem, g, anneal=options.anneal, relaxation=options.relaxation, stored=stored
     )
+    count = count + before
     # Of the constant by which potentials may differ: <a, f> = <b, g>, where both are smallest.
     shift = (jnp.sum(a * f) - jnp.sum(b * g)) / 2
     return f - shift, g + shift, count.astype(f.dtype), rounding
+
+
+def _thinnable(options: Options, parts: blocks.Blocks) -> bool:
+    """Whether a sample of the points can be annealed in place of all of them."""
+    plain = options.cost_fn is None or options.cost_fn in COSTS
+    return plain and min(parts.n, parts.m) >= FINE
+
+
+def _coarse(
+    options: Options, problem: kernel.Problem
+) -> tuple[kernel.Problem, Array, Array]:
+    """Anneal every k-th point down to an epsilon at which a sample tells the potential of all.
+
+    Returns the problem with its annealing to be started there, the potential extended to all of y,
+    and the number of sweeps.
+    """
+    parts, a, b = problem.blocks, problem.a, problem.b
+    level = jnp.maximum(SMOOTH * problem.scale, problem.epsilon)
+    step = max(4, min(parts.n, parts.m) // COARSE)
+
+    def thin(weights: Array) -> Array:
+        some = weights[::step]
+        total = jnp.sum(some)
+        return jnp.where(total > 0, some / jnp.where(total > 0, total, 1), 1 / some.size)
+
+    if parts.cost_fn is None:
+        arrays, tall = (parts.arrays[0][::step, ::step],), (parts.arrays[0][::step],)
+    else:
+        x, y = parts.arrays
+        arrays, tall = (x[::step], y[::step]), (x[::step], y)
+    small = problem._replace(
+        blocks=blocks.make(arrays, parts.cost_fn, None),
+        a=thin(a),
+        b=thin(b),
+        epsilon=level,
+        goal=jnp.maximum(problem.goal, kernel.LOOSE),
+    )
+    start = jnp.zeros_like(small.b)
+    f, _, count = kernel.solve(small, start, anneal=True, relaxation=None, stored=True)
+    wide = blocks.make(tall, parts.cost_fn, options.chunk_size)
+    return problem._replace(start=level), blocks.col_update(wide, f, small.a, level), count
 
 
 def _solve(
