@@ -5,6 +5,7 @@ so that a batch, its chunks and its shards agree.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +172,7 @@ def sample_adaptive(
     denoise_at = at_one_time(denoise)
     start, stop = (jnp.log(process.noise_ratio(t)) for t in (process.t_max, process.t_min))
 
-    def denoised(u: Array, y: Array) -> Array:
+    def denoised(u: Any, y: Array) -> Array:
         t = process.time_of_log_snr(-2 * u)
         return denoise_at((process.alpha(t) * y)[None], t)[0]
 
