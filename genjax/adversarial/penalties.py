@@ -122,10 +122,12 @@ def _pair_weights(key: PRNGKey, real: Array, fake: Array) -> Array:
     odd = jax.random.bits(hash_key, (1, *pair.shape[1:]), jnp.uint32) | 1
     pair = (pair ^ (pair >> 15)) * odd
     code = jnp.sum(pair ^ (pair >> 16), axis=tuple(range(1, pair.ndim)), dtype=jnp.uint32)
-    # Duplicates: how many equal codes came before.
-    batch = code.shape[0]
-    before = jnp.tril(jnp.ones((batch, batch), bool), -1)
-    repeat = jnp.sum((code[:, None] == code[None, :]) & before, axis=1, dtype=jnp.uint32)
+    # Duplicates: how many equal codes came before, counted in sorted order.
+    order, place = jnp.argsort(code), jnp.arange(code.size)
+    ordered = code[order]
+    starts = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    run = place - jax.lax.cummax(jnp.where(starts, place, 0))
+    repeat = jnp.zeros(code.shape, run.dtype).at[order].set(run)
     keys = jax.vmap(lambda c, r: jax.random.fold_in(jax.random.fold_in(draw_key, c), r))(
         code, repeat
     )
