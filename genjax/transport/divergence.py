@@ -90,6 +90,7 @@ def sinkhorn_divergence(
     tolerance: float | int = 1e-3,
     max_iterations: int = 10_000,
     init: tuple[Potentials, Potentials, Potentials] | None = None,
+    chunk_size: int | None = None,
 ) -> SinkhornDivergence:
     """Debiased transport: OT(x, y) - (OT(x, x) + OT(y, y)) / 2, with OT the value of `sinkhorn`.
 
@@ -103,6 +104,7 @@ def sinkhorn_divergence(
         "num_iterations": num_iterations,
         "tolerance": tolerance,
         "max_iterations": max_iterations,
+        "chunk_size": chunk_size,
     }
     start: Sequence[Potentials | None] = (None, None, None) if init is None else init
     cross = sinkhorn(x, y, a=a, b=b, init=start[0], **options)

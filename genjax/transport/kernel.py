@@ -109,10 +109,11 @@ def solve(
             held = done | (b == 0)
             v = passes.relaxed(s.v, jnp.where(held, 1, cols / jnp.where(held, 1, b)), omega)
             v = jnp.where(held, s.v, v)
-            look = (s.steps % CHECK == CHECK - 1) & (s.steps > CHECK)
+            look = s.steps % CHECK == CHECK - 1
             omega = s.omega
             if relaxation is None:
-                omega = jnp.where(look, _faster(s.omega, error / s.mark), omega)
+                early = s.steps < CHECK
+                omega = jnp.where(look, _faster(s.omega, error / s.mark, early), omega)
             mark = jnp.where(look | (s.steps < 2), error, s.mark)
             return _Sweep(u, v, error, mark, omega, done, s.steps + 1)
 
@@ -200,7 +201,7 @@ def solve(
     return f, g, state.count
 
 
-def _faster(omega: Array, decay: Array) -> Array:
+def _faster(omega: Array, decay: Array, early: Array) -> Array:
     """The relaxation that suits the decay of the error over CHECK sweeps (Young 1954).
 
     At rate r and factor w the plain iteration's rate is (r + w - 1)^2 / (r w^2). Where r = w - 1
@@ -211,8 +212,8 @@ def _faster(omega: Array, decay: Array) -> Array:
     rate = jnp.minimum(decay, 1) ** (1 / CHECK)
     plain = jnp.square(rate + omega - 1) / (rate * omega * omega)
     better = 2 / (1 + jnp.sqrt(1 - jnp.clip(plain, 0, 0.9999)))
-    # No more than half of what is left to 2 at a time: the first sweeps of a stage mislead.
-    better = jnp.minimum(better, 1 + omega / 2)
+    # Only part of the way to 2 at a time: the first sweeps of a stage mislead.
+    better = jnp.minimum(better, omega + jnp.where(early, 0.2, 0.5) * (2 - omega))
     new = jnp.where(rate > omega - 1 + 0.01, jnp.maximum(better, omega), omega)
     return jnp.where(decay < GROWTH, new, 1 + 0.7 * (omega - 1))
 

@@ -15,7 +15,6 @@ from jaxtyping import Array
 from genjax.transport import blocks, kernel, log_domain
 from genjax.transport.costs import DIRECT_DIMS, cosine, euclidean, squared_euclidean
 
-
 # Costs that are cheap to form again, block by block.
 COSTS = (squared_euclidean, euclidean, cosine)
 # With FINE points on both sides, annealing is done on a sample of COARSE, or a quarter.
@@ -122,9 +121,7 @@ def _thinnable(options: Options, parts: blocks.Blocks) -> bool:
     return plain and min(parts.n, parts.m) >= FINE
 
 
-def _coarse(
-    options: Options, problem: kernel.Problem
-) -> tuple[kernel.Problem, Array, Array]:
+def _coarse(options: Options, problem: kernel.Problem) -> tuple[kernel.Problem, Array, Array]:
     """Anneal every k-th point down to an epsilon at which a sample tells the potential of all.
 
     Returns the problem with its annealing to be started there, the potential extended to all of y,

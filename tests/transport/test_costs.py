@@ -23,7 +23,10 @@ def test_cost_meets_scipy(compiled, cost, metric, d):
 @pytest.mark.parametrize("d", [2, 33])
 def test_cost_gradient(x64, cost, metric, d):
     x, y = (jnp.asarray(z, jnp.float64) for z in clouds(4, 3, d))
-    wrapped = lambda *z: cost(*map(jnp.asarray, z))  # check_grads passes numpy arrays
+
+    def wrapped(*z):
+        return cost(*map(jnp.asarray, z))  # check_grads passes numpy arrays
+
     check_grads(wrapped, (x, y), order=1, modes=["fwd", "rev"], eps=1e-5)
 
 
