@@ -1,0 +1,154 @@
+"""Particles that flow along the gradient of the Sinkhorn divergence to the data; no network.
+
+n particles x with weights 1/n follow dx_i/dt = -n dS(x, y)/dx_i. For the squared distance that is
+twice the debiased barycentric displacement, so that a step of 1/2 would jump onto the data's
+barycentres; small steps draw the whole path.
+
+    python -m experiments.gradient_flow
+    python -m experiments.gradient_flow --dataset digits --num-particles 1000
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import _pictures, _run
+from experiments.sinkhorn_gan import score
+from genjax.data import load
+from genjax.data.scaling import Scaling
+from genjax.metrics import sliced_wasserstein
+from genjax.training.record import MetricsLog
+from genjax.transport import sinkhorn_divergence, squared_euclidean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(_run.RunConfig):
+    """Move particles to a data set."""
+
+    dataset: str = "moons"
+    """A 2-D density such as moons, or an image set such as digits."""
+    steps: int = 100
+    """Steps of the flow."""
+    num_particles: int = 500
+    """Particles, and points of the data that they flow to."""
+    step_size: float = 0.05
+    """Time of one step; 0.5 jumps onto the barycentres."""
+    epsilon: float = 0.005
+    """Entropy, in parts of the data's mean squared distance."""
+    tolerance: float = 1e-2
+    """L1 marginal error that ends the Sinkhorn iterations of a step."""
+    max_iterations: int = 200
+    """Most Sinkhorn iterations in one problem of a step."""
+    spread: float = 1.0
+    """Standard deviation of the Gaussian where the particles start, in the data's unit."""
+    frames: int = 6
+    """Pictures in the strip, the start and the end among them."""
+    animation: bool = False
+    """Write flow.gif too (2-D sets)."""
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Run the flow, draw it, measure where it ends; returns the summary."""
+    arrays, spec = load(config.dataset, "train", data_dir=config.data_dir)
+    held_out = load(config.dataset, "test", data_dir=config.data_dir)[0]["x"]
+    plane, event = spec.levels is None, tuple(spec.shape)
+    scaling = Scaling(spec.levels or 256)
+    key_start, key_data, key_score = jax.random.split(jax.random.key(config.seed), 3)
+    chosen = jax.random.permutation(key_data, len(arrays["x"]))[: config.num_particles]
+    data = arrays["x"][np.asarray(chosen)]
+    y = jnp.asarray(data if plane else scaling.to_continuous(data)).reshape(len(data), -1)
+    x = config.spread * jax.random.normal(key_start, y.shape)
+
+    with _run.start_run(config) as run:
+        scale = jnp.mean(squared_euclidean(y, y))
+        path, trace = jax.jit(flow, static_argnums=2)(x, y, config, scale)
+        path, trace = jax.device_get((path, trace))
+        log = MetricsLog(run.folder)
+        for step in range(config.steps):
+            log.write(step, {name: values[step] for name, values in trace.items()})
+        log.close()
+
+        end = path[-1]
+        samples = end if plane else np.asarray(scaling.to_levels(end.reshape(-1, *event)))
+        np.save(run.folder / "samples.npy", samples)
+        draw(run.folder, path, data, spec, config)
+        flat = [z.reshape(len(z), -1).astype(np.float32) for z in (samples, held_out)]
+        summary = {
+            "divergence_start": trace["divergence"][0],
+            "divergence_end": trace["divergence"][-1],
+            "largest_marginal_error": trace["marginal_error"].max(),
+            "sliced_wasserstein": sliced_wasserstein(key_score, *flat),
+            **score(config.dataset, arrays["x"], held_out, samples),
+        }
+        return _run.finish(run, summary)
+
+
+def flow(
+    x: jax.Array, y: jax.Array, config: Config, scale: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Follow the gradient from x [n, d]: the path [steps + 1, n, d] and each step's numbers.
+
+    epsilon is in parts of `scale`. The target stays, so the potentials of one step start the next.
+    """
+
+    def divergence(x: jax.Array, init: Any) -> tuple[jax.Array, Any]:
+        result = sinkhorn_divergence(
+            x,
+            y,
+            epsilon=config.epsilon * scale,
+            tolerance=config.tolerance,
+            max_iterations=config.max_iterations,
+            init=init,
+        )
+        return result.value, result
+
+    def step(carry: tuple[jax.Array, Any], _: None) -> tuple[Any, Any]:
+        x, init = carry
+        (value, result), gradient = jax.value_and_grad(divergence, has_aux=True)(x, init)
+        x = x - config.step_size * len(x) * gradient
+        numbers = {"divergence": value, "marginal_error": result.marginal_error}
+        return (x, result.init), (x, numbers)
+
+    zeros = jnp.zeros((len(x),)), jnp.zeros((len(y),))
+    start = (zeros, (zeros[0], zeros[0]), (zeros[1], zeros[1]))
+    _, (path, numbers) = jax.lax.scan(step, (x, start), length=config.steps)
+    return jnp.concatenate([x[None], path]), numbers
+
+
+def draw(folder: Any, path: np.ndarray, data: np.ndarray, spec: Any, config: Config) -> None:
+    """Write the strip of pictures, and the animation where it is asked for."""
+    # Most of the way is covered early: times 0, 1, ... in equal ratios.
+    shown = np.geomspace(1, config.steps, config.frames - 1).round().astype(int)
+    shown = np.concatenate([[0], shown])
+    if spec.levels is not None:
+        rows = path[shown, : min(12, len(data))].reshape(-1, *spec.shape)
+        _pictures.save_grid(folder / "flow.png", rows, columns=min(12, len(data)), low=-1, high=1)
+        return
+    titles = {f"step {n}": path[n] for n in shown}
+    _pictures.save_points(folder / "flow.png", {**titles, "data": data})
+    if config.animation:
+        _animate(folder / "flow.gif", path, data)
+
+
+def _animate(file: Any, frames: np.ndarray, data: np.ndarray) -> None:
+    from matplotlib.animation import FuncAnimation, PillowWriter
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axis = figure.add_subplot()
+    axis.plot(*data.T, ".", markersize=2, color="0.7")
+    (points,) = axis.plot(*frames[0].T, ".", markersize=3)
+    axis.set(aspect="equal", xticks=[], yticks=[])
+
+    def show(i: int) -> Any:
+        points.set_data(*frames[i].T)
+        return (points,)
+
+    FuncAnimation(figure, show, frames=len(frames)).save(file, PillowWriter(fps=12))
+
+
+if __name__ == "__main__":
+    _run.launch(main, Config)
