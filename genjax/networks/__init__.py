@@ -1,6 +1,15 @@
 """Networks: Flax linen modules, every size a field; the only room that imports flax."""
 
 from genjax.networks.conv import ConvDecoder, ConvEncoder
+from genjax.networks.coupling import (
+    ConvConditioner,
+    CouplingFlow,
+    Glow,
+    MLPConditioner,
+    PlanarFlow,
+    RealNVP,
+    SplineFlow,
+)
 from genjax.networks.dcgan import DCGANCritic, DCGANGenerator
 from genjax.networks.denoiser import MLPDenoiser, fourier_features
 from genjax.networks.hourglass import Hourglass
@@ -15,20 +24,31 @@ from genjax.networks.lipschitz import (
     spectral_normalise,
 )
 from genjax.networks.mlp import MLP, ResidualMLP
+from genjax.networks.tarflow import TarFlow
 from genjax.networks.unet import UNet
+from genjax.networks.velocity import VelocityMLP
 
 __all__ = [
     "MLP",
+    "ConvConditioner",
     "ConvDecoder",
     "ConvEncoder",
+    "CouplingFlow",
     "DCGANCritic",
     "DCGANGenerator",
+    "Glow",
     "Hourglass",
     "LipschitzMLP",
+    "MLPConditioner",
     "MLPDenoiser",
     "OrthonormalDense",
+    "PlanarFlow",
+    "RealNVP",
     "ResidualMLP",
+    "SplineFlow",
+    "TarFlow",
     "UNet",
+    "VelocityMLP",
     "bjorck",
     "fourier_features",
     "group_sort",
