@@ -112,17 +112,15 @@ def test_sliced_wasserstein_directions_are_uniform(key):
 
 
 def test_sliced_wasserstein_gradient(x64, key):
-    x, y = features(6, 9, 3, np.float64)
+    x, y = features(9, 9, 3, np.float64)
     loss = jax.jit(lambda v: sliced_wasserstein(key, v, y, num_projections=16))
     gradient = jax.grad(loss)(x)
     step = 1e-6 * np.random.default_rng(1).normal(size=x.shape)
     slope = (loss(x + step) - loss(x - step)) / 2
     np.testing.assert_allclose(jnp.sum(gradient * step), slope, rtol=1e-6)
-    for p in (2, 3):
-        near = jax.jit(lambda v, p=p: sliced_wasserstein(key, v, y, p=p, num_projections=4))
-        value, gradient = jax.value_and_grad(near)(y)
-        assert float(value) == 0
-        assert np.isfinite(gradient).all()
+    value, at_zero = jax.value_and_grad(loss)(y)
+    assert float(value) == 0
+    assert np.isfinite(at_zero).all()
 
 
 def test_sinkhorn_of_a_shift():
