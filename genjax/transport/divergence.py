@@ -118,7 +118,7 @@ def sinkhorn_divergence(
         self_y=self_y.value,
         marginal_error=jnp.max(jnp.stack([r.marginal_error for r in results])),
         converged=cross.converged & self_x.converged & self_y.converged,
-        init=tuple((r.f, r.g) for r in results),
+        init=((cross.f, cross.g), (self_x.f, self_x.g), (self_y.f, self_y.g)),
     )
 
 

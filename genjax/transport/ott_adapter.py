@@ -26,12 +26,11 @@ def sinkhorn_from_ott(
 
     if not isinstance(geometry, ott_geometry.Geometry):
         raise TypeError(f"geometry must be an ott Geometry, got {type(geometry).__name__}")
-    plain = isinstance(geometry, pointcloud.PointCloud) and (
-        type(geometry.cost_fn) is ott_costs.SqEuclidean
-        and isinstance(geometry.inv_scale_cost, int | float)
-        and geometry.inv_scale_cost == 1
-    )
-    if plain:
-        x, y = geometry.x, geometry.y
-        return sinkhorn(x, y, epsilon=geometry.epsilon, a=a, b=b, **options)
-    return sinkhorn_from_cost(geometry.cost_matrix, epsilon=geometry.epsilon, a=a, b=b, **options)
+    if isinstance(geometry, pointcloud.PointCloud):
+        scale = geometry.inv_scale_cost
+        squared = type(geometry.cost_fn) is ott_costs.SqEuclidean
+        if squared and isinstance(scale, int | float) and scale == 1:
+            x, y = geometry.x, geometry.y
+            return sinkhorn(x, y, epsilon=geometry.epsilon, a=a, b=b, **options)
+    cost: Any = geometry.cost_matrix
+    return sinkhorn_from_cost(cost, epsilon=geometry.epsilon, a=a, b=b, **options)

@@ -185,7 +185,7 @@ def sinkhorn_from_cost(
     )
     return _solve(
         (cost,),
-        cost.shape,
+        (cost.shape[0], cost.shape[1]),
         cost.dtype,
         options,
         epsilon=epsilon,

@@ -16,6 +16,7 @@ from tests.transport.reference import clouds
 
 MEASURE = """
 import json, sys
+import resource
 import jax, jax.numpy as jnp, numpy as np
 from genjax.transport import sinkhorn
 n, chunk, tolerance = int(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3])
@@ -28,8 +29,8 @@ def value(x):
     return result.value, result.marginal_error
 
 (v, error), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(x)
-peak = next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]
-print(json.dumps([int(peak) / 2**20, float(v), float(error), float(jnp.linalg.norm(gradient))]))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(json.dumps([peak, float(v), float(error), float(jnp.linalg.norm(gradient))]))
 """
 
 
