@@ -22,12 +22,14 @@ from genjax.training import (
     NonFiniteError,
     Stopped,
     data_mesh,
+    initialize_distributed,
     loop,
 )
 
 # A resumed run may differ in these; what the numbers depend on must be as it was.
 FREE = ("run_dir", "resume", "steps", "data_dir", "devices", "save_every", "keep", "log_every",
-        "evaluate_every", "tensorboard", "progress")  # fmt: skip
+        "evaluate_every", "tensorboard", "progress", "coordinator", "processes",
+        "process")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,12 @@ class RunConfig:
     """Write TensorBoard files too (needs tensorboardX)."""
     progress: bool = True
     """Show a progress bar where standard error is a terminal."""
+    coordinator: str | None = None
+    """Several processes: "host:port" of the first one (default: JAX_COORDINATOR_ADDRESS)."""
+    processes: int | None = None
+    """Several processes: how many (default: JAX_NUM_PROCESSES)."""
+    process: int | None = None
+    """Several processes: the index of this one (default: JAX_PROCESS_ID)."""
 
 
 class RunError(RuntimeError):
@@ -93,7 +101,8 @@ class Run:
             if self.checkpoints is not None:
                 self.checkpoints.close()
         finally:
-            self.lock.close()
+            if self.lock is not None:
+                self.lock.close()
 
 
 def launch(main: Callable[[Any], Any], config_type: type) -> None:
@@ -102,6 +111,8 @@ def launch(main: Callable[[Any], Any], config_type: type) -> None:
 
     config = tyro.cli(config_type, description=sys.modules[main.__module__].__doc__)
     try:
+        if config.coordinator is not None or "JAX_COORDINATOR_ADDRESS" in os.environ:
+            initialize_distributed(config.coordinator, config.processes, config.process)
         main(config)
     except (RunError, CheckpointError, NonFiniteError, OSError) as error:
         notes = getattr(error, "__notes__", [])
@@ -117,7 +128,11 @@ def start_run(config: RunConfig, *, name: str | None = None) -> Run:
     for field in ("steps", "batch_size", "steps_per_call", "save_every", "keep", "log_every"):
         checks.integer(field, getattr(config, field), 1)
     name = name or Path(sys.modules[type(config).__module__].__file__ or "run").stem
+    if jax.process_count() > 1 and config.run_dir is None:
+        raise RunError("several processes need one --run-dir, a folder that all of them see")
     folder = _choose_folder(config, name)
+    if jax.process_index() > 0:  # the first process holds the lock and writes
+        return Run(config, folder, None, time.monotonic())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
@@ -218,6 +233,9 @@ def finish(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
         "peak_memory_mb": round(used / (1024 * (1024 if sys.platform == "darwin" else 1)), 1),
         **({} if device is None else {"peak_device_memory_mb": round(device / 2**20, 1)}),
     }
+    if jax.process_index() > 0:
+        run.close()
+        return full
     write_json(run.folder / "summary.json", full)
     run.close()
     for key, value in full.items():
