@@ -9,6 +9,7 @@ barycentres; small steps draw the whole path.
 """
 
 import dataclasses
+import time
 from typing import Any
 
 import jax
@@ -66,6 +67,7 @@ def main(config: Config) -> dict[str, Any]:
         scale = jnp.mean(squared_euclidean(y, y))
         path, trace = jax.jit(flow, static_argnums=2)(x, y, config, scale)
         path, trace = jax.device_get((path, trace))
+        run.training_seconds = time.monotonic() - run.begun
         log = MetricsLog(run.folder)
         for step in range(config.steps):
             log.write(step, {name: values[step] for name, values in trace.items()})

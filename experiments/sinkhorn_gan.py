@@ -150,7 +150,7 @@ def main(config: Config) -> dict[str, Any]:
             sets = {"data": arrays["x"][:2000], "samples": samples[:2000]}
             _pictures.save_points(run.folder / "samples.png", sets)
         else:
-            _pictures.save_grid(run.folder / "samples.png", samples[:100], high=spec.levels - 1)
+            _pictures.save_grid(run.folder / "samples.png", samples[:100], high=scaling.levels - 1)
         return _run.finish(run, {"variant": config.variant, **evaluate(state)})
 
 
@@ -229,8 +229,10 @@ def score(dataset: str, arrays: Any, held_out: Any, samples: np.ndarray) -> dict
         if not isinstance(density, GaussianMixture):
             return {}
         near = {"means": density.means, "std": density.std}
+        # A mode counts as covered from a twentieth of its share on.
+        least = max(1, len(samples) // (20 * len(density.means)))
         return {
-            "modes": int(modes_covered(samples, least=20, **near)),
+            "modes": int(modes_covered(samples, least=least, **near)),
             "share_within_3_std": float(high_quality_share(samples, **near)),
         }
     flat = [x.reshape(len(x), -1).astype(np.float32) for x in (arrays, held_out, samples)]
