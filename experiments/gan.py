@@ -51,27 +51,29 @@ class AdversarialConfig(_run.RunConfig):
     """Give the label to both networks."""
     condition: Literal["projection", "concat"] = "projection"
     """How the critic takes the label: an inner product with its features, or as an input."""
-    latent_dim: int = 32
+    latent_dim: int = 16
     """Dimensions of the noise."""
-    width: int = 256
+    width: int = 128
     """Units of a hidden layer (mlp), or channels of the widest convolution (dcgan)."""
     depth: int = 2
     """Hidden layers of each network (mlp)."""
     base: int = 2
     """Side of the smallest feature map (dcgan)."""
-    steps: int = 3000
+    steps: int = 5000
     """Updates of the generator."""
+    batch_size: int = 64
+    """Examples, and samples, in one update."""
     steps_per_call: int = 20
     """Updates in one call of the compiled program."""
     n_critic: int = 1
     """Updates of the critic before each one of the generator."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     """Adam's rate for both players, falling along a cosine to a tenth."""
     beta1: float = 0.5
     """Adam's first decay."""
     beta2: float = 0.999
     """Adam's second decay."""
-    ema: float = 0.999
+    ema: float = 0.998
     """Decay of the averaged generator, which is the one that is sampled."""
 
 

@@ -7,7 +7,7 @@
 
     python -m experiments.wgan
     python -m experiments.wgan --conditional --network dcgan
-    python -m experiments.wgan --constraint lipschitz --learning-rate 1e-3
+    python -m experiments.wgan --constraint lipschitz
     python -m experiments.wgan --dataset line          (W1 of two 1-D samples by all three)
 
 The samples are scored as in experiments.gan.
@@ -43,8 +43,10 @@ class Config(AdversarialConfig):
     """Weight of the gradient penalty."""
     one_sided: bool = False
     """Penalise only gradients above 1."""
-    n_critic: int = 5
-    """Updates of the critic before each one of the generator."""
+    n_critic: int = 3
+    """Updates of the critic before each one of the generator (5 in the papers)."""
+    learning_rate: float = 1e-3
+    """Adam's rate for both players, falling along a cosine to a tenth."""
     beta1: float = 0.0
     """Adam's first decay."""
     beta2: float = 0.9

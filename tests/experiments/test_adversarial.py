@@ -22,26 +22,32 @@ def check_folder(tmp_path, summary, picture="samples.png"):
     return folder
 
 
-def test_conditional_mlp_gan(tmp_path):
+def test_spectral_dcgan_with_labels(tmp_path):
     summary = gan.main(
-        gan.Config(conditional=True, r1=0.1, steps=2, run_dir=str(tmp_path / "run"), **SMALL)
-    )
+        gan.Config(
+            network="dcgan", objective="hinge", spectral=True, r1=0.1, conditional=True,
+            condition="concat", steps=1, run_dir=str(tmp_path / "run"), **SMALL,
+        )
+    )  # fmt: skip
     folder = check_folder(tmp_path, summary)
     assert np.load(folder / "samples.npy").shape == (1437, 8, 8, 1)
     assert {"precision", "recall", "memorised", "label_accuracy"} <= summary.keys()
 
 
-def test_spectral_dcgan(tmp_path):
-    summary = gan.main(
-        gan.Config(
-            network="dcgan", objective="hinge", spectral=True, conditional=True,
-            condition="concat", steps=1, run_dir=str(tmp_path / "run"), **SMALL,
+def test_conditional_wgan(tmp_path):
+    summary = wgan.main(
+        wgan.Config(
+            conditional=True, n_critic=2, steps=2, log_every=1,
+            run_dir=str(tmp_path / "run"), **SMALL,
         )
     )  # fmt: skip
-    check_folder(tmp_path, summary)
+    folder = check_folder(tmp_path, summary)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"critic/bound", "critic/penalty", "generator/loss"} <= lines[0].keys()
 
 
-@pytest.mark.parametrize("constraint", ["clip", "penalty", "lipschitz"])
+@pytest.mark.slow
+@pytest.mark.parametrize("constraint", ["clip", "lipschitz"])
 def test_wgan_in_the_plane(constraint, tmp_path):
     summary = wgan.main(
         wgan.Config(
@@ -49,10 +55,8 @@ def test_wgan_in_the_plane(constraint, tmp_path):
             run_dir=str(tmp_path / "run"), **SMALL,
         )
     )  # fmt: skip
-    folder = check_folder(tmp_path, summary)
+    check_folder(tmp_path, summary)
     assert 0 <= summary["modes"] <= 25
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert any("critic/bound" in line for line in lines)
 
 
 def test_estimates_of_w1_on_the_line(tmp_path):
@@ -65,6 +69,7 @@ def test_estimates_of_w1_on_the_line(tmp_path):
     assert summary["lipschitz_estimate"] > 0.5 * summary["exact_w1"]
 
 
+@pytest.mark.slow
 def test_f_gan_on_digits(tmp_path):
     summary = f_gan.main(
         f_gan.Config(
@@ -99,11 +104,16 @@ def test_direct_fits_are_the_papers():
 def test_study_approaches_the_direct_fit(tmp_path):
     summary = f_gan.main(
         f_gan.Config(
-            divergence="reverse_kl", steps=250, batch_size=256, run_dir=str(tmp_path / "run")
+            divergence="reverse_kl",
+            steps=400,
+            batch_size=128,
+            study_n_critic=2,
+            study_width=32,
+            run_dir=str(tmp_path / "run"),
         )
     )
     check_folder(tmp_path, summary, "fits.png")
-    assert summary["largest_error"] < 0.15  # the start is off by 1
+    assert summary["largest_error"] < 0.25  # the start is off by 1
 
 
 @pytest.mark.slow
