@@ -55,10 +55,13 @@ class Blocks(NamedTuple):
 
 
 def rows(n: int, m: int, chunk_size: int | None) -> int:
-    """The number of rows in a block: `chunk_size` or less, or such that a block fits the cache."""
-    size = n if n * m <= SINGLE else max(BLOCK // m, 8)
-    size = min(n, size if chunk_size is None else chunk_size)
-    return math.ceil(n / math.ceil(n / size))
+    """The number of rows in a block: such that it fits the cache, and at most `chunk_size`."""
+    size = max(BLOCK // m, 8)
+    if chunk_size is None:
+        size = n if n * m <= SINGLE else size
+    else:
+        size = min(size, chunk_size)
+    return math.ceil(n / math.ceil(n / min(n, size)))
 
 
 def make(arrays: tuple[Array, ...], cost_fn: Callable | None, chunk_size: int | None) -> Blocks:
@@ -136,6 +139,10 @@ class Reading(NamedTuple):
     gradient: tuple[Array | None, ...]  # of <P, C> at fixed P, for each of blocks.arrays
 
 
+def _identity(p: Array) -> tuple[Any, ...]:
+    return (p,)
+
+
 def read(
     blocks: Blocks,
     f: Array,
@@ -147,20 +154,20 @@ def read(
 ) -> Reading:
     """Marginals and cost of the plan, and the gradients that are wanted, in one pass."""
     others = blocks.arrays[1:]
-    wanted = wanted or (False,) * len(blocks.arrays)
+    wanted = wanted or tuple(False for _ in blocks.arrays)
     log_b = log_weights(b)
 
     def body(carry, block):
         cols, total, grads = carry
         rows, f, log_a = block
         if blocks.cost_fn is None:
-            cost, pull = rows, lambda p: (p,)
+            cost, pull = rows, _identity
         else:
             cost, pull = jax.vjp(blocks.cost_fn, rows, *others)
         z = density_exponent(cost, f, g, epsilon) + (log_a[:, None] + log_b[None, :])
         p = jnp.exp(z)
-        pulled = pull(p) if any(wanted) else ()
-        out = (jnp.sum(p, axis=1), pulled[0] if wanted[0] else None)
+        pulled: tuple[Any, ...] = pull(p) if any(wanted) else ()
+        out = (jnp.sum(p, axis=1), next(iter(pulled), None) if wanted[0] else None)
         grads = tuple(
             acc + new if want else None
             for acc, new, want in zip(grads, pulled[1:] or grads, wanted[1:], strict=True)

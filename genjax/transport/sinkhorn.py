@@ -227,13 +227,14 @@ def sinkhorn(
     gradient: "envelope" differentiates value and cost with the potentials held constant: exact for
     the value at the optimum, and for the cost the gradient with the plan cut off (OT-GAN).
     "unroll" goes through all of num_iterations, "last" through `last_iterations` more after the
-    solver. Memory O(n m) for all three, "unroll" recomputing its exponentials.
+    solver: exact for the value with one, for the cost with many. Memory O(n m) for all three,
+    "unroll" recomputing its exponentials.
     init: potentials (f, g) to start from. The solver then starts at epsilon itself, and goes back
     to annealing if they are of no use; `anneal` True or False forces either.
     relaxation: of both updates, in (0, 2); by default 1 for num_iterations, adapted otherwise.
     symmetric: y is x and b is a, for a symmetric cost: one potential, by averaged updates.
-    chunk_size: rows of the cost formed at a time, forward and backward, instead of the matrix;
-    cost_fn is then called on blocks of x.
+    chunk_size: form at most that many rows of the cost at a time, forward and backward, and never
+    the matrix; cost_fn is then called on blocks of x.
 
     Weights are divided by their sum, so their gradients are the potentials less a constant:
     <a, gradient> = 0. Non-finite points give converged False and a NaN value. Narrow dtypes are
