@@ -57,10 +57,10 @@ class Blocks(NamedTuple):
 def rows(n: int, m: int, chunk_size: int | None) -> int:
     """The number of rows in a block: such that it fits the cache, and at most `chunk_size`."""
     size = max(BLOCK // m, 8)
-    if chunk_size is None:
-        size = n if n * m <= SINGLE else size
-    else:
+    if chunk_size is not None:
         size = min(size, chunk_size)
+    elif n * m <= SINGLE:
+        size = n
     return math.ceil(n / math.ceil(n / min(n, size)))
 
 
