@@ -196,25 +196,30 @@ def _shrink(x, t):
 @pytest.mark.parametrize("name", ["heun_churn", "predictor_corrector"])
 def test_sample_i_depends_on_the_key_and_i_alone(name, key):
     process = gd.EDM()
-    draw = partial(
-        gd.sample, _shrink, process=process, times=gd.time_grid(process, 6), step=STEPS[name]
-    )
-    whole = np.asarray(jax.jit(lambda k: draw(k, (64, 2)))(key))
-    chunk = jax.jit(lambda k, first: draw(k, (16, 2), first_index=first))
-    chunks = np.concatenate([chunk(key, first) for first in range(0, 64, 16)])
-    np.testing.assert_allclose(chunks, whole, atol=1e-5)
-    one = jax.jit(lambda k, first: draw(k, (1, 2), first_index=first))
-    np.testing.assert_allclose(one(key, 37), whole[37:38], atol=1e-5)
-    start = partial(gd.initial_noise, process=process)
-    noise = jax.jit(partial(start, shape=(64, 2)))(key)
-    last = jax.jit(partial(start, shape=(1, 2), first_index=63))(key)
-    np.testing.assert_array_equal(noise[63:], last)
+    times = jnp.array([80.0, 10.0, 1.0, 0.1, 0.0])
+    draw = partial(gd.sample, _shrink, process=process, times=times, step=STEPS[name])
+
+    @jax.jit
+    def batches(key, first):
+        start = partial(gd.initial_noise, key, process=process)
+        return (
+            draw(key, (64, 2)),
+            draw(key, (16, 2), first_index=first),
+            draw(key, (1, 2), first_index=first),
+            start((64, 2))[first] - start((1, 2), first_index=first)[0],
+        )
+
+    found = [batches(key, first) for first in range(0, 64, 16)]
+    whole = np.asarray(found[0][0])
+    np.testing.assert_allclose(np.concatenate([f[1] for f in found]), whole, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([f[2] for f in found]), whole[::16], atol=1e-5)
+    np.testing.assert_array_equal(np.stack([f[3] for f in found]), 0)
     assert np.unique(whole[:, 0]).size == 64
 
 
 def test_eight_devices_draw_the_same_samples(key):
     process = gd.EDM()
-    times = gd.time_grid(process, 6)
+    times = jnp.array([80.0, 10.0, 1.0, 0.0])
 
     def draw(key):
         return gd.sample(
@@ -233,9 +238,20 @@ def test_bfloat16_network_samples_without_nan(key):
     def network(x, t):
         return (x * 0.1).astype(jnp.bfloat16)
 
-    for process in (gd.EDM(), gd.VariancePreserving()):
-        denoise = gd.denoiser(network, process=process, prediction="edm")
-        x = gd.sample(denoise, key, (8, 3), process=process, times=gd.time_grid(process, 5))
+    @jax.jit
+    def draw(key):
+        return [
+            gd.sample(
+                gd.denoiser(network, process=process, prediction="edm"),
+                key,
+                (8, 3),
+                process=process,
+                times=gd.time_grid(process, 5),
+            )
+            for process in (gd.EDM(), gd.VariancePreserving())
+        ]
+
+    for x in draw(key):
         assert x.dtype == jnp.float32
         assert np.all(np.isfinite(x))
 
@@ -250,7 +266,7 @@ def test_samples_have_gradients(key):
             key,
             (3, 1),
             process=process,
-            times=gd.time_grid(process, 3),
+            times=jnp.array([2.0, 0.5, 0.0]),
         )
         return x.sum()
 
