@@ -11,7 +11,7 @@ data y and a batch of samples x:
     python -m experiments.sinkhorn_gan
     python -m experiments.sinkhorn_gan --variant otgan
     python -m experiments.sinkhorn_gan --variant fixed --dataset 25gaussians --width 128 \\
-        --batch-size 256 --steps 15000
+        --batch-size 256 --learning-rate 3e-3 --steps 7000
 """
 
 import dataclasses
