@@ -9,7 +9,7 @@ data y and a batch of samples x:
     otgan    the six costs of two half batches, cosine distance of f, plans held fixed
 
     python -m experiments.sinkhorn_gan
-    python -m experiments.sinkhorn_gan --variant otgan
+    python -m experiments.sinkhorn_gan --variant otgan --generator-updates 3 --steps 2000
     python -m experiments.sinkhorn_gan --variant fixed --dataset 25gaussians --width 128 \\
         --batch-size 256 --learning-rate 3e-3 --steps 7000
 """
@@ -54,7 +54,7 @@ class Config(_run.RunConfig):
     """digits or another image set, or a 2-D density such as 25gaussians."""
     variant: Literal["fixed", "learned", "otgan"] = "learned"
     """The loss, see above."""
-    steps: int = 2500
+    steps: int = 1000
     """Updates of the generator."""
     batch_size: int = 512
     """Examples, and samples, in one update."""
