@@ -24,6 +24,7 @@ import numpy as np
 import optax
 
 from experiments import _pictures, _run
+from experiments.gan import MOST_MODES
 from genjax import checks
 from genjax.adversarial import (
     clip_weights,
@@ -92,8 +93,8 @@ def main(config: Config) -> dict[str, Any]:
     for name in config.objectives:
         checks.one_of("objectives", name, LOSSES)
     density = DENSITIES.get(config.dataset)
-    if not isinstance(density, GaussianMixture):
-        raise ValueError(f"dataset must be a mixture of Gaussians, got {config.dataset!r}")
+    if not isinstance(density, GaussianMixture) or len(density.means) > MOST_MODES:
+        raise ValueError(f"dataset must be a mixture of a few Gaussians, got {config.dataset!r}")
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     with _run.start_run(config) as run:
         if config.time:
