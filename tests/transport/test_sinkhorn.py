@@ -34,9 +34,19 @@ def uniform(n):
 
 @pytest.mark.parametrize("d", [2, 64])
 def test_value_against_float64(d):
+    # In the plane the float64 reference takes a minute at 0.001: the fixture below has that level.
+    check_against_float64(d, (1.0, 0.1, 0.01) if d == 2 else (1.0, 0.1, 0.01, 0.001))
+
+
+@pytest.mark.slow
+def test_value_against_float64_at_the_smallest_epsilon():
+    check_against_float64(2, (0.001,))
+
+
+def check_against_float64(d, levels):
     x, y = clouds(30, 24, d)
     cost = squared(x, y)
-    for relative in (1.0, 0.1, 0.01, 0.001):
+    for relative in levels:
         epsilon = relative * cost.mean()
         result = solve(x, y, epsilon=epsilon, tolerance=1e-3)
         _, _, value, total = solve64(cost, uniform(30), uniform(24), epsilon, tolerance=1e-6)
@@ -51,7 +61,9 @@ def test_values_of_the_fixture(compiled):
     run = functools.partial(sinkhorn, tolerance=1e-4)
     for row in case["expected"]["rows"][:: 1 if compiled is jax.jit else 3]:
         result = compiled(run)(x, y, epsilon=jnp.asarray(row["eps"]))
-        assert result.converged
+        # At 0.001 the rounding of a float32 cost may move the marginals by more than is left.
+        assert result.marginal_error <= 1e-4
+        assert result.converged or row["rel_eps"] < 0.01
         np.testing.assert_allclose(result.value, row["ot_eps_kl"], rtol=1e-6)
         np.testing.assert_allclose(result.cost, row["sharp_cost"], rtol=1e-4)
         if row["P"] is not None:
