@@ -25,9 +25,8 @@ for notebook in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
 from coverage import table  # noqa: E402
 from reference import page  # noqa: E402
 
-ROOMS = (
-    "variational transport adversarial diffusion flows training data metrics networks numerics"
-).split()
+FAMILIES = ["variational", "transport", "adversarial", "diffusion", "flows"]
+ROOMS = [*FAMILIES, "training", "data", "metrics", "networks", "numerics"]
 (HERE / "notes_to_code.md").write_text("# From the notes to the code\n\n" + table())
 (HERE / "reference").mkdir(exist_ok=True)
 for room in ROOMS:

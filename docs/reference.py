@@ -31,5 +31,6 @@ def page(package: str) -> str:
     parts = [f"# Reference: `{package}`\n"]
     for name, value in public(package):
         text = inspect.getdoc(value)
-        parts.append(f"## {name}\n\n```python\n{name}{signature(value)}\n```\n\n```text\n{text}\n```\n")
+        call = f"```python\n{name}{signature(value)}\n```"
+        parts.append(f"## {name}\n\n{call}\n\n```text\n{text}\n```\n")
     return "\n".join(parts)
