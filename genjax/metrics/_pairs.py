@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from genjax import checks
-from genjax.numerics import HIGHEST
+from genjax.numerics import HIGHEST, at_least_float32
 
 Features: TypeAlias = Float[Array, "n d"] | Float[np.ndarray, "n d"]
 MoreFeatures: TypeAlias = Float[Array, "m d"] | Float[np.ndarray, "m d"]
@@ -67,14 +67,19 @@ def in_float64(function: Callable) -> Callable:
     return wide
 
 
-def squared_distances(x: Features, y: MoreFeatures) -> Float[Array, "n m"]:
-    """|x_i - y_j|^2 as |x|^2 + |y|^2 - 2 x.y around the mean of y, never below 0.
+def centred(*features: Any) -> tuple[Array, ...]:
+    """Take the first one's mean from all: no distance changes, and a common offset costs no digits.
 
-    The shift changes no distance and keeps the digits that a common offset would cost.
+    No gradient flows through the mean, to which distances are blind.
     """
+    arrays = [at_least_float32(jnp.asarray(x)) for x in features]
+    mean = jax.lax.stop_gradient(jnp.mean(arrays[0], axis=0, keepdims=True))
+    return tuple(x - mean for x in arrays)
+
+
+def squared_distances(x: Features, y: MoreFeatures) -> Float[Array, "n m"]:
+    """|x_i - y_j|^2 as |x|^2 + |y|^2 - 2 x.y, never below 0. Wants points around the origin."""
     x, y = jnp.asarray(x), jnp.asarray(y)
-    shift = jax.lax.stop_gradient(jnp.mean(y, axis=0, keepdims=True))
-    x, y = x - shift, y - shift
     products = jnp.dot(x, y.T, precision=HIGHEST)
     squares = jnp.sum(x**2, axis=1)[:, None] + jnp.sum(y**2, axis=1)[None, :]
     return jnp.maximum(squares - 2 * products, 0)
@@ -96,12 +101,42 @@ def map_row_blocks(
     return jax.lax.map(lambda args: function(*args), (rows, index)), index < size
 
 
-def kth_smallest(values: Float[Array, "n m"], k: int) -> Float[Array, " n"]:
-    """The k-th smallest of each row, counting ties: k passes of running minima, no sort."""
+def k_smallest(values: Float[Array, "n m"], k: int) -> Float[Array, "n k"]:
+    """The k smallest of each row in order, ties counted: k passes of running minima, no sort."""
     level = jnp.full(values.shape[:1], -jnp.inf, values.dtype)
+    levels, counts = [], []
     for _ in range(k):
-        # The next value above the level, unless the level already has k values at or below it.
-        above = jnp.min(jnp.where(values > level[:, None], values, jnp.inf), axis=1)
-        enough = jnp.sum(values <= level[:, None], axis=1) >= k
-        level = jnp.where(enough, level, above)
-    return level
+        level = jnp.min(jnp.where(values > level[:, None], values, jnp.inf), axis=1)
+        levels.append(level)
+        counts.append(jnp.sum(values <= level[:, None], axis=1))
+    # The j-th smallest is the lowest level with at least j values at or below it.
+    reached = jnp.stack(counts, axis=1)[:, None, :] >= jnp.arange(1, k + 1)[None, :, None]
+    return jnp.min(jnp.where(reached, jnp.stack(levels, axis=1)[:, None, :], jnp.inf), axis=2)
+
+
+def kth_neighbour(x: Float[Array, "n d"], k: int) -> Float[Array, " n"]:
+    """Squared distance of each point to its k-th nearest other point.
+
+    Wants points around the origin. Distances between two blocks of points are formed once and
+    serve the rows and the columns.
+    """
+    size = x.shape[0]
+    block = min(size, 1024)
+    count = -(-size // block)
+    x = jnp.pad(x, ((0, count * block - size), (0, 0)))
+    blocks = x.reshape(count, block, x.shape[1])
+    index = jnp.arange(count * block).reshape(count, block)
+
+    def update(best: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
+        i, j = pair
+        rows, columns = index[i][:, None], index[j][None, :]
+        usable = (rows != columns) & (rows < size) & (columns < size)
+        distances = jnp.where(usable, squared_distances(blocks[i], blocks[j]), jnp.inf)
+        best = best.at[i].set(k_smallest(jnp.concatenate([best[i], distances], axis=1), k))
+        other = jnp.where(i == j, jnp.inf, distances.T)
+        return best.at[j].set(k_smallest(jnp.concatenate([best[j], other], axis=1), k)), None
+
+    first, second = np.triu_indices(count)
+    best = jnp.full((count, block, k), jnp.inf, x.dtype)
+    best, _ = jax.lax.scan(update, best, (jnp.asarray(first), jnp.asarray(second)))
+    return best[..., k - 1].reshape(-1)[:size]

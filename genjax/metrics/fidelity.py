@@ -12,8 +12,9 @@ from genjax import checks
 from genjax.metrics._pairs import (
     Features,
     MoreFeatures,
+    centred,
     check_features,
-    kth_smallest,
+    kth_neighbour,
     map_row_blocks,
     nan_unless_finite,
     squared_distances,
@@ -46,7 +47,7 @@ def precision_recall(real: Features, fake: MoreFeatures, *, k: int = 3) -> Preci
     ValueError on NaN, different widths, fewer than k + 1 samples; under `jax.jit` NaN gives NaN.
     """
     _check_neighbours(k, real=real, fake=fake)
-    x, y = (at_least_float32(jnp.asarray(v)) for v in (real, fake))
+    x, y = centred(real, fake)
     radii_x, radii_y = kth_neighbour(x, k), kth_neighbour(y, k)
 
     def block(rows: Array, index: Array) -> tuple[Array, Array]:
@@ -73,7 +74,7 @@ def density_coverage(real: Features, fake: MoreFeatures, *, k: int = 5) -> Densi
     """
     _check_neighbours(k, real=real)
     check_features(1, real=real, fake=fake)
-    x, y = (at_least_float32(jnp.asarray(v)) for v in (real, fake))
+    x, y = centred(real, fake)
     radii = kth_neighbour(x, k)
 
     def block(rows: Array, index: Array) -> tuple[Array, Array]:
@@ -85,16 +86,6 @@ def density_coverage(real: Features, fake: MoreFeatures, *, k: int = 5) -> Densi
     density = jnp.sum(counts) / (k * y.shape[0])
     coverage = jnp.sum(covered, dtype=x.dtype) / x.shape[0]
     return DensityCoverage(*(nan_unless_finite(v, x, y) for v in (density, coverage)))
-
-
-def kth_neighbour(x: Float[Array, "n d"], k: int) -> Float[Array, " n"]:
-    """Squared distance of each point to its k-th nearest other point, by running minima."""
-
-    def block(rows: Array, index: Array) -> Array:
-        own = index[:, None] == jnp.arange(x.shape[0])[None]
-        return kth_smallest(jnp.where(own, jnp.inf, squared_distances(rows, x)), k)
-
-    return map_row_blocks(block, x, x.shape[0])[0].reshape(-1)[: x.shape[0]]
 
 
 def nearest_distance(x: Float[Array, "n d"], to: Float[Array, "m d"]) -> Float[Array, " n"]:
@@ -118,7 +109,7 @@ def memorisation_share(
     """
     check_features(1, train=train, test=test, samples=samples)
     checks.between("quantile", quantile, 0, 1)
-    a, b, c = (at_least_float32(jnp.asarray(v)) for v in (train, test, samples))
+    a, b, c = centred(train, test, samples)
     threshold = jnp.quantile(nearest_distance(b, a), quantile)
     share = jnp.mean(nearest_distance(c, a) < threshold, dtype=a.dtype)
     return nan_unless_finite(share, a, b, c)
@@ -144,7 +135,7 @@ def classifier_two_sample(
     Raises ValueError on NaN, different widths, fewer than 4 samples; under `jax.jit` NaN gives NaN.
     """
     check_features(4, real=real, fake=fake)
-    x, y = (at_least_float32(jnp.asarray(v)) for v in (real, fake))
+    x, y = centred(real, fake)
     size = min(x.shape[0], y.shape[0])
     half = size // 2
     k = 2 * (math.isqrt(2 * half) // 2) + 1 if k is None else k

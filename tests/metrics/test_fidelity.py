@@ -17,7 +17,7 @@ from genjax.metrics import (
     mmd,
     precision_recall,
 )
-from genjax.metrics._pairs import kth_smallest
+from genjax.metrics._pairs import k_smallest, kth_neighbour
 from tests.metrics.test_distances import features
 
 REFERENCES = Path(__file__).parents[1] / "references"
@@ -85,12 +85,19 @@ def test_fifty_thousand_features_fit_in_four_gib(metric):
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 4 * 2**30
 
 
-def test_kth_smallest_with_ties():
+def test_k_smallest_with_ties():
     rows = np.random.default_rng(0).integers(0, 5, (40, 9)).astype(np.float32)
-    rows[0] = 2.0
-    for k in (1, 2, 5, 9):
-        got = jax.jit(lambda r, k=k: kth_smallest(r, k))(rows)
-        np.testing.assert_array_equal(got, np.sort(rows, axis=1)[:, k - 1])
+    rows[0], rows[1, 2:] = 2.0, np.inf
+    for k in (1, 3, 9):
+        got = jax.jit(lambda r, k=k: k_smallest(r, k))(rows)
+        np.testing.assert_array_equal(got, np.sort(rows, axis=1)[:, :k])
+
+
+def test_kth_neighbour_over_several_blocks():
+    x = np.random.default_rng(0).normal(size=(1500, 3)).astype(np.float32)
+    x[100] = x[1400]  # a pair of duplicates in two blocks
+    got = np.sqrt(jax.jit(lambda v: kth_neighbour(v, 2))(x))
+    np.testing.assert_allclose(got, radii(x.astype(np.float64), 2), rtol=1e-3, atol=1e-5)
 
 
 def test_memorisation_share():
