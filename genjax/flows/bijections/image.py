@@ -72,7 +72,7 @@ def plu_init(weight: np.ndarray) -> tuple[tuple[int, ...], Params]:
     weight = np.asarray(weight, dtype=np.float64)
     if weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
         raise ValueError(f"weight must be a square matrix, got shape {weight.shape}")
-    p, lower, upper = scipy.linalg.lu(weight)
+    p, lower, upper = map(np.asarray, scipy.linalg.lu(weight))
     scale = np.diag(upper)
     if np.any(np.abs(scale) < 1e-12):
         raise ValueError("weight is singular: a 1x1 map by it has no inverse")
