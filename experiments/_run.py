@@ -27,8 +27,8 @@ from genjax.training import (
 )
 
 # A resumed run may differ in these; what the numbers depend on must be as it was.
-FREE = ("run_dir", "resume", "steps", "data_dir", "devices", "save_every", "keep", "log_every",
-        "evaluate_every", "tensorboard", "progress", "coordinator", "processes",
+FREE = ("run_dir", "resume", "steps", "max_seconds", "data_dir", "devices", "save_every", "keep",
+        "log_every", "evaluate_every", "tensorboard", "progress", "coordinator", "processes",
         "process")  # fmt: skip
 
 
@@ -48,6 +48,9 @@ class RunConfig:
     """Seed of everything random: weights, noise, the order of the data."""
     steps: int = 2000
     """Updates in all, those before a resume included."""
+    max_seconds: float = 0.0
+    """End training so many seconds after the first call, which compiles (0: no limit). A rate that
+    falls along a schedule still falls by `steps`, which the budget may cut short."""
     batch_size: int = 128
     """Examples in one update, over all devices."""
     steps_per_call: int = 1
@@ -88,6 +91,9 @@ class Run:
     begun: float
     checkpoints: Checkpoints | None = None
     training_seconds: float = 0.0
+    first_call_seconds: float = 0.0
+    steps_done: int | None = None
+    ended_by_budget: bool = False
 
     def __enter__(self) -> "Run":
         return self
@@ -111,8 +117,10 @@ def launch(main: Callable[[Any], Any], config_type: type) -> None:
 
     config = tyro.cli(config_type, description=sys.modules[main.__module__].__doc__)
     try:
-        if config.coordinator is not None or "JAX_COORDINATOR_ADDRESS" in os.environ:
-            initialize_distributed(config.coordinator, config.processes, config.process)
+        # PPCA, which trains nothing, has no such options.
+        given = [getattr(config, name, None) for name in ("coordinator", "processes", "process")]
+        if given[0] is not None or "JAX_COORDINATOR_ADDRESS" in os.environ:
+            initialize_distributed(*given)
         main(config)
     except (RunError, CheckpointError, NonFiniteError, OSError) as error:
         notes = getattr(error, "__notes__", [])
@@ -127,6 +135,7 @@ def start_run(config: RunConfig, *, name: str | None = None) -> Run:
     """
     for field in ("steps", "batch_size", "steps_per_call", "save_every", "keep", "log_every"):
         checks.integer(field, getattr(config, field), 1)
+    checks.at_least("max_seconds", config.max_seconds, 0)
     name = name or Path(sys.modules[type(config).__module__].__file__ or "run").stem
     if jax.process_count() > 1 and config.run_dir is None:
         raise RunError("several processes need one --run-dir, a folder that all of them see")
@@ -161,6 +170,9 @@ def fit(
 ) -> Any:
     """Train to `config.steps` and return the last state; resumes where the config says so.
 
+    With `config.max_seconds` it may end earlier; the summary then says so (`ended_by_budget`), and
+    before it training.json, which is written when training has ended.
+
     batches(step) is the batch of one step. evaluate(state) gives named numbers; the checkpoint
     where `best` among them is smallest (mode="max": largest) is kept, see `best_state`.
     """
@@ -174,10 +186,19 @@ def fit(
         print(f"resumed at step {found[0]}" if found else "no checkpoint yet: from the start")
         state = found[1] if found else state
     begun = time.monotonic()
+
+    def timed(state: Any, batch: Any) -> Any:
+        """The step; the first call, which compiles, is waited for and timed."""
+        result = step_fn(state, batch)
+        if not run.first_call_seconds:
+            jax.block_until_ready(result)
+            run.first_call_seconds = time.monotonic() - begun
+        return result
+
     try:
         state = loop.fit(
             state,
-            step_fn,
+            timed,
             batches,
             steps=config.steps,
             folder=run.folder,
@@ -189,11 +210,18 @@ def fit(
             evaluate_every=config.evaluate_every,
             tensorboard=config.tensorboard,
             progress=config.progress,
+            max_seconds=config.max_seconds,
         )
     except Stopped as stop:
         print(stop.message, file=sys.stderr, flush=True)
         raise
     run.training_seconds = time.monotonic() - begun
+    run.steps_done = int(state.step)
+    run.ended_by_budget = run.steps_done < config.steps
+    if jax.process_index() == 0:
+        write_json(run.folder / "training.json", _progress(run))
+    if run.ended_by_budget:
+        print(f"max_seconds ended training after {run.steps_done} of {config.steps} steps")
     return state
 
 
@@ -229,7 +257,7 @@ def finish(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
     full = {
         **{key: _plain(value) for key, value in summary.items()},
         "seconds": round(time.monotonic() - run.begun, 3),
-        "training_seconds": round(run.training_seconds, 3),
+        **_progress(run),
         "peak_memory_mb": round(used / (1024 * (1024 if sys.platform == "darwin" else 1)), 1),
         **({} if device is None else {"peak_device_memory_mb": round(device / 2**20, 1)}),
     }
@@ -243,6 +271,24 @@ def finish(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
     pictures = sorted(path.name for path in run.folder.glob("*.png"))
     print(f"in {run.folder}: {', '.join(['summary.json', 'metrics.jsonl', *pictures])}", flush=True)
     return full
+
+
+def _progress(run: Run) -> dict[str, Any]:
+    """What the summary says of the training."""
+    if run.steps_done is None:
+        return {"training_seconds": round(run.training_seconds, 3)}
+    return {
+        "training_seconds": round(run.training_seconds, 3),
+        "first_call_seconds": round(run.first_call_seconds, 3),
+        "steps_done": run.steps_done,
+        "ended_by_budget": run.ended_by_budget,
+    }
+
+
+def refuse_budget(config: RunConfig, why: str) -> None:
+    """Raise ValueError where max_seconds is asked of training that cannot be cut short."""
+    if config.max_seconds:
+        raise ValueError(f"max_seconds must be 0 here, got {config.max_seconds}: {why}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -315,7 +361,7 @@ def _check_same(path: Path, now: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text())
         if not isinstance(before, dict):
             raise ValueError("not an object")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error}): mend it, or start anew") from error
     for field in before.keys() | now.keys():
         if field not in now:

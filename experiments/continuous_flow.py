@@ -17,13 +17,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import _pictures, _run
-from experiments.flow import Flow, draw_density
+from experiments import _pictures, _run, _samples
+from experiments.flow import Flow, draw, draw_density
 from genjax import flows
 from genjax.data import DENSITIES, DataSpec, Scaling, load
 from genjax.metrics import test_log_likelihood
 from genjax.networks.velocity import VelocityMLP
 from genjax.training import export_npz, init_state, make_train_step
+
+# Evaluations of the field in one step; the others choose their steps as they go.
+STAGES = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,8 @@ def main(config: Config) -> dict[str, Any]:
             )
         )(params, key_test)
         summary = {
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "parameters": _samples.parameter_count(params),
+            **draw(run, flow, params, key_draw, _samples.sample_count(train, spec)),
             "test_log_likelihood": scored.log_likelihood,
             "standard_error": scored.standard_error,
         }
@@ -119,8 +123,10 @@ def build(config: Config, network: VelocityMLP, spec: DataSpec) -> Flow:
     def sample(params: Any, key: jax.Array, n: int) -> jax.Array:
         return flows.sample(bijection, base, params, key, n)
 
+    stages = STAGES.get(config.method)
     scaling = None if spec.levels is None else Scaling(spec.levels)
-    return Flow(network.init, log_prob, sample, scaling)
+    passes = None if stages is None else 2 * config.solver_steps * stages
+    return Flow(network.init, log_prob, sample, scaling, passes)
 
 
 def make_loss(config: Config, network: VelocityMLP, spec: DataSpec) -> Callable[..., Any]:

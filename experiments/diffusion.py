@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _diffusion, _pictures, _run
+from experiments import _diffusion, _pictures, _run, _samples
 from genjax import diffusion as gd
 from genjax.data import DataSpec, Scaling, load
 from genjax.networks import MLPDenoiser, UNet
@@ -140,9 +140,13 @@ def main(config: Config) -> dict[str, Any]:
             state = restore(config.sample_from, state)
         params = state.ema_params(trained.ema)
         labels = np.resize(train["label"], config.num_samples) if spec.classes else None
-        samples = draw(config, model, params, key_draw, labels)
+        drawing = make_draw(config, model, labels)
+        samples, cost = _samples.save_samples(
+            run, lambda: drawing(params, key_draw), evaluations=evaluations(config)
+        )
         summary = {
-            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+            "parameters": _samples.parameter_count(params),
+            **cost,
             "sampler": config.sampler,
             "num_steps": config.num_steps,
             "guidance": config.guidance,
@@ -153,14 +157,13 @@ def main(config: Config) -> dict[str, Any]:
                 model, params, test["x"], samples, key_test, config.likelihood_steps
             )
         else:
-            images = np.asarray(Scaling(spec.levels).to_levels(samples))
             _pictures.save_grid(
                 run.folder / "samples.png",
-                by_label(images, labels),
+                by_label(samples, labels),
                 high=spec.levels - 1,
                 columns=10,
             )
-            summary |= _diffusion.judge_images(spec, train, test, images, labels)
+            summary |= _diffusion.judge_images(spec, train, test, samples, labels)
             if config.likelihood_steps:
                 summary |= _diffusion.judge_likelihood(
                     model, params, test, key_test, config.likelihood_steps
@@ -265,13 +268,14 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip), adam)
 
 
-def draw(config: Config, model: Model, params: Any, key: jax.Array, labels: Any) -> np.ndarray:
-    """`num_samples` samples on the data's scale, for the given labels where there are classes."""
+def make_draw(config: Config, model: Model, labels: Any) -> Callable[[Any, jax.Array], jax.Array]:
+    """Draw `num_samples` points, or levels of images, for the labels where there are classes."""
     times = gd.time_grid(model.process, config.num_steps, spacing=config.spacing)
+    labels = None if labels is None else jnp.asarray(labels)
 
     @jax.jit
-    def run(params: Any, labels: Any, key: jax.Array) -> jax.Array:
-        return gd.sample(
+    def draw(params: Any, key: jax.Array) -> jax.Array:
+        x = gd.sample(
             model.guided(params, labels, config.guidance),
             key,
             (config.num_samples, *model.spec.shape),
@@ -279,8 +283,17 @@ def draw(config: Config, model: Model, params: Any, key: jax.Array, labels: Any)
             times=times,
             step=SAMPLERS[config.sampler],
         )
+        x = x + model.shift
+        return x if model.spec.levels is None else Scaling(model.spec.levels).to_levels(x)
 
-    return np.asarray(run(params, labels, key)) + model.shift
+    return draw
+
+
+def evaluations(config: Config) -> int:
+    """Passes through the network for one sample; guidance takes two where one would do."""
+    twice = config.sampler in ("heun", "heun_stochastic", "predictor_corrector")
+    passes = 2 * config.num_steps - 1 if twice else config.num_steps
+    return passes if config.guidance == 1 else 2 * passes
 
 
 def by_label(images: np.ndarray, labels: Any) -> np.ndarray:

@@ -86,6 +86,7 @@ def main(config: Config) -> dict[str, Any]:
 
 def study(config: Config) -> dict[str, Any]:
     """Fit the Gaussian under each divergence, by training and directly; compare."""
+    _run.refuse_budget(config, "the study trains in one compiled call")
     names = {"paper": PAPER, "all": tuple(F_DIVERGENCES)}.get(config.divergence)
     if names is None:
         checks.one_of("divergence", config.divergence, ["paper", "all", *F_DIVERGENCES])

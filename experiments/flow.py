@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _pictures, _run
+from experiments import _pictures, _run, _samples
 from genjax import flows
 from genjax.data import DENSITIES, DataSpec, Scaling, load
 from genjax.metrics import Likelihood, test_log_likelihood
@@ -102,6 +102,7 @@ class Flow(NamedTuple):
     log_prob: Callable[..., jax.Array]  # (params, y, label, dropout key) -> [batch], nats
     sample: Callable[..., jax.Array]  # (params, key, n, label) -> y
     scaling: Scaling | None
+    evaluations: int | None = 1  # passes through the network, one after another, for a sample
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -136,9 +137,11 @@ def main(config: Config) -> dict[str, Any]:
         params = best.ema_params(config.ema)
         export_npz(run.folder / "params.npz", params)
         scored = evaluate(params, key_test, test, config.draws if spec.levels else 1)
+        classes = spec.classes if config.conditional else None
         summary = {
             "model": config.model,
-            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+            "parameters": _samples.parameter_count(params),
+            **draw(run, flow, params, key_draw, _samples.sample_count(train, spec), classes),
             "best_step": int(best.step),
             "test_log_likelihood": scored.log_likelihood,
             "standard_error": scored.standard_error,
@@ -239,7 +242,9 @@ def build(config: Config, spec: DataSpec) -> Flow:
         return y
 
     scaling = None if not images else Scaling(spec.levels or 0, 0.0 if unit else -1.0, 1.0)
-    return Flow(init, log_prob, sample, scaling)
+    # TarFlow goes through its tokens one after another.
+    passes = base_shape[0] if config.model == "tarflow" else 1
+    return Flow(init, log_prob, sample, scaling, passes)
 
 
 def prepare(flow: Flow, config: Config, key: jax.Array, x: jax.Array) -> jax.Array:
@@ -297,6 +302,20 @@ def make_evaluate(config: Config, flow: Flow) -> Callable[..., Likelihood]:
 
     compiled = jax.jit(score, static_argnums=3)
     return lambda params, key, arrays, draws: compiled(params, key, arrays["x"], draws)
+
+
+def draw(
+    run: _run.Run, flow: Flow, params: Any, key: jax.Array, count: int, classes: int | None = None
+) -> dict[str, Any]:
+    """Leave `count` samples in the run's folder, the classes in turn; what they cost."""
+    label = {} if classes is None else {"label": jnp.arange(count) % classes}
+
+    @jax.jit
+    def sample(params: Any) -> jax.Array:
+        y = flow.sample(params, key, count, **label)
+        return y if flow.scaling is None else flow.scaling.to_levels(y)
+
+    return _samples.save_samples(run, lambda: sample(params), evaluations=flow.evaluations)[1]
 
 
 def draw_images(

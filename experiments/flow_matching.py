@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _pictures, _run
+from experiments import _pictures, _run, _samples
 from genjax import flows
 from genjax.data import DENSITIES, DataSpec, Scaling, load
 from genjax.metrics import sliced_wasserstein
@@ -122,9 +122,7 @@ def main(config: Config) -> dict[str, Any]:
             if method == "reflow":
                 start = trained["flow"]
                 data = pairs_of(config, network, start, spec, keys["pairs"])
-            params = fit(
-                config, run.folder / method, network, start, spec, data, method, keys["run"]
-            )
+            params = fit(config, run, network, start, spec, data, method, keys["run"])
             trained[method] = params
             export_npz(run.folder / f"{method}.npz", params)
             field = velocity(network, params, label)
@@ -142,12 +140,14 @@ def main(config: Config) -> dict[str, Any]:
             }
             samples |= {f"{method}, {config.sample_steps} steps": many, f"{method}, 1 step": once}
         draw(run.folder, config, spec, real, samples)
+        summary["sampled_method"] = config.methods[-1]
+        summary |= leave_samples(run, network, trained[config.methods[-1]], train, spec)
         return _run.finish(run, summary)
 
 
 def fit(
     config: Config,
-    folder: Path,
+    whole: _run.Run,
     network: VelocityMLP,
     params: Any,
     spec: DataSpec,
@@ -155,7 +155,11 @@ def fit(
     method: str,
     key: jax.Array,
 ) -> Any:
-    """Train one method in its own folder; returns the averaged weights."""
+    """Train one method in its own folder; returns the averaged weights.
+
+    The budget `max_seconds` is each method's; the whole run's steps and seconds are their sums.
+    """
+    folder = whole.folder / method
     rate = optax.cosine_decay_schedule(config.learning_rate, config.steps, 0.01)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
     # Copied, since a train step takes the memory of the state that it is given.
@@ -170,8 +174,30 @@ def fit(
             steps_per_call=config.steps_per_call,
         )
         state = _run.fit(run, state, step_fn, _run.batches(config, data))
-        _run.write_json(folder / "summary.json", {"training_seconds": run.training_seconds})
+        _run.finish(run, {})
+    whole.training_seconds += run.training_seconds
+    whole.first_call_seconds += run.first_call_seconds
+    whole.steps_done = (whole.steps_done or 0) + (run.steps_done or 0)
+    whole.ended_by_budget |= run.ended_by_budget
     return state.ema_params(config.ema)
+
+
+def leave_samples(
+    run: _run.Run, network: VelocityMLP, params: Any, train: Any, spec: DataSpec
+) -> dict[str, Any]:
+    """Leave samples of the last method in the run's folder, the classes in turn; their cost."""
+    config: Any = run.config
+    count = _samples.sample_count(train, spec)
+    label = jnp.arange(count) % (spec.classes or 1) if config.conditional else None
+
+    @jax.jit
+    def sample(params: Any) -> jax.Array:
+        noise = jax.random.normal(jax.random.key(config.seed + 1), (count, *spec.shape))
+        x = flows.integrate(velocity(network, params, label), noise, steps=config.sample_steps)
+        return x if spec.levels is None else Scaling(spec.levels).to_levels(x)
+
+    _, cost = _samples.save_samples(run, lambda: sample(params), evaluations=config.sample_steps)
+    return {"parameters": _samples.parameter_count(params), **cost}
 
 
 def make_loss(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _pictures, _run
+from experiments import _pictures, _run, _samples
 from genjax.adversarial import gan, hinge, least_squares, r1_penalty
 from genjax.data import DENSITIES, DataSpec, Scaling, load
 from genjax.data.synthetic import GaussianMixture
@@ -248,7 +248,7 @@ def train(
     critic, generator = players.init_critic(key_c), players.init_generator(key_g)
     state = init_saddle_state(critic, generator, *optimizers, key_run, ema_decays=(config.ema,))
 
-    count = 10_000 if spec.levels is None else min(len(arrays["x"]), 5000)
+    count = _samples.sample_count(arrays, spec)
     label = None
     if config.conditional:
         label = jnp.arange(count, dtype=jnp.int32) % spec.classes
@@ -276,8 +276,8 @@ def train(
         )
         batches = critic_batches(_run.batches(config, arrays), config.n_critic)
         state = _run.fit(run, state, step_fn, batches, evaluate=evaluate)
-        samples = np.asarray(sample(state.ema_params(config.ema)))
-        np.save(run.folder / "samples.npy", samples)
+        params = state.ema_params(config.ema)
+        samples, cost = _samples.save_samples(run, lambda: sample(params), evaluations=1)
         path = run.folder / "samples.png"
         if spec.levels is None:
             _pictures.save_points(path, {"data": arrays["x"][:2000], "samples": samples[:2000]})
@@ -286,7 +286,8 @@ def train(
             _pictures.save_grid(
                 path, samples[: 10 * columns], high=spec.levels - 1, columns=columns
             )
-        return _run.finish(run, {"examples": len(arrays["x"]), **evaluate(state)})
+        cost["parameters"] = _samples.parameter_count((critic, params))
+        return _run.finish(run, {"examples": len(arrays["x"]), **cost, **evaluate(state)})
 
 
 def measure(

@@ -53,6 +53,7 @@ class Config(_run.RunConfig):
 
 def main(config: Config) -> dict[str, Any]:
     """Run the flow, draw it, measure where it ends; returns the summary."""
+    _run.refuse_budget(config, "the flow runs in one compiled call")
     arrays, spec = load(config.dataset, "train", data_dir=config.data_dir)
     held_out = load(config.dataset, "test", data_dir=config.data_dir)[0]["x"]
     plane, event = spec.levels is None, tuple(spec.shape)

@@ -90,6 +90,7 @@ class Config(_run.RunConfig):
 
 def main(config: Config) -> dict[str, Any]:
     """Train, count, draw; returns the summary."""
+    _run.refuse_budget(config, "all seeds train in one compiled call")
     for name in config.objectives:
         checks.one_of("objectives", name, LOSSES)
     density = DENSITIES.get(config.dataset)

@@ -8,13 +8,14 @@ Gaussian model bounds that of the levels. Nothing is trained.
 """
 
 import dataclasses
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import _pictures, _run
+from experiments import _pictures, _run, _samples
 from genjax.data import DataSpec, Scaling, load
 from genjax.metrics import Likelihood, test_log_likelihood
 from genjax.variational import PPCA, ppca_fit, ppca_log_likelihood
@@ -46,11 +47,19 @@ def main(config: Config) -> dict[str, Any]:
         dataset=config.dataset, run_dir=config.run_dir, seed=config.seed, steps=1
     )
     with _run.start_run(run_config, name="ppca") as run:
+        begun = time.monotonic()
         model, scaling = fit(train["x"], spec, config.components, config.seed)
+        jax.block_until_ready(model)
+        run.training_seconds = time.monotonic() - begun
         scores = evaluate(model, scaling, test["x"], config.seed, config.draws)
-        levels = scaling.to_levels(sample(model, jax.random.key(config.seed), 64))
-        pictures = np.asarray(levels).reshape(-1, *spec.shape)
-        _pictures.save_grid(run.folder / "samples.png", pictures, high=scaling.levels - 1)
+        count = _samples.sample_count(train, spec)
+        draw = jax.jit(lambda key: scaling.to_levels(sample(model, key, count)))
+        images, cost = _samples.save_samples(
+            run,
+            lambda: draw(jax.random.key(config.seed)).reshape(count, *spec.shape),
+            evaluations=1,
+        )
+        _pictures.save_grid(run.folder / "samples.png", images[:64], high=scaling.levels - 1)
         return _run.finish(
             run,
             {
@@ -59,6 +68,8 @@ def main(config: Config) -> dict[str, Any]:
                 "test_log_likelihood": scores.log_likelihood,
                 "standard_error": scores.standard_error,
                 "bits_per_dim": scores.bits_per_dim,
+                "parameters": _samples.parameter_count(model),
+                **cost,
             },
         )
 

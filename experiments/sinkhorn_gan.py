@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _pictures, _run
+from experiments import _pictures, _run, _samples
 from genjax.data import DENSITIES, load
 from genjax.data.scaling import Scaling
 from genjax.data.synthetic import GaussianMixture
@@ -144,14 +144,15 @@ def main(config: Config) -> dict[str, Any]:
             loss_fn, optimizer, mesh=_run.mesh(config), steps_per_call=config.steps_per_call
         )
         state = _run.fit(run, state, step_fn, _run.batches(config, arrays), evaluate=evaluate)
-        samples = np.asarray(sample(state.ema_params(EMA), key_z))
-        np.save(run.folder / "samples.npy", samples)
+        averaged = state.ema_params(EMA)
+        samples, cost = _samples.save_samples(run, lambda: sample(averaged, key_z), evaluations=1)
+        cost["parameters"] = _samples.parameter_count(averaged)
         if plane:
             sets = {"data": arrays["x"][:2000], "samples": samples[:2000]}
             _pictures.save_points(run.folder / "samples.png", sets)
         else:
             _pictures.save_grid(run.folder / "samples.png", samples[:100], high=scaling.levels - 1)
-        return _run.finish(run, {"variant": config.variant, **evaluate(state)})
+        return _run.finish(run, {"variant": config.variant, **cost, **evaluate(state)})
 
 
 def two_players(config: Config) -> optax.GradientTransformation:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _pictures, _run, ppca
+from experiments import _pictures, _run, _samples, ppca
 from genjax import checks
 from genjax.data import DataSpec, Scaling, load
 from genjax.metrics import Likelihood, test_log_likelihood
@@ -132,6 +132,9 @@ def main(config: Config) -> dict[str, Any]:
         params = state.ema_params(config.ema)
         export_npz(run.folder / "params.npz", params)
         draw_pictures(run.folder, model, params, spec, test, key_draw)
+        count = _samples.sample_count(train, spec)
+        sample = jax.jit(lambda params, key: draw(model, params, key, spec, count))
+        _, cost = _samples.save_samples(run, lambda: sample(params, key_draw), evaluations=1)
 
         bound = evaluate(params, key_test)
         likelihood = evaluate(params, key_test, config.test_samples)
@@ -143,7 +146,8 @@ def main(config: Config) -> dict[str, Any]:
             run,
             {
                 "objective": config.objective,
-                "parameters": sum(x.size for x in jax.tree.leaves(params)),
+                "parameters": _samples.parameter_count(params),
+                **cost,
                 "test_bound": bound.log_likelihood,
                 "test_iwae": likelihood.log_likelihood,
                 "test_iwae_standard_error": likelihood.standard_error,
@@ -276,19 +280,36 @@ def make_evaluate(config: Config, model: Model, x: np.ndarray) -> Callable[..., 
     return jax.jit(score, static_argnums=2)
 
 
+def level_log_probs(model: Model, params: Any, z: jax.Array, levels: int) -> jax.Array:
+    """log p of every level of every pixel given z: [levels, batch, *event]."""
+    raw = model.decode(params, z)
+    pixels = raw.reshape(-1, raw.shape[-1])
+    each = lambda v: model.log_likelihood(jnp.full(len(pixels), v), pixels)  # noqa: E731
+    return jax.lax.map(each, jnp.arange(levels)).reshape(levels, *raw.shape[:-1])
+
+
+def draw(model: Model, params: Any, key: jax.Array, spec: DataSpec, count: int) -> jax.Array:
+    """Samples of the model, uint8 [count, *event], a hundred at a time: memory for the levels."""
+    latent = jax.eval_shape(model.encode, params, jnp.zeros((1, *spec.shape)))[0].shape[1]
+
+    def hundred(key: jax.Array) -> jax.Array:
+        key_z, key_x = jax.random.split(key)
+        log_probs = level_log_probs(
+            model, params, jax.random.normal(key_z, (100, latent)), spec.levels or 0
+        )
+        return jax.random.categorical(key_x, log_probs, axis=0).astype(jnp.uint8)
+
+    images = jax.lax.map(hundred, jax.random.split(key, -(-count // 100)))
+    return images.reshape(-1, *spec.shape)[:count]
+
+
 def draw_pictures(
     folder: Any, model: Model, params: Any, spec: DataSpec, test: Any, key: jax.Array
 ) -> None:
     """Write samples, reconstructions, interpolation and the latent map."""
     levels = spec.levels or 0
 
-    @jax.jit
-    def log_probs(z: jax.Array) -> jax.Array:
-        """log p of every level of every pixel: [levels, batch, *event]."""
-        raw = model.decode(params, z)
-        pixels = raw.reshape(-1, raw.shape[-1])
-        each = lambda v: model.log_likelihood(jnp.full(len(pixels), v), pixels)  # noqa: E731
-        return jax.lax.map(each, jnp.arange(levels)).reshape(levels, *raw.shape[:-1])
+    log_probs = jax.jit(lambda z: level_log_probs(model, params, z, levels))
 
     def expected(z: jax.Array) -> np.ndarray:
         return np.tensordot(np.arange(levels), np.exp(log_probs(z)), axes=1)

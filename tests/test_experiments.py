@@ -1,6 +1,7 @@
 """The shared wiring of the experiments. Each experiment's own test is in tests/experiments."""
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import _pictures, _run
+from experiments import _pictures, _run, _samples
 from experiments.__main__ import experiments
 from genjax.training import CheckpointError, Checkpoints
 
@@ -46,6 +47,43 @@ def test_a_run_leaves_its_files(tmp_path):
     assert json.loads((folder / "config.json").read_text())["batch_size"] == 16
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
     assert Checkpoints(folder / "checkpoints").steps() == [4, 6]
+
+
+def test_a_budget_of_seconds_ends_a_run_and_the_summary_says_so(tmp_path, capsys):
+    summary = tiny.main(config(tmp_path, steps=10**6, save_every=10**6, max_seconds=0.02))
+    done = summary["steps_done"]
+    assert 1 < done < 10**6
+    assert summary["ended_by_budget"]
+    assert summary["training_seconds"] >= summary["first_call_seconds"] + 0.02
+    assert f"max_seconds ended training after {done} of 1000000 steps" in capsys.readouterr().out
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [done]
+    # A resumed run goes on from there, and may have another budget.
+    longer = tiny.main(config(tmp_path, steps=done + 2, resume=True))
+    assert (longer["steps_done"], longer["ended_by_budget"]) == (done + 2, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("f_gan", {}), ("wgan", {"dataset": "line"}), ("mode_collapse", {}), ("gradient_flow", {})],
+)
+def test_training_in_one_compiled_call_refuses_a_budget(name, options, tmp_path):
+    module = importlib.import_module(f"experiments.{name}")
+    config = module.Config(max_seconds=5.0, run_dir=str(tmp_path / "run"), **options)
+    with pytest.raises(ValueError, match=r"max_seconds must be 0 here, got 5\.0"):
+        module.main(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_and_what_they_cost(tmp_path):
+    calls = []
+    with _run.start_run(config(tmp_path)) as run:
+        samples, cost = _samples.save_samples(
+            run, lambda: calls.append(0) or np.arange(6.0).reshape(3, 2), evaluations=7
+        )
+    np.testing.assert_array_equal(np.load(tmp_path / "run" / "samples.npy"), samples)
+    assert len(calls) == 2  # compiled, then timed
+    assert (cost["samples"], cost["sampling_evaluations"]) == (3, 7)
+    assert 0 <= cost["sampling_seconds"] < 1
 
 
 def test_a_longer_resumed_run_equals_one(tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,6 +51,7 @@ def fit(
     evaluate_every: int = 0,
     tensorboard: bool = False,
     progress: bool = True,
+    max_seconds: float | int = 0.0,
 ) -> Any:
     """Train from `state.step` to `steps` and return the last state.
 
@@ -58,6 +60,9 @@ def fit(
     resumed run makes the same calls. Metrics are read while the next call is under way and go to
     metrics.jsonl in `folder`. evaluate(state) gives numbers every `evaluate_every` steps, logged
     under "eval/" and saved with the checkpoint. The last state is always saved.
+
+    With `max_seconds` training ends, at the latest one call later, where that many seconds have
+    passed since the end of the first call, which compiles (0: no limit); evaluations count.
 
     Raises NonFiniteError at the first step with a number that is not finite, before anything
     later is saved. An error in `batches` is raised after the state is saved. SIGTERM and SIGINT
@@ -68,9 +73,11 @@ def fit(
     checks.integer("steps", steps, 0)
     checks.integer("steps_per_call", steps_per_call, 1)
     checks.integer("evaluate_every", evaluate_every, 0)
+    checks.at_least("max_seconds", max_seconds, 0)
     step, first = int(state.step), jax.process_index() == 0
     log = MetricsLog(folder, start=step, tensorboard=tensorboard) if first else None
     report = _Report(log, log_every, batches, checkpoints)
+    budget = _Budget(max_seconds)
     bar = _Bar(steps, step, progress and first)
     # Emulated devices abort when calls pile up.
     block = jax.default_backend() == "cpu" and jax.device_count() > 1
@@ -79,6 +86,8 @@ def fit(
         report.finish()
         if checkpoints is not None:
             _check_parameters(state, step)
+            if log is not None:
+                log.flush()  # a resumed run writes no line from before its checkpoint again
             checkpoints.save(step, state, scores)
 
     def stop_if_asked() -> None:
@@ -105,7 +114,7 @@ def fit(
                     error.add_note(f"the state of step {step} is saved: mend this, then resume")
                 raise
             state, metrics = step_fn(state, batch)
-            if block:
+            if block or not budget.begun:
                 jax.block_until_ready(state)
             bar.show(report.finish())
             report.pending = (step, count, metrics)
@@ -118,10 +127,13 @@ def fit(
                 scores = {EVALUATION + k: float(v) for k, v in evaluate(state).items()}
                 if log is not None:
                     log.write(step, scores)
+            over = budget.is_over()
             best = checkpoints is not None and scores is not None and checkpoints.best in scores
-            if best or step == steps or _due(save_every, before, step):
+            if best or over or step == steps or _due(save_every, before, step):
                 save(scores)
             stop_if_asked()
+            if over:
+                break
         report.finish()
         return state
 
@@ -193,6 +205,31 @@ class _Report:
             kept = f"step {saved[-1]} in {self.checkpoints.folder}" if saved else "none"
             text += f"; the last good checkpoint: {kept}"
         return text
+
+
+class _Budget:
+    """Seconds of training; the clock starts with the first `is_over`, after the first call."""
+
+    def __init__(self, seconds: float | int) -> None:
+        self._seconds = seconds
+        self._start: float | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self._start is not None or not self._seconds
+
+    def is_over(self) -> bool:
+        """Say whether the seconds are up, by the first process' clock: all stop at one step."""
+        if not self._seconds:
+            return False
+        now = time.monotonic()
+        self._start = now if self._start is None else self._start
+        over = now - self._start >= self._seconds
+        if jax.process_count() == 1:
+            return over
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(over)))
 
 
 class _Signals:

@@ -2,6 +2,7 @@ import functools
 import json
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -172,6 +173,25 @@ def test_nothing_left_to_do(tmp_path):
     assert fit(state, make_step(), make_batch, steps=0, folder=tmp_path) is state
 
 
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+def test_a_budget_ends_training_after_a_call(tmp_path, steps_per_call):
+    def slow(state, batch):
+        time.sleep(0.05 if int(state.step) else 1.0)  # the first call is not counted
+        return make_step(steps_per_call)(state, batch)
+
+    options = {"steps": 10**6, "save_every": 10**6, "max_seconds": 0.3}
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    options |= {"folder": tmp_path, "checkpoints": checkpoints, "steps_per_call": steps_per_call}
+    state = fit(start(), slow, make_batch, **options)
+    checkpoints.close()
+    done, calls = int(state.step), int(state.step) / steps_per_call
+    assert 2 <= calls <= 8
+    assert calls == int(calls)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [done]  # the last state is saved
+    same = fit(start(), make_step(), make_batch, steps=done, folder=tmp_path / "whole")
+    close(state, same)
+
+
 def test_log_drops_what_is_written_again_and_torn_lines(tmp_path):
     log = MetricsLog(tmp_path)
     for step in range(4):
@@ -201,3 +221,5 @@ def test_bad_input(tmp_path, unchecked):
             fit(start(), make_step(), make_batch, folder=tmp_path, **{"steps": 3, name: 0})
     with pytest.raises(TypeError, match=r"steps must be an integer, got 2\.5"):
         fit(start(), make_step(), make_batch, folder=tmp_path, steps=2.5)
+    with pytest.raises(ValueError, match="max_seconds must be at least 0, got -1"):
+        fit(start(), make_step(), make_batch, folder=tmp_path, steps=2, max_seconds=-1.0)
