@@ -7,6 +7,7 @@ from genjax.metrics.distances import (
     sinkhorn_distance,
     sliced_wasserstein,
 )
+from genjax.metrics.extractors import Extractor, feature_extractor
 from genjax.metrics.fidelity import (
     DensityCoverage,
     PrecisionRecall,
@@ -35,6 +36,7 @@ __all__ = [
     "KERNELS",
     "KID",
     "DensityCoverage",
+    "Extractor",
     "Likelihood",
     "Measured",
     "Moments",
@@ -43,6 +45,7 @@ __all__ = [
     "bits_per_dim",
     "classifier_two_sample",
     "density_coverage",
+    "feature_extractor",
     "feature_moments",
     "frechet_distance",
     "gaussian_kernel",

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from genjax import checks
+from genjax.metrics.extractors import Extractor
 
 
 class Measured(NamedTuple):
@@ -29,17 +30,20 @@ def measure(
     metric: Callable[..., Any],
     *samples: Any,
     extract: Callable[[Any], Any] | None = None,
-    extractor: str = "none",
+    extractor: str | Extractor = "none",
     parameters: Any = None,
     seed: int | None = None,
     **options: Any,
 ) -> Measured:
     """Extract features from each sample, call the metric on them and record how.
 
-    `extract(sample) -> [n, d]` is any callable, `parameters` the pytree it depends on. A metric
+    `extract(sample) -> [n, d]` is any callable, `parameters` the pytree it depends on; an
+    `Extractor` as `extractor` brings its own name, callable and parameters. A metric
     whose first argument is a key gets `jax.random.key(seed)`. For records, not for use inside
     `jax.jit`: the value is read back. Raises ValueError where a random metric comes without a seed.
     """
+    if isinstance(extractor, Extractor):
+        extract, parameters, extractor = extractor.extract, extractor.parameters, extractor.name
     random = next(iter(inspect.signature(metric).parameters)) == "key"
     name = getattr(metric, "__name__", repr(metric))
     if random:

@@ -12,6 +12,7 @@ from genjax.networks.coupling import (
 )
 from genjax.networks.dcgan import DCGANCritic, DCGANGenerator
 from genjax.networks.denoiser import MLPDenoiser, fourier_features
+from genjax.networks.features import FeatureNetwork
 from genjax.networks.hourglass import Hourglass
 from genjax.networks.lipschitz import (
     LipschitzMLP,
@@ -36,6 +37,7 @@ __all__ = [
     "CouplingFlow",
     "DCGANCritic",
     "DCGANGenerator",
+    "FeatureNetwork",
     "Glow",
     "Hourglass",
     "LipschitzMLP",
