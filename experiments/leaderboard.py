@@ -1,0 +1,201 @@
+"""Every family on the same data, with the same seconds of training, measured the same way.
+
+    python -m experiments.leaderboard
+    python -m experiments.leaderboard --dataset 25gaussians --seeds 3
+    python -m experiments.leaderboard --families vae diffusion --seconds-per-family 10
+
+Each run is a process of its own: one that fails leaves its reason in its row, and is tried again by
+the next call; finished ones are reused. Rates of learning fall along schedules over a number of
+steps, so a short run first measures how many steps the seconds allow; the budget itself ends what
+turns out slower. Read from a run are its samples, its summary and nothing else.
+
+On top stands the test split measured as if it were samples, the ceiling; then scikit-learn's
+Gaussian mixture and kernel density, the floor. The folder gets leaderboard.md, leaderboard.json
+(every metric with its extractor, counts, seed and dtype) and leaderboard.png.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import _leaderboard_report as report
+from experiments import _leaderboard_runs as runs
+from experiments import _leaderboard_scores as scores
+from experiments import _run
+from experiments._leaderboard_families import FAMILIES
+from genjax import checks
+from genjax.metrics import Measured
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Compare the families on a data set."""
+
+    dataset: str = "digits"
+    """digits, or a 2-D density such as 8gaussians or 25gaussians."""
+    seconds_per_family: float = 60.0
+    """Seconds that each run trains, compilation not counted."""
+    seeds: int = 1
+    """Runs of each family; of several the table gives mean and standard deviation."""
+    families: tuple[str, ...] = ()
+    """Names of the rows (default: all that support the data set)."""
+    calibrate: float = 0.1
+    """Share of the seconds that the short run takes which measures the number of steps (0: each
+    experiment's own number, cut short by the budget)."""
+    timeout: float = 1200.0
+    """Seconds after which a process is ended and counts as failed."""
+    data_dir: str | None = None
+    """Folder of the prepared data sets (default: the usual one of tensorflow_datasets)."""
+    run_dir: str | None = None
+    """Folder of the runs and the results (default: runs/leaderboard/DATASET-SECONDSs)."""
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Make or reuse the runs, measure, write; returns what leaderboard.json holds."""
+    checks.integer("seeds", config.seeds, 1)
+    checks.positive("seconds_per_family", config.seconds_per_family)
+    checks.between("calibrate", config.calibrate, 0, 1)
+    for name in config.families:
+        checks.one_of("families", name, FAMILIES)
+    name = f"{config.dataset}-{config.seconds_per_family:g}s"
+    folder = Path(config.run_dir or Path("runs", "leaderboard", name)).absolute()
+    data = scores.reference(config.dataset, config.data_dir)
+    plane = data.spec.levels is None
+    chosen = config.families or [n for n, f in FAMILIES.items() if f.options(plane) is not None]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    shown: dict[str, np.ndarray] = {}
+    rows = [outside(config, data, shown), *floors(config, data, shown)]
+    for i, name in enumerate(chosen):
+        print(f"{i + 1} of {len(chosen)}: {FAMILIES[name].title}", flush=True)
+        rows.append(family_row(config, folder, name, data, shown))
+    net = data.extractor
+    board = {
+        "dataset": config.dataset,
+        "seconds_per_family": config.seconds_per_family,
+        "seeds": config.seeds,
+        "extractor": None if net is None else {"name": net.name, "sha256": net.sha256},
+        "count": data.count,
+        "train_count": len(data.train["plain"]),
+        "rows": rows,
+    }
+    _run.write_json(folder / "leaderboard.json", board)
+    (folder / "leaderboard.md").write_text(report.page(board))
+    report.picture(folder / "leaderboard.png", rows, shown)
+    print(report.table(rows))
+    print(f"in {folder}: leaderboard.md, leaderboard.json, leaderboard.png", flush=True)
+    return board
+
+
+def outside(config: Config, data: scores.Reference, shown: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The row of the test split."""
+    samples, costs = scores.ceiling(data, config.dataset, config.data_dir)
+    title = "Test split, the ceiling"
+    shown[title] = visible(data, samples)
+    records = scores.score(data, samples)
+    return row(title, [entry(0, None, records, {**scores.numbers(records), **costs})])
+
+
+def floors(
+    config: Config, data: scores.Reference, shown: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """The rows of scikit-learn's density models."""
+    found = []
+    for title in scores.floors(config.dataset, config.data_dir, 0):
+        entries = []
+        for seed in range(config.seeds):
+            samples, costs = scores.floors(config.dataset, config.data_dir, seed)[title]()
+            shown.setdefault(title, visible(data, samples))
+            records = scores.score(data, samples, seed)
+            entries.append(entry(seed, None, records, {**scores.numbers(records), **costs}))
+        found.append(row(title, entries))
+    return found
+
+
+def family_row(
+    config: Config,
+    folder: Path,
+    name: str,
+    data: scores.Reference,
+    shown: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    """The row of a family: its runs, made or reused, and their measurements."""
+    family = FAMILIES[name]
+    options = family.options(data.spec.levels is None)
+    if options is None:
+        reason = f"{family.module} does not support {config.dataset}"
+        return row(family.title, [], reason, name)
+    options = {**options, "dataset": config.dataset, "data_dir": config.data_dir}
+    entries, reasons = [], []
+    for seed in range(config.seeds):
+        outcome = runs.obtain(
+            family,
+            folder / name,
+            options,
+            seed=seed,
+            seconds=config.seconds_per_family,
+            calibrate=config.calibrate,
+            timeout=config.timeout,
+        )
+        state = "reused" if outcome.reused else outcome.reason or "finished"
+        print(f"  seed {seed}: {state}", flush=True)
+        if outcome.reason is not None:
+            reasons.append(outcome.reason)
+            continue
+        try:
+            samples, summary = runs.read(outcome.folder)
+            records = scores.score(data, samples, seed)
+        except (ValueError, OSError) as error:
+            reasons.append(f"its samples cannot be measured: {error}")
+            continue
+        values = {**scores.numbers(records), **scores.costs(summary, data.spec)}
+        entries.append(entry(seed, outcome, records, values))
+        shown.setdefault(family.title, visible(data, samples))
+    return row(family.title, entries, reasons[0] if reasons else None, name, options)
+
+
+def entry(
+    seed: int, outcome: runs.Outcome | None, records: Sequence[Measured], values: dict[str, float]
+) -> dict[str, Any]:
+    """One run as leaderboard.json keeps it."""
+    measured = []
+    for record in records:
+        value = record.value
+        value = value._asdict() if hasattr(value, "_asdict") else value
+        measured.append({**record._asdict(), "value": value, "counts": list(record.counts)})
+    run = {} if outcome is None else {"folder": str(outcome.folder), "reused": outcome.reused}
+    return {"seed": seed, **run, "values": values, "measured": measured}
+
+
+def row(
+    title: str,
+    entries: list[dict[str, Any]],
+    reason: str | None = None,
+    family: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A row: mean and standard deviation over the seeds that finished."""
+    names = {name for e in entries for name in e["values"]}
+    values = {n: [e["values"][n] for e in entries if n in e["values"]] for n in sorted(names)}
+    return {
+        "title": title,
+        "family": family,
+        "options": options,
+        "reason": reason,
+        "mean": {name: float(np.mean(x)) for name, x in values.items()},
+        "spread": {name: float(np.std(x, ddof=1)) for name, x in values.items() if len(x) > 1},
+        "runs": entries,
+    }
+
+
+def visible(data: scores.Reference, samples: np.ndarray) -> np.ndarray:
+    """The samples that the picture shows: images in [0, 1], or points."""
+    few = samples[: 1000 if data.spec.levels is None else 25]
+    return few if data.spec.levels is None else few / (data.spec.levels - 1)
+
+
+if __name__ == "__main__":
+    _run.launch(main, Config)

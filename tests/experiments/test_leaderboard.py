@@ -1,0 +1,220 @@
+"""The leaderboard: a tiny one, whole, and its parts."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from matplotlib import image
+
+from experiments import _leaderboard_report as report
+from experiments import _leaderboard_runs as runs
+from experiments import _leaderboard_scores as scores
+from experiments import _run, leaderboard
+from experiments._leaderboard_families import FAMILIES, Family
+from genjax.data import DENSITIES, load
+
+STUB = "tests.experiments.stub"
+TINY = {
+    "wide": Family("Wide", STUB, {}, {"spread": 2.0}),
+    "broken": Family("Broken", STUB, {}, {"spread": -1.0}),
+    "narrow": Family("Narrow", STUB, {}, {"spread": 0.1}),
+}
+TINY_CONFIG = leaderboard.Config(dataset="8gaussians", seconds_per_family=0.2, calibrate=0.0)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return scores.reference("digits")
+
+
+def test_two_families_and_one_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(leaderboard, "FAMILIES", TINY)
+    monkeypatch.setattr(leaderboard, "floors", lambda *_: [])  # have a test of their own
+    config = dataclasses.replace(TINY_CONFIG, run_dir=str(tmp_path))
+    board = leaderboard.main(config)
+    assert board == json.loads((tmp_path / "leaderboard.json").read_text())
+    rows = {row["title"]: row for row in board["rows"]}
+    assert list(rows) == ["Test split, the ceiling", "Wide", "Broken", "Narrow"]
+
+    # The one that fails says why and stops nobody.
+    failed = rows["Broken"]
+    assert (failed["mean"], failed["runs"]) == ({}, [])
+    assert failed["reason"] == "ValueError: spread must be positive, got -1.0"
+    text = (tmp_path / "leaderboard.md").read_text()
+    assert "| Broken | failed: ValueError: spread must be positive, got -1.0 |" in text
+
+    # The budget ended the training; costs are read from the run.
+    mean, summary = rows["Wide"]["mean"], runs._read(tmp_path / "wide/seed0/summary.json")
+    assert summary["ended_by_budget"]
+    assert 1 < mean["steps"] < 10**6
+    assert 0.2 <= mean["training_seconds"] < 3
+    assert (mean["evaluations"], mean["parameters"]) == (7, 2)
+    # Eight modes on a circle of radius 2: a wide Gaussian finds them all and lies mostly beside.
+    ceiling, narrow = rows["Test split, the ceiling"]["mean"], rows["Narrow"]["mean"]
+    assert ceiling["precision"] > 0.9 > mean["precision"] > narrow["precision"]
+    assert mean["recall"] > 0.9 > narrow["recall"]
+    assert ceiling["frechet"] < mean["frechet"] < narrow["frechet"]
+
+    # Every value with its provenance.
+    measured = {m["metric"]: m for m in rows["Narrow"]["runs"][0]["measured"]}
+    assert measured["precision_recall"]["counts"] == [1000, 1000]
+    assert measured["precision_recall"]["extractor"] == "none"
+    assert (measured["kid"]["seed"], measured["kid"]["dtype"]) == (0, "float32")
+    assert (tmp_path / "leaderboard.png").stat().st_size > 10_000
+
+    # A second call reuses what is finished and gives the same numbers.
+    config = dataclasses.replace(config, families=("wide",))
+    written = (tmp_path / "wide/seed0/summary.json").stat().st_mtime_ns
+    again = {row["title"]: row for row in leaderboard.main(config)["rows"]}
+    assert again["Wide"]["runs"][0]["reused"]
+    assert again["Wide"]["mean"] == mean
+    assert (tmp_path / "wide/seed0/summary.json").stat().st_mtime_ns == written
+
+
+def test_scores_are_those_of_the_metrics(digits):
+    """Blocks of as many samples as the test split has, each against the whole training split."""
+    samples = load("digits", "train")[0]["x"][:800]
+    records = scores.score(digits, samples)
+    found = scores.numbers(records)
+    for record in records:
+        used = ("none", (1437, 360, 360)) if "memor" in record.metric else ("digits", (1437, 360))
+        assert (record.extractor, record.counts) == used
+    assert len({record.hash for record in records}) == 2
+    views = [digits.views(samples[i : i + 360])["features"] for i in (0, 360)]
+    pairs = [scores.PRECISION_RECALL(digits.train["features"], view, k=3) for view in views]
+    np.testing.assert_allclose(found["precision"], np.mean([p.precision for p in pairs]), rtol=1e-5)
+    np.testing.assert_allclose(found["recall"], np.mean([p.recall for p in pairs]), rtol=1e-5)
+    real = digits.train["features"].astype(np.float64)
+    expected = []
+    for view in views:
+        c0, c1 = np.cov(real.T), np.cov(view.astype(np.float64).T)
+        root = np.sqrt(np.maximum(np.linalg.eigvals(c0 @ c1).real, 0)).sum()
+        gap = np.sum((real.mean(0) - view.mean(0)) ** 2)
+        expected.append(gap + np.trace(c0) + np.trace(c1) - 2 * root)
+    np.testing.assert_allclose(found["frechet"], np.mean(expected), rtol=1e-4)
+    # Copies of the training split are precise, and memorised.
+    assert found["precision"] == found["memorised"] == 1
+    with pytest.raises(ValueError, match="samples must be at least 360, got 100"):
+        scores.score(digits, samples[:100])
+    with pytest.raises(ValueError, match="shape"):
+        scores.score(digits, samples[:, :4])
+
+
+def test_the_plane():
+    data = scores.reference("8gaussians")
+    assert data.extractor is None
+    x = np.asarray(DENSITIES["8gaussians"].sample(jax.random.key(5), data.count))
+    found = scores.numbers(scores.score(data, x))
+    assert found["precision"] > 0.9
+    assert found["coverage"] > 0.9
+    assert found["frechet"] < 0.05
+    with pytest.raises(ValueError, match="finite"):
+        scores.score(data, np.where(np.arange(len(x))[:, None] == 3, np.nan, x))
+    costs = scores.costs({"test_log_likelihood": -2.0, "samples": 10}, data.spec)
+    assert costs == {"bits_per_dim": pytest.approx(2 / (2 * math.log(2)))}
+
+
+def test_the_number_of_steps_is_measured(tmp_path, monkeypatch):
+    """Ten steps a call, 0.5 s for 20 steps after the first call: 40 steps a second, 240 in 6 s."""
+    asked = []
+
+    def run(family, place, options, log, timeout, until):
+        asked.append(options)
+        place = place / "deeper"
+        place.mkdir(parents=True)
+        training = {"training_seconds": 3.5, "first_call_seconds": 3.0, "steps_done": 30}
+        _run.write_json(place / "training.json", training)
+        _run.write_json(place / "config.json", {"steps_per_call": 10})
+        assert until()
+
+    monkeypatch.setattr(runs, "_run", run)
+    given = (TINY["wide"], tmp_path, {"seed": 4, "max_seconds": 6.0}, 6.0, 0.1, 9.0)
+    assert runs.steps_within(*given) == (240, None)
+    assert asked[0]["max_seconds"] == pytest.approx(0.6)
+    assert runs.steps_within(*given) == (240, None)  # read again, for any seed
+    assert len(asked) == 1
+
+
+def test_how_a_process_is_called_and_what_it_says(tmp_path):
+    words = runs.arguments(
+        {"methods": ("flow", "ot"), "conditional": True, "steps": 3, "x_y": None}
+    )
+    assert words == ["--methods", "flow", "ot", "--conditional", "--steps", "3"]
+    log = tmp_path / "log"
+    log.write_text("Traceback\nValueError: no\n\n----\n")
+    assert runs.last_line(log) == "ValueError: no"
+    slow = runs._run(Family("", "experiments", {}, {}), tmp_path / "run", {}, log, timeout=0.01)
+    assert slow == "took more than 0.01 seconds"
+
+
+def test_table_of_several_seeds():
+    entries = [
+        {"values": {"precision": 0.5, "kid": 0.001}},
+        {"values": {"precision": 0.7, "kid": 0.001, "parameters": 12345}},
+    ]
+    rows = [leaderboard.row("two", entries), leaderboard.row("none", [], "a | b\nc")]
+    assert rows[0]["mean"]["precision"] == pytest.approx(0.6)
+    assert rows[0]["spread"]["precision"] == pytest.approx(0.1414, abs=1e-4)
+    lines = report.table(rows).splitlines()
+    assert "0.600 ± 0.141" in lines[2]
+    assert "12,345" in lines[2]
+    assert "failed: a / b c" in lines[3]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_every_family_names_options_that_its_experiment_has():
+    for name, family in FAMILIES.items():
+        path = Path(leaderboard.__file__).with_name(
+            family.module.removeprefix("experiments.") + ".py"
+        )
+        known = path.read_text() + Path(_run.__file__).read_text()
+        known += path.with_name("gan.py").read_text()  # f_gan and wgan share its options
+        for options in (family.images, family.plane):
+            for option in options or {}:
+                assert re.search(rf"^    {option}: ", known, re.M), f"{name}: {option}"
+
+
+def test_bad_input(tmp_path):
+    for match, options in [
+        ("did you mean 'diffusion'", {"families": ("difusion",)}),
+        ("seeds must be at least 1, got 0", {"seeds": 0}),
+        ("seconds_per_family must be", {"seconds_per_family": 0.0}),
+        ("did you mean 'digits'", {"dataset": "digit"}),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            leaderboard.main(leaderboard.Config(run_dir=str(tmp_path / "board"), **options))
+    assert not (tmp_path / "board").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dataset", "bits"), [("digits", (2.6, 3.3)), ("8gaussians", (1, 2))])
+def test_floors(dataset, bits):
+    data = scores.reference(dataset)
+    ceiling = scores.numbers(scores.score(data, scores.ceiling(data, dataset, None)[0]))
+    for make in scores.floors(dataset, None, 0).values():
+        samples, costs = make()
+        assert samples.dtype == (np.uint8 if dataset == "digits" else np.float32)
+        assert bits[0] < costs["bits_per_dim"] < bits[1]
+        found = scores.numbers(scores.score(data, samples))
+        assert ceiling["frechet"] < found["frechet"]
+        assert found["precision"] > 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["digits", "8gaussians"])
+def test_every_family_leaves_a_row(dataset, tmp_path):
+    options = {"dataset": dataset, "seconds_per_family": 1.0, "run_dir": str(tmp_path)}
+    board = leaderboard.main(leaderboard.Config(**options))
+    assert [row["title"] for row in board["rows"] if row["reason"]] == []
+    images = dataset == "digits"
+    expected = [f.title for f in FAMILIES.values() if (f.images if images else f.plane) is not None]
+    assert [row["title"] for row in board["rows"]][3:] == expected
+    assert all(row["mean"]["training_seconds"] < 10 for row in board["rows"][3:])
+    assert image.imread(tmp_path / "leaderboard.png").ndim == 3
+    again = leaderboard.main(leaderboard.Config(**options))
+    assert all(run["reused"] for row in again["rows"][3:] for run in row["runs"])
