@@ -61,8 +61,8 @@ def fit(
     metrics.jsonl in `folder`. evaluate(state) gives numbers every `evaluate_every` steps, logged
     under "eval/" and saved with the checkpoint. The last state is always saved.
 
-    With `max_seconds` training ends, at the latest one call later, where that many seconds have
-    passed since the end of the first call, which compiles (0: no limit); evaluations count.
+    With `max_seconds` training ends after the first call at whose end that many seconds have passed
+    since the end of the very first one, which compiles (0: no limit); evaluations count.
 
     Raises NonFiniteError at the first step with a number that is not finite, before anything
     later is saved. An error in `batches` is raised after the state is saved. SIGTERM and SIGINT
@@ -86,9 +86,11 @@ def fit(
         report.finish()
         if checkpoints is not None:
             _check_parameters(state, step)
-            if log is not None:
-                log.flush()  # a resumed run writes no line from before its checkpoint again
-            checkpoints.save(step, state, scores)
+            try:
+                if log is not None:
+                    log.flush()  # a resumed run writes no line from before its checkpoint again
+            finally:
+                checkpoints.save(step, state, scores)
 
     def stop_if_asked() -> None:
         name = signals.received()
@@ -101,7 +103,7 @@ def fit(
         if checkpoints is not None:
             closing.callback(checkpoints.wait)
         if log is not None:
-            closing.callback(log.close)
+            closing.enter_context(log)
         closing.callback(bar.close)
         signals = closing.enter_context(_Signals())
         while step < steps:
@@ -114,7 +116,7 @@ def fit(
                     error.add_note(f"the state of step {step} is saved: mend this, then resume")
                 raise
             state, metrics = step_fn(state, batch)
-            if block or not budget.begun:
+            if block or max_seconds:  # calls in flight would outlast the budget
                 jax.block_until_ready(state)
             bar.show(report.finish())
             report.pending = (step, count, metrics)
@@ -213,10 +215,6 @@ class _Budget:
     def __init__(self, seconds: float | int) -> None:
         self._seconds = seconds
         self._start: float | None = None
-
-    @property
-    def begun(self) -> bool:
-        return self._start is not None or not self._seconds
 
     def is_over(self) -> bool:
         """Say whether the seconds are up, by the first process' clock: all stop at one step."""
