@@ -297,6 +297,11 @@ def write_json(path: Path, value: Any) -> None:
     try:
         partial.write_text(json.dumps(value, indent=2) + "\n")
         partial.replace(path)
+    except OSError as error:
+        # Python's own message does not always say which file.
+        raise OSError(
+            error.errno, f"{error.strerror}; make room, then resume", str(path)
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -17,6 +17,17 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--rounds", type=int, default=1, help="run every test this many times")
+
+
+def pytest_generate_tests(metafunc):
+    rounds = metafunc.config.getoption("rounds")
+    if rounds > 1:
+        metafunc.fixturenames.append("round_number")
+        metafunc.parametrize("round_number", range(rounds), ids="round{}".format)
+
+
 @pytest.fixture
 def x64():
     """Run the test with 64-bit types."""

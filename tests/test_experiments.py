@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -95,27 +94,11 @@ def test_a_longer_resumed_run_equals_one(tmp_path):
         np.testing.assert_array_equal(resumed[name], whole[name])
 
 
-def test_two_runs_in_one_folder(tmp_path):
-    with (
-        _run.start_run(config(tmp_path)),
-        pytest.raises(_run.RunError, match=f"in use by process {os.getpid()}"),
-    ):
-        _run.start_run(config(tmp_path, resume=True))
-    with _run.start_run(config(tmp_path, resume=True)):  # free again
-        pass
-    with pytest.raises(_run.RunError, match="already holds a run: go on with --resume"):
-        _run.start_run(config(tmp_path))
-
-
 def test_resume_needs_the_same_options_and_a_whole_config(tmp_path):
     tiny.main(config(tmp_path))
     with pytest.raises(_run.RunError, match="has seed = 0, got 3: resume with the options"):
         _run.start_run(config(tmp_path, seed=3, resume=True))
     path = tmp_path / "run" / "config.json"
-    for text in ("{", "[]", '"a"', "\x00"):
-        path.write_text(text)
-        with pytest.raises(_run.RunError, match=r"config\.json cannot be read"):
-            _run.start_run(config(tmp_path, resume=True))
     path.write_text('{"sed": 1}')
     with pytest.raises(_run.RunError, match=r"unknown field 'sed'; nearest: \['seed'"):
         _run.start_run(config(tmp_path, resume=True))
@@ -127,12 +110,6 @@ def test_all_checkpoints_damaged_is_an_error_not_a_fresh_start(tmp_path):
         record.write_text("")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read"):
         tiny.main(config(tmp_path, resume=True))
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(_run.RunError, match=r"cannot be written .*give another --run-dir"):
-        _run.start_run(tiny.Config(run_dir=str(tmp_path / "file" / "run")))
 
 
 def test_runs_are_numbered(tmp_path, monkeypatch):

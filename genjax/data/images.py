@@ -14,16 +14,26 @@ IMAGES = ("digits", "mnist", "fashion_mnist", "cifar10", "celeb_a")
 class ImageRecords:
     """One split on disk, read by index: "x" the images and, where there are classes, "label"."""
 
-    def __init__(self, source: Any, has_label: bool):
+    def __init__(self, source: Any, has_label: bool, folder: str = ""):
         self.source = source
         self.has_label = has_label
+        self.folder = folder
 
     def __len__(self) -> int:
         return len(self.source)
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Read the examples at `indices`, in that order."""
-        records = self.source.__getitems__([int(i) for i in indices])
+        """Read the examples at `indices`, in that order.
+
+        Raises OSError where the folder is gone or damaged.
+        """
+        try:
+            records = self.source.__getitems__([int(i) for i in indices])
+        except (RuntimeError, OSError) as error:  # array_record names neither folder nor remedy
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise OSError(
+                f"the data in {self.folder} cannot be read ({reason}): put the folder back"
+            ) from error
         arrays = {"x": np.stack([record["image"] for record in records])}
         if self.has_label:
             arrays["label"] = np.array([record["label"] for record in records], np.int32)
@@ -53,7 +63,8 @@ def open_images(
         raise ValueError(f"split must be one of {splits} for {name}, got {split!r}")
     source = builder.as_data_source(split=split)
     classes = features["label"].num_classes if "label" in features else None
-    return ImageRecords(source, classes is not None), shape, classes
+    folder = str(builder.data_dir)
+    return ImageRecords(source, classes is not None, folder), shape, classes
 
 
 def known_to_tfds() -> list[str]:

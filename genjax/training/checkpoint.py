@@ -7,6 +7,7 @@ the state that is asked for, is refused.
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import re
@@ -55,7 +56,8 @@ class Checkpoints:
         """List the steps that have a finished checkpoint (whole or not), in order."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        names = [path.name for path in self.folder.iterdir() if path.name.isdecimal()]
+        return sorted(int(name) for name in names if str(int(name)) == name)
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Begin to save the state under its step; a step that is just saved is not saved again."""
@@ -131,7 +133,7 @@ class Checkpoints:
         scores = {}
         for step in self.steps():
             try:
-                scores[step] = self._read_record(step)["metrics"][self.best]
+                scores[step] = float(self._read_record(step)["metrics"][self.best])
             except Exception:  # damaged, or saved without an evaluation
                 continue
         if not scores:
@@ -158,33 +160,51 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(f"{name} is damaged: {_reason(error)}") from error
         for leaf, (*_, checksum) in _record(tree).items():
-            if checksum != found[leaf][2]:
+            if [checksum] != found[leaf][2:]:
                 raise CheckpointError(f"{name} is damaged: the checksum of {leaf} does not agree")
         return from_host(tree, like)
 
     def _open(self) -> Any:
         if self._manager is None:
-            ocp = _orbax()
-
-            policies = ocp.checkpoint_managers
-            keep: list[Any] = [policies.LatestN(self.keep)]
-            if self.best is not None:
-                keep.append(
-                    policies.BestN(
-                        get_metric_fn=lambda metrics: metrics[self.best],
-                        reverse=self.mode == "min",
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    )
-                )
-            self._manager = ocp.CheckpointManager(
-                self.folder,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policies.AnyPreservationPolicy(keep),
-                    cleanup_tmp_directories=True,
-                ),
-            )
+            try:
+                self._manager = self._manage()
+            except Exception:
+                # What orbax notes beside a state may be damaged where the state is whole.
+                self._rewrite_notes()
+                self._manager = self._manage()
         return self._manager
+
+    def _manage(self) -> Any:
+        ocp = _orbax()
+
+        policies = ocp.checkpoint_managers
+        keep: list[Any] = [policies.LatestN(self.keep)]
+        if self.best is not None:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[self.best],
+                    reverse=self.mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        return ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def _rewrite_notes(self) -> None:
+        """Write orbax's notes on every checkpoint anew, from our own record."""
+        for step in self.steps() if jax.process_index() == 0 else []:
+            metrics = None
+            with contextlib.suppress(Exception):
+                metrics = {k: float(v) for k, v in self._read_record(step)["metrics"].items()}
+            with contextlib.suppress(OSError):
+                notes = self.folder / str(step) / "_CHECKPOINT_METADATA"
+                notes.write_text(json.dumps({"metrics": metrics}))
 
     def _read_record(self, step: int) -> Any:
         ocp = _orbax()

@@ -1,5 +1,6 @@
 """What a run writes down while it trains: metrics.jsonl always, TensorBoard when asked."""
 
+import contextlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ class MetricsLog:
         self._board = _summary_writer(Path(folder), start) if tensorboard else None
         self.path = Path(folder) / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if _is_before(line, start)]
-        self._offset = float(kept[-1].get("seconds") or 0) if kept else 0.0
+        self._offset = _seconds(kept[-1]) if kept else 0.0
         partial = self.path.with_name(".metrics.jsonl")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(self.path)
@@ -54,13 +55,27 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             # Python's own message does not say which file.
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+            raise OSError(
+                error.errno, f"{error.strerror}; make room, then resume", str(self.path)
+            ) from error
         self._flushed = time.monotonic()
         if self._board is not None:
             self._board.flush()
 
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        # What ended the training says more than a log that cannot be closed.
+        with contextlib.suppress(*([] if kind is None else [OSError])):
+            self.close()
+
     def close(self) -> None:
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            with contextlib.suppress(OSError):
+                self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -73,11 +88,17 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     for text in Path(path).read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
+
+
+def _seconds(line: Mapping[str, Any]) -> float:
+    """The seconds of a line that may hold anything there."""
+    value = line.get("seconds")
+    return value if isinstance(value, float) and math.isfinite(value) else 0.0
 
 
 def _is_before(line: Mapping[str, Any], start: int) -> bool:

@@ -156,18 +156,6 @@ def test_a_signal_saves_and_stops(tmp_path, name):
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(7))
 
 
-def test_lost_data_saves_first(tmp_path):
-    def batches(i):
-        if i == 5:
-            raise FileNotFoundError("the data folder is gone")
-        return make_batch(i)
-
-    with pytest.raises(FileNotFoundError) as error:
-        train(tmp_path, batches, save_every=100)
-    assert error.value.__notes__ == ["the state of step 5 is saved: mend this, then resume"]
-    assert Checkpoints(tmp_path / "checkpoints").steps() == [5]
-
-
 def test_nothing_left_to_do(tmp_path):
     state = start()
     assert fit(state, make_step(), make_batch, steps=0, folder=tmp_path) is state

@@ -1,15 +1,18 @@
-"""A tiny experiment for the drills: it breaks, or sends itself a signal, at a given step."""
+"""A tiny experiment for the drills: something may happen to it before any of its steps."""
 
 import dataclasses
+import functools
 import os
 import signal
+import threading
+from collections.abc import Callable
 
 import jax
 import numpy as np
 import optax
 
 from experiments import _run
-from genjax.training import export_npz, init_state, make_train_step
+from genjax.training import data_mesh, export_npz, init_state, make_train_step
 from tests.training.problem import make_batch, make_params, noisy_loss
 
 
@@ -20,39 +23,54 @@ class Config(_run.RunConfig):
     save_every: int = 10
     log_every: int = 1
     devices: int | None = 1
-    nan_at: int = -1
-    """Step whose batch holds a NaN."""
-    break_at: int = -1
-    """Step whose batch cannot be loaded."""
 
 
-def main(config):
-    # Not options, or a resumed run would have to be given them again.
-    name, at = os.environ.get("TINY_SIGNAL", "SIGUSR1 -1").split()
+ADAM = optax.adam(0.01)
+
+
+@functools.cache  # compiled once for all runs of a process
+def make_step(devices, steps_per_call):
+    return make_train_step(noisy_loss, ADAM, mesh=data_mesh(devices), steps_per_call=steps_per_call)
+
+
+def main(config, fault: Callable[[int, dict], None] = lambda step, batch: None):
+    """Train; `fault(step, batch)` is called with every batch and may do what it likes."""
 
     def batches(step):
-        if step == int(at):
-            os.kill(os.getpid(), signal.Signals[name])
         batch = make_batch(step, config.seed, config.batch_size)
-        if step == config.break_at:
-            raise FileNotFoundError("the data folder is gone")
-        if step == config.nan_at:
-            batch["x"][0, 0] = np.nan
+        fault(step, batch)
         return batch
 
     def evaluate(state):
         return {"size": optax.tree.norm(state.ema_params(0.9))}
 
-    adam = optax.adam(0.01)
     with _run.start_run(config) as run:
-        step = make_train_step(
-            noisy_loss, adam, mesh=_run.mesh(config), steps_per_call=config.steps_per_call
-        )
-        state = init_state(make_params(), adam, jax.random.key(config.seed), ema_decays=[0.9])
+        step = make_step(config.devices, config.steps_per_call)
+        state = init_state(make_params(), ADAM, jax.random.key(config.seed), ema_decays=[0.9])
         state = _run.fit(run, state, step, batches, evaluate=evaluate, best="size")
         everything = (state.params, state.opt_state, state.ema, state.step)
         export_npz(run.folder / "final.npz", everything)
         return _run.finish(run, {"size": evaluate(state)["size"]})
+
+
+def main_with_fault(config):
+    """Train with the fault that TINY_FAULT names: "NAN 7", "SIGTERM 7", "SIGKILL 7 0.02"."""
+    # Not options, or a resumed run would have to be given them again.
+    name, at, *delay = os.environ.get("TINY_FAULT", "none -1").split()
+
+    def fault(step, batch):
+        if step != int(at):
+            return
+        if name == "NAN":
+            batch["x"][0, 0] = np.nan
+        elif delay:
+            send = threading.Timer(float(delay[0]), os.kill, (os.getpid(), signal.Signals[name]))
+            send.daemon = True
+            send.start()
+        else:
+            os.kill(os.getpid(), signal.Signals[name])
+
+    return main(config, fault)
 
 
 if __name__ == "__main__":
