@@ -95,23 +95,26 @@ def picture(path: Path, rows: Sequence[Mapping[str, Any]], shown: Mapping[str, A
     limit = 1.15 * float(np.abs(points[0]).max()) if points else 1.0
     for axis in axes:
         axis.set_axis_off()
+    numbers = {title: i + 1 for i, title in enumerate(shown)}
     for axis, (title, x) in zip(axes, shown.items(), strict=False):
         if x.ndim == 2:
             axis.plot(*x[:1000].T, ".", markersize=1)
             axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
         else:
             axis.imshow(mosaic(x), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(title, fontsize=7)
+        axis.set_title(f"{numbers[title]}. {title}", fontsize=7)
     axis = right.subplots()
-    for i, row in enumerate(row for row in rows if row["mean"]):
+    for row in rows:
         mean, spread = row["mean"], row["spread"]
-        axis.errorbar(
-            mean["recall"], mean["precision"], xerr=spread.get("recall"),
-            yerr=spread.get("precision"), fmt="os^D"[i // 10 % 4], color=f"C{i % 10}",
-            markersize=5, label=row["title"],
-        )  # fmt: skip
+        if not mean:
+            continue
+        place = (mean["recall"], mean["precision"])
+        bars = {"xerr": spread.get("recall"), "yerr": spread.get("precision")}
+        color = f"C{numbers[row['title']] % 10}"
+        axis.errorbar(*place, **bars, fmt="o", markersize=5, color=color)
+        text = str(numbers[row["title"]])
+        axis.annotate(text, place, (4, 3), textcoords="offset points", fontsize=8, color=color)
     axis.set(xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    axis.legend(fontsize=6, loc="lower left")
     figure.savefig(path, dpi=100)
     return path
 

@@ -213,4 +213,4 @@ def floors(
         # The mixture gives its samples one component after another.
         return np.random.default_rng(seed).permutation(y)
 
-    return {"Gaussian mixture, 10 components": mixture, "Kernel density": kernels}
+    return {"Mixture of 10 Gaussians": mixture, "Kernel density": kernels}
