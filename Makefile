@@ -26,7 +26,9 @@ install: $(STAMP) ## make the environment in .venv
 train: $(STAMP) ## train the VAE on real digits; says where pictures and metrics are
 	@$(BIN)/python -m experiments.vae
 
-test: $(STAMP) ## the tests, under fifteen minutes on two cores
+# Most of the tests' time is compilation: XLA's optimiser is left out here, and in test-all it is not.
+test: export XLA_FLAGS := --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0
+test: $(STAMP) ## the tests, about ten minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 test-all: $(STAMP) ## the tests and the slow ones
