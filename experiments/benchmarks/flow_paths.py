@@ -8,10 +8,12 @@
       torchcfm                          as it is, and with its exact coupling
       genjax_exact                      the exact assignment too (genjax: the entropic plan)
 
-Timed as in experiments.benchmarks.flows; `gradient_difference` is relative, to torchdiffeq's.
+Timed as in experiments.benchmarks.flows; `from_torchdiffeq` is the relative difference
+of what is computed.
 """
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Callable
 from functools import partial
@@ -25,13 +27,22 @@ import numpy as np
 import optax
 import tyro
 
-from experiments.benchmarks.flows import Side, compare, torch_trainer, wait
+from experiments.benchmarks._table import OURS, Row
+from experiments.benchmarks._timing import Side
+from experiments.benchmarks.flows import Workload, compare, torch_trainer, wait
 from experiments.flow_matching import exact_assignment, sinkhorn_plan
 from genjax import flows
 from genjax.networks.mlp import MLP
 from genjax.training import init_state, make_train_step
 
-TARGETS = {"cnf_loglik": 1.0, "cnf_grad": 1.2, "cnf64_grad": 1.0, "fm": 1.9, "fm_ot": 3.0}
+CNF = {"diffrax": 1.0, "torchdiffeq": 1.0}
+TARGETS = {
+    "cnf_loglik": CNF,
+    "cnf_grad": {"diffrax": 1.0, "torchdiffeq": 1.2},
+    "cnf64_grad": CNF,
+    "fm": {"torchcfm": 1.9},
+    "fm_ot": {"torchcfm": 3.0},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +68,7 @@ def cnf_field(w: Any, x: Any, t: Any) -> Any:
     return jnp.tanh(h @ w[2] + w[3][None]) @ w[4] + w[5][None]
 
 
-def cnf_sides(d: int, gradient: bool) -> tuple[dict[str, Side], dict[str, Any]]:
-    import torch
-    from torchdiffeq import odeint
-
+def cnf(d: int, gradient: bool) -> Workload:
     batch, adaptive = 256, d > 2
     rng = np.random.RandomState(0)
     x = rng.randn(batch, d).astype(np.float32)
@@ -78,7 +86,7 @@ def cnf_sides(d: int, gradient: bool) -> tuple[dict[str, Side], dict[str, Any]]:
         )
         return jnp.mean(base.log_prob(z) + log_det)
 
-    def diffrax_side(w: Any) -> Any:
+    def theirs(w: Any) -> Any:
         import diffrax
 
         def slope(t: Any, y: Any, w: Any) -> Any:
@@ -102,55 +110,66 @@ def cnf_sides(d: int, gradient: bool) -> tuple[dict[str, Side], dict[str, Any]]:
         z, log_det = (leaf[-1] for leaf in solution.ys)
         return jnp.mean(base.log_prob(z) + log_det)
 
-    tw = [torch.tensor(part, requires_grad=True) for part in cnf_weights(d)]
-    tx, te = torch.from_numpy(x), torch.from_numpy(e)
+    def jax_side(f: Any, needs: str = "jax") -> Side:
+        importlib.import_module(needs)
+        return partial(wait, jax.jit(jax.grad(f) if gradient else f), w)
 
-    def torch_slope(t: Any, y: Any) -> Any:
-        with torch.enable_grad():
-            z = y[0] if y[0].requires_grad else y[0].detach().requires_grad_(True)
-            h = torch.tanh(torch.cat([z, torch.ones_like(z[:, :1]) * t], 1) @ tw[0] + tw[1])
-            v = torch.tanh(h @ tw[2] + tw[3]) @ tw[4] + tw[5]
-            grad = partial(torch.autograd.grad, inputs=z, create_graph=gradient, retain_graph=True)
-            if adaptive:
-                return v, (grad((v * te).sum())[0] * te).sum(1)
-            return v, sum(grad(v[:, i].sum())[0][:, i] for i in range(d))
+    def torch_side() -> Side:
+        import torch
+        from torchdiffeq import odeint
 
-    options = {"rtol": 1e-5, "atol": 1e-5, "method": "dopri5"}
-    if not adaptive:
-        options = {"method": "rk4", "options": {"step_size": 1 / 20}}
+        tw = [torch.tensor(part, requires_grad=True) for part in cnf_weights(d)]
+        tx, te = torch.from_numpy(x), torch.from_numpy(e)
 
-    def torch_value() -> Any:
-        z, log_det = odeint(
-            torch_slope, (tx, torch.zeros(batch)), torch.tensor([0.0, 1.0]), **options
-        )
-        norm = -0.5 * (z[-1] ** 2).sum(1) - 0.5 * d * np.log(2 * np.pi)
-        return (norm + log_det[-1]).mean()
+        def slope(t: Any, y: Any) -> Any:
+            with torch.enable_grad():
+                z = y[0] if y[0].requires_grad else y[0].detach().requires_grad_(True)
+                h = torch.tanh(torch.cat([z, torch.ones_like(z[:, :1]) * t], 1) @ tw[0] + tw[1])
+                v = torch.tanh(h @ tw[2] + tw[3]) @ tw[4] + tw[5]
+                grad = partial(
+                    torch.autograd.grad, inputs=z, create_graph=gradient, retain_graph=True
+                )
+                if adaptive:
+                    return v, (grad((v * te).sum())[0] * te).sum(1)
+                return v, sum(grad(v[:, i].sum())[0][:, i] for i in range(d))
 
-    def torch_side() -> Any:
-        if not gradient:
-            with torch.no_grad():
-                return torch_value()
-        return torch.autograd.grad(torch_value(), tw)
+        options = {"rtol": 1e-5, "atol": 1e-5, "method": "dopri5"}
+        if not adaptive:
+            options = {"method": "rk4", "options": {"step_size": 1 / 20}}
 
-    compiled = {
-        name: jax.jit(jax.grad(f) if gradient else f)
-        for name, f in (("genjax", ours), ("diffrax", diffrax_side))
+        def value() -> Any:
+            z, log_det = odeint(
+                slope, (tx, torch.zeros(batch)), torch.tensor([0.0, 1.0]), **options
+            )
+            norm = -0.5 * (z[-1] ** 2).sum(1) - 0.5 * d * np.log(2 * np.pi)
+            return (norm + log_det[-1]).mean()
+
+        def run() -> Any:
+            if not gradient:
+                with torch.no_grad():
+                    return value()
+            return torch.autograd.grad(value(), tw)
+
+        return run
+
+    makers = {
+        OURS: partial(jax_side, ours),
+        "diffrax": partial(jax_side, theirs, "diffrax"),
+        "torchdiffeq": torch_side,
     }
-    sides = {name: partial(wait, f, w) for name, f in compiled.items()}
-    figures = {}
-    if gradient:
-        ours_flat = np.concatenate([np.ravel(g) for g in compiled["genjax"](w)])
-        theirs = np.concatenate([np.ravel(g.numpy()) for g in torch_side()])
-        gap = np.linalg.norm(ours_flat - theirs) / np.linalg.norm(theirs)
-        figures["gradient_difference"] = float(gap)
-    return {**sides, "torchdiffeq": torch_side}, figures
+
+    def checks() -> dict[str, dict[str, float]]:
+        own, other = (
+            np.concatenate([np.ravel(np.asarray(g)) for g in jax.tree.leaves(makers[name]()())])
+            for name in (OURS, "torchdiffeq")
+        )
+        gap = np.linalg.norm(own - other) / np.linalg.norm(other)
+        return {OURS: {"from_torchdiffeq": float(gap)}}
+
+    return Workload(makers, ("torchdiffeq",), checks)
 
 
-def fm_sides(coupled: bool) -> tuple[dict[str, Side], dict[str, Any]]:
-    import torch
-    from torchcfm import conditional_flow_matching as cfm
-    from torchcfm.models.models import MLP as TorchMLP
-
+def flow_matching(coupled: bool) -> Workload:
     batch, calls = 256, 50
     x1 = (np.random.RandomState(0).randn(batch, 2) + 2).astype(np.float32)
     network = MLP((64, 64, 64, 2), activation=jax.nn.selu)
@@ -174,37 +193,54 @@ def fm_sides(coupled: bool) -> tuple[dict[str, Side], dict[str, Any]]:
 
         return run
 
-    torch_net = TorchMLP(dim=2, w=64, time_varying=True)
-    kind = "ExactOptimalTransportConditionalFlowMatcher" if coupled else "ConditionalFlowMatcher"
-    matcher, tx1 = getattr(cfm, kind)(sigma=0.0), torch.from_numpy(x1)
+    def torch_side() -> Side:
+        import torch
+        from torchcfm import conditional_flow_matching as cfm
+        from torchcfm.models.models import MLP as TorchMLP
 
-    def loss() -> Any:
-        t, x_t, u_t = matcher.sample_location_and_conditional_flow(torch.randn_like(tx1), tx1)
-        return ((torch_net(torch.cat([x_t, t[:, None]], -1)) - u_t) ** 2).mean()
+        net = TorchMLP(dim=2, w=64, time_varying=True)
+        kind = "ExactOptimalTransport" if coupled else ""
+        matcher = getattr(cfm, f"{kind}ConditionalFlowMatcher")(sigma=0.0)
+        data = torch.from_numpy(x1)
 
-    one = torch_trainer(torch_net.parameters(), loss)
+        def loss() -> Any:
+            t, x_t, u_t = matcher.sample_location_and_conditional_flow(torch.randn_like(data), data)
+            return ((net(torch.cat([x_t, t[:, None]], -1)) - u_t) ** 2).mean()
 
-    def theirs() -> None:
-        for _ in range(calls):
-            one()
+        one = torch_trainer(net.parameters(), loss)
 
-    if not coupled:
-        return {"genjax": side(None), "torchcfm": theirs}, {"updates_per_call": calls}
-    sides = {"genjax": side(sinkhorn_plan(0.05)), "torchcfm": theirs}
-    return {**sides, "genjax_exact": side(exact_assignment)}, {"updates_per_call": calls}
+        def run() -> None:
+            for _ in range(calls):
+                one()
+
+        return run
+
+    makers: dict[str, Callable[[], Side]] = {
+        OURS: partial(side, sinkhorn_plan(0.05) if coupled else None),
+        "torchcfm": torch_side,
+    }
+    if coupled:
+        makers["genjax_exact"] = partial(side, exact_assignment)
+    weights = 3 * 64 + 2 * 64 * 64 + 64 * 2
+    return Workload(
+        makers,
+        ("torchcfm",),
+        work=None if coupled else {"flops": 6.0 * batch * weights},
+        updates=calls,
+    )
 
 
-SIDES: dict[str, Callable[[], Any]] = {
-    "cnf_loglik": partial(cnf_sides, 2, False),
-    "cnf_grad": partial(cnf_sides, 2, True),
-    "cnf64_grad": partial(cnf_sides, 64, True),
-    "fm": partial(fm_sides, False),
-    "fm_ot": partial(fm_sides, True),
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "cnf_loglik": partial(cnf, 2, False),
+    "cnf_grad": partial(cnf, 2, True),
+    "cnf64_grad": partial(cnf, 64, True),
+    "fm": partial(flow_matching, False),
+    "fm_ot": partial(flow_matching, True),
 }
 
 
-def main(config: Config) -> dict[str, Any]:
-    chosen = {name: SIDES[name] for name in config.workloads}
+def main(config: Config) -> list[Row]:
+    chosen = {name: WORKLOADS[name] for name in config.workloads}
     return compare(chosen, TARGETS, config.rounds, config.inner)
 
 

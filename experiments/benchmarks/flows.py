@@ -4,19 +4,18 @@
       flowjax, distrax, zuko, nflows    each with its own masks or permutations
 
 The sides are timed in turn, round by round, in one process; a ratio is the median over rounds of
-(peer / genjax), so above 1 genjax is faster. `distrax_difference` is that of log p with the same
-weights. Continuous flows and flow matching: experiments.benchmarks.flow_paths.
+(peer / genjax), so above 1 genjax is faster. `from_distrax` is the relative difference of log p
+from distrax's with the same weights. Continuous flows and flow matching:
+experiments.benchmarks.flow_paths.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
-import statistics
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
@@ -26,12 +25,23 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.benchmarks._table import OURS, Row, build, make_rows, show
+from experiments.benchmarks._timing import Side, in_turn
 from genjax import flows
 from genjax.networks.coupling import RealNVP
 
-TARGETS = {"realnvp_train": 1.6, "realnvp_sample": 1.4}
+TARGETS = {"realnvp_train": {"flowjax": 1.6, "distrax": 1.6}, "realnvp_sample": 1.4}
 D, COUPLINGS, WIDTH, BATCH = 64, 8, 128, 512
-Side = Callable[[], Any]  # does its work, waits for it, returns nothing that matters
+
+
+class Workload(NamedTuple):
+    """Makers of the sides; which of them are torch's; figures, work and updates of one call."""
+
+    makers: dict[str, Callable[[], Side]]
+    torch: tuple[str, ...]
+    checks: Callable[[], dict[str, dict[str, float]]] = dict
+    work: dict[str, float] | None = None
+    updates: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,29 +143,43 @@ def jax_flow(name: str, x: Any) -> tuple[Any, Any, Any]:
     return params, score, draw
 
 
-def realnvp_sides(mode: str) -> tuple[dict[str, Side], dict[str, Any]]:
+def realnvp_side(name: str, mode: str, x: np.ndarray) -> Side:
+    """A step or a sampling of genjax, flowjax or distrax."""
+    if name == OURS:
+        module, params, base = realnvp_ours()
+        bijection = bijection_of(module)
+        score = partial(flows.log_prob, bijection, base)
+        draw = lambda p, k: flows.sample(bijection, base, p, k, BATCH)  # noqa: E731
+    else:
+        params, score, draw = jax_flow(name, jnp.asarray(x))
+    if mode == "train":
+        return jax_trainer(score, params, jnp.asarray(x))
+    return partial(wait, jax.jit(draw), params, jax.random.key(1))
+
+
+def realnvp_torch_side(name: str, mode: str, x: np.ndarray) -> Side:
     import torch
 
+    made, score, draw = torch_flow(name)
+    if mode == "sample":
+        return torch.no_grad()(draw)
+    data = torch.from_numpy(x)
+    return torch_trainer(made.parameters(), lambda: -score(data).mean())
+
+
+def realnvp(mode: str) -> Workload:
     x = realnvp_data()
-    module, params, base = realnvp_ours()
-    bijection, key = bijection_of(module), jax.random.key(1)
-    score = partial(flows.log_prob, bijection, base)
-    draw = lambda p, k: flows.sample(bijection, base, p, k, BATCH)  # noqa: E731
-    sides: dict[str, Side] = {}
-    for name in ("genjax", "flowjax", "distrax"):
-        p, lp, sm = (params, score, draw) if name == "genjax" else jax_flow(name, jnp.asarray(x))
-        if mode == "train":
-            sides[name] = jax_trainer(lp, p, jnp.asarray(x))
-        else:
-            sides[name] = partial(wait, jax.jit(sm), p, key)
-    for name in ("zuko", "nflows"):
-        made, lp, sm = torch_flow(name)
-        if mode == "train":
-            sides[name] = torch_trainer(made.parameters(), lambda lp=lp: -lp(tx).mean())
-        else:
-            sides[name] = torch.no_grad()(sm)
-    tx = torch.from_numpy(x)
-    return sides, {"distrax_difference": distrax_difference(module, params)}
+    makers = {name: partial(realnvp_side, name, mode, x) for name in (OURS, "flowjax", "distrax")}
+    torch_makers = {name: partial(realnvp_torch_side, name, mode, x) for name in ("zuko", "nflows")}
+    module, params, _ = realnvp_ours()
+    dense = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+    return Workload(
+        makers | torch_makers,
+        tuple(torch_makers),
+        checks=lambda: {OURS: {"from_distrax": distrax_difference(module, params)}},
+        # A product with each weight forward, and two more for its gradient.
+        work={"flops": (6.0 if mode == "train" else 2.0) * BATCH * dense},
+    )
 
 
 def wait(f: Callable[..., Any], *args: Any) -> Any:
@@ -213,50 +237,34 @@ def distrax_difference(module: Any, params: Any) -> float:
     return float(jnp.max(jnp.abs(ours / distrax_flow(params).log_prob(x) - 1)))
 
 
-SIDES = {mode: partial(realnvp_sides, mode.split("_")[1]) for mode in TARGETS}
+WORKLOADS = {name: partial(realnvp, name.split("_")[1]) for name in TARGETS}
 
 
 def compare(
-    workloads: dict[str, Callable[[], tuple[dict[str, Side], dict[str, Any]]]],
-    targets: dict[str, float],
+    workloads: Mapping[str, Callable[[], Workload]],
+    targets: Mapping[str, Mapping[str, float] | float],
     rounds: int,
     inner: int,
-) -> dict[str, Any]:
+) -> list[Row]:
     """Time the sides of each workload in turn; prints a line for each."""
     warnings.filterwarnings("ignore")
-    results: dict[str, Any] = {}
+    rows: list[Row] = []
     for name, make in workloads.items():
-        sides, figures = make()
+        made = make()
+        sides, notes = build(made.makers, made.torch)
         # A side that does many updates in one call is not called many times.
-        count = figures.get("updates_per_call")
-        calls = inner if count is None else 1
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
-        for run in sides.values():
-            run()  # compiles
-            run()
-        for _ in range(rounds):
-            for side, run in sides.items():
-                start = time.perf_counter()
-                for _ in range(calls):
-                    run()
-                seconds[side].append((time.perf_counter() - start) / (count or calls))
-        ratios = {
-            side: statistics.median(p / o for p, o in zip(s, seconds["genjax"], strict=True))
-            for side, s in seconds.items()
-            if side != "genjax"
-        }
-        results[name] = {
-            "ms": {side: round(1e3 * statistics.median(s), 3) for side, s in seconds.items()},
-            "ratio": {side: round(r, 2) for side, r in ratios.items()},
-            "target": targets[name],
-            **figures,
-        }
-        print(name, json.dumps(results[name]), flush=True)
-    return results
+        calls = inner if made.updates == 1 else 1
+        times = in_turn(sides, rounds=rounds, calls=calls, units=made.updates)
+        checks = {}
+        with contextlib.suppress(ImportError):
+            checks = made.checks()
+        options = {"targets": targets[name], "checks": checks, "work": made.work, "notes": notes}
+        rows += show(make_rows(name, times, **options))
+    return rows
 
 
-def main(config: Config) -> dict[str, Any]:
-    chosen = {name: SIDES[name] for name in config.workloads}
+def main(config: Config) -> list[Row]:
+    chosen = {name: WORKLOADS[name] for name in config.workloads}
     return compare(chosen, TARGETS, config.rounds, config.inner)
 
 

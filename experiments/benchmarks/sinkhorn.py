@@ -5,10 +5,9 @@
 
 import importlib.util
 import os
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -16,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.benchmarks._table import OURS, Row, make_rows, show
+from experiments.benchmarks._timing import in_turn
 from genjax.transport import sinkhorn, sinkhorn_divergence
 
 # A side: (x, y, epsilon, config) -> a function of nothing that gives (value, gradient for x,
@@ -223,94 +224,101 @@ SIDES: dict[str, tuple[str, Side]] = {
 }
 
 
-@dataclass
-class Row:
-    """One side's measurements."""
+def target(d: int, eps: float, peer: str, config: Config) -> float | None:
+    """What the ratio has to be, to a tolerance; None where nothing is asked."""
+    if config.problem != "tolerance":
+        return None
+    small, large = (d >= 64), eps >= 0.05
+    if peer == "ott":
+        if large:
+            return 2.0 if small else 3.0
+        return (3.5 if small else 15.0) if eps >= 0.005 else (18.0 if small else 40.0)
+    if peer.startswith("ott-"):
+        return (2.0 if small else 3.0) if eps >= 0.005 else 8.0
+    return 10.0
 
-    name: str
-    step: Callable[[], tuple[Any, Any, Any]]
-    times: list[float] = field(default_factory=list)
-    out: Any = None
 
-    def run(self) -> None:
-        start = time.perf_counter()
-        self.out = self.step()
-        self.times.append(time.perf_counter() - start)
-
-
-def compare(n: int, d: int, eps: float, names: list[str], config: Config) -> list[dict[str, Any]]:
+def compare(n: int, d: int, eps: float, names: list[str], config: Config) -> list[Row]:
     """Time the sides in turn, A B A B, and check each in float64."""
     x, y, mean = clouds(n, d, config.data)
     epsilon = eps * mean
-    rows = []
-    for name in names:
-        row = Row(name, SIDES[name][1](x, y, epsilon, config))
-        row.run()  # compiles
-        rows.append(row)
-        row.times.clear()
-    began = time.perf_counter()
-    for k in range(config.repeats):
-        if k >= 2 and time.perf_counter() - began > config.seconds:
-            break
-        for row in rows:
-            row.run()
-    middle = np.median if config.statistic == "median" else np.min
-    base = float(middle(rows[0].times))
-    results = []
-    for row in rows:
-        value, gradient, potentials = row.out
-        error, gap = float("nan"), float("nan")
+    steps = {name: SIDES[name][1](x, y, epsilon, config) for name in names}
+    last: dict[str, Any] = {}
+
+    def side(name: str) -> Callable[[], None]:
+        def call() -> None:
+            last[name] = steps[name]()
+
+        return call
+
+    sides = {name: side(name) for name in names}
+    times = in_turn(sides, rounds=config.repeats, warm=0, seconds=config.seconds)
+    checks: dict[str, dict[str, float]] = {}
+    for name, (value, gradient, potentials) in last.items():
+        checks[name] = {"value": float(value)}
         potentials = potentials() if callable(potentials) else potentials
         if potentials is not None and config.problem != "divergence":
             error, gap = figures(x, y, *potentials, epsilon, gradient)
-        seconds = float(middle(row.times))
-        results.append(
-            {
-                "n": n,
-                "d": d,
-                "eps": eps,
-                "side": row.name,
-                "ms": 1e3 * seconds,
-                "ratio": seconds / base,
-                "value": float(value),
-                "error": error,
-                "gradient_error": gap,
-            }
-        )
-    return results
+            checks[name] |= {"marginal_error": error, "gradient_error": gap}
+    # Two passes over the kernel in every iteration: what its memory would take.
+    work = {"bytes": 8.0 * n * n * iterations(x, y, epsilon, config)} if n >= 4096 else {}
+    if config.statistic == "min":
+        times = {name: t._replace(rounds=[min(t.rounds)]) for name, t in times.items()}
+    goals = {name: target(d, eps, name, config) for name in names}
+    return make_rows(
+        NAMES[config.problem],
+        times,
+        case=f"n={n} d={d} eps={eps:g}",
+        targets={name: goal for name, goal in goals.items() if goal is not None},
+        checks=checks,
+        work=work,
+    )
 
 
-def main(config: Config) -> list[dict[str, Any]]:
-    """Print the table and return its rows."""
+def iterations(x, y, epsilon, config: Config) -> float:
+    """How many iterations genjax makes of the problem."""
+    if config.problem == "iterations":
+        return float(config.iterations)
+    run = jax.jit(lambda x, y: sinkhorn(x, y, epsilon=epsilon, tolerance=config.tolerance))
+    return float(run(jnp.asarray(x), jnp.asarray(y)).num_iterations)
+
+
+NAMES = {
+    "tolerance": "sinkhorn",
+    "iterations": "sinkhorn_iterations",
+    "divergence": "sinkhorn_divergence",
+    "weights": "sinkhorn_weights",
+}
+
+
+def main(config: Config) -> list[Row]:
+    """Print a line for each row and return the rows."""
     warnings.filterwarnings("ignore")
     # Threads of one side that spin while another runs would be timed as the other's.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     peers = ("genjax-weights",) if config.problem == "weights" else config.peers
-    missing = [p for p in peers if importlib.util.find_spec(SIDES[p][0]) is None]
-    for name in missing:
-        print(f"# {name} skipped: {SIDES[name][0]} is not installed")
-    names = ["genjax", *(p for p in peers if p not in missing)]
+    notes = {p: f"{SIDES[p][0]} is not installed" for p in peers if not _installed(SIDES[p][0])}
+    for name, why in notes.items():
+        print(f"# {name} skipped: {why}")
+    names = [OURS, *(p for p in peers if p not in notes)]
     kind = f"{config.statistic} of ms per call"
     print(f"# {config.problem}, {config.data}, tolerance {config.tolerance}: {kind}")
-    print("# ratio: time over genjax's. error: L1 marginal error of the potentials, in float64")
-    head = f"{'n':>5} {'d':>3} {'eps':>6} {'side':<14} {'ms':>10} {'ratio':>7}"
-    print(f"{head} {'value':>11} {'error':>9} {'grad err':>9}", flush=True)
-    table, slow = [], set()
+    print("# marginal_error: L1, of the potentials, in float64", flush=True)
+    table: list[Row] = make_rows(NAMES[config.problem], {}, notes=notes)
+    slow: set[str] = set()
     for n in config.n:
         for d in config.d:
             for eps in config.eps:
                 chosen = [name for name in names if name not in slow]
-                for row in compare(n, d, eps, chosen, config):
-                    table.append(row)
-                    print(
-                        f"{n:5d} {d:3d} {eps:6g} {row['side']:<14} {row['ms']:10.2f} "
-                        f"{row['ratio']:7.1f} {row['value']:11.6f} {row['error']:9.1e} "
-                        f"{row['gradient_error']:9.1e}",
-                        flush=True,
-                    )
-        slow |= {r["side"] for r in table if r["ms"] > 1e3 * config.slow / 16}
+                table += show(compare(n, d, eps, chosen, config))
+        limit = 1e3 * config.slow / 16
+        slow |= {r.side for r in table if r.ms is not None and r.ms > limit and r.side != OURS}
     return table
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Time of the compiled train step beside jax.jit of a hand-written loss, gradient and update."""
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +11,8 @@ import jax.numpy as jnp
 import optax
 import tyro
 
+from experiments.benchmarks._table import OURS, Row, make_rows, show
+from experiments.benchmarks._timing import in_turn
 from genjax.training import data_mesh, init_state, make_train_step
 
 
@@ -72,7 +73,7 @@ def hand_written(optimizer: Any) -> Callable[..., Any]:
     return jax.jit(step, donate_argnums=(0, 1, 2))
 
 
-def main(config: Config) -> dict[str, Any]:
+def main(config: Config) -> list[Row]:
     optimizer = optax.adam(1e-3)
     x = jax.random.bernoulli(jax.random.key(1), 0.3, (config.batch_size, config.pixels))
     x = jax.device_get(x.astype(jnp.float32))
@@ -93,34 +94,23 @@ def main(config: Config) -> dict[str, Any]:
         *by_hand, loss = hand_step(*by_hand, x)
         loss.block_until_ready()
 
-    def timed(step: Callable[[], None]) -> tuple[float, float]:
-        """Milliseconds of one step: by the clock, and of processor time (deaf to neighbours)."""
-        begun, used = time.perf_counter(), time.process_time()
-        for _ in range(config.steps):
-            step()
-        wall, work = time.perf_counter() - begun, time.process_time() - used
-        return wall / config.steps * 1e3, work / config.steps * 1e3
+    # Beside the clock's time the processor's, which is deaf to neighbours.
+    used: dict[str, list[float]] = {}
 
-    for step in (ours, hand, ours, hand):
-        timed(step)
-    pairs = []
-    for i in range(config.rounds):
-        first, second = (ours, hand) if i % 2 else (hand, ours)
-        times = {first: timed(first), second: timed(second)}
-        pairs.append((times[ours], times[hand]))
-    ratios = [a / b for (a, _), (b, _) in pairs]
-    result = {
-        "ours_ms": statistics.median(a for (a, _), _ in pairs),
-        "hand_written_ms": statistics.median(b for _, (b, _) in pairs),
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
-        "processor_time_ratio": statistics.median(a / b for (_, a), (_, b) in pairs),
-        "target_ratio": 1.05,
-        "device": jax.devices()[0].device_kind,
-        **dataclasses.asdict(config),
-    }
-    print(json.dumps(result, indent=2))
-    return result
+    def side(name: str, step: Callable[[], None]) -> Callable[[], None]:
+        def call() -> None:
+            begun = time.process_time()
+            for _ in range(config.steps):
+                step()
+            used.setdefault(name, []).append(1e3 * (time.process_time() - begun) / config.steps)
+
+        return call
+
+    sides = {OURS: side(OURS, ours), "by_hand": side("by_hand", hand)}
+    times = in_turn(sides, rounds=config.rounds, units=config.steps)
+    checks = {name: {"processor_ms": statistics.median(t[2:])} for name, t in used.items()}
+    # At most 5% more than what one writes by hand.
+    return show(make_rows("step_overhead", times, targets=1 / 1.05, checks=checks))
 
 
 if __name__ == "__main__":

@@ -11,19 +11,22 @@ sampling beside the sum of its 35 network evaluations. Needs torch and diffusers
 
 import dataclasses
 import itertools
-import json
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.benchmarks._ceilings import work_of
+from experiments.benchmarks._table import OURS, Row, build, make_rows, show
+from experiments.benchmarks._timing import in_turn
 from genjax import diffusion as gd
 from genjax.networks import UNet
 from genjax.training import data_mesh, init_state, make_train_step
+
+TARGETS = {"forward": None, "train": 1.0, "sample": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,47 +47,34 @@ class Config:
     """Time PyTorch beside."""
 
 
-def main(config: Config) -> dict[str, Any]:
-    """Time every part on both sides; returns milliseconds and ratios."""
-    sides = {"genjax": ours(config)}
+def main(config: Config) -> list[Row]:
+    """Time every part on both sides in turn, then our sampler beside its evaluations."""
+    makers: dict[str, Any] = {OURS: partial(ours, config)}
     if config.torch:
-        sides["diffusers"] = theirs(config)
-    result: dict[str, Any] = {}
-    for part in ("forward", "train", "sample"):
+        makers["diffusers"] = partial(theirs, config)
+    made, notes = build(makers, ("diffusers",))
+    own, rows = made[OURS], []
+    evaluations = 2 * config.num_steps - 1
+    for part, target in TARGETS.items():
         rounds = config.sample_rounds if part == "sample" else config.rounds
-        times: dict[str, list[float]] = {side: [] for side in sides}
-        for steps in sides.values():
-            steps[part]()
-            steps[part]()
-        for _ in range(rounds):
-            for side, steps in sides.items():
-                times[side].append(timed(steps[part]))
-        result |= {f"{side} {part}": round(statistics.median(t), 1) for side, t in times.items()}
-        if config.torch:
-            # Pair by pair: the machine's moods hit both sides of a pair alike.
-            pairs = zip(times["diffusers"], times["genjax"], strict=True)
-            ratio = statistics.median(theirs / ours for theirs, ours in pairs)
-            result[f"diffusers / genjax {part}"] = round(ratio, 2)
-    # The sampler beside its evaluations, in turn as well.
-    own, shares = sides["genjax"], []
-    for _ in range(config.sample_rounds):
-        before = [timed(own["forward"]) for _ in range(6)]
-        whole = timed(own["sample"])
-        each = statistics.median(before + [timed(own["forward"]) for _ in range(6)])
-        shares.append(whole / ((2 * config.num_steps - 1) * each))
-    result["sampler / its evaluations"] = round(statistics.median(shares), 3)
-    print(json.dumps(result, indent=2))
-    return result
+        times = in_turn({k: steps[part] for k, steps in made.items()}, rounds=rounds)
+        work = own["work"]("forward" if part == "sample" else part)
+        if part == "sample":
+            work = {what: evaluations * n for what, n in work.items()}
+        options = {"targets": target, "notes": notes, "work": work}
+        rows += show(make_rows(f"unet_{part}", times, case=f"batch={config.batch_size}", **options))
+
+    def evaluate() -> None:
+        for _ in range(evaluations):
+            own["forward"]()
+
+    # Above 1 / 1.05 the sampler costs at most 5% more than its evaluations.
+    sides = {OURS: own["sample"], f"{evaluations} evaluations": evaluate}
+    times = in_turn(sides, rounds=config.sample_rounds, warm=0)
+    return rows + show(make_rows("unet_sampler", times, targets=1 / 1.05))
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Milliseconds of one call."""
-    begun = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - begun)
-
-
-def ours(config: Config) -> dict[str, Callable[[], Any]]:
+def ours(config: Config) -> dict[str, Callable[..., Any]]:
     """The library's parts, as an experiment uses them."""
     network, process, key = (
         UNet(channels=(32, 64, 64), attention=(16,)),
@@ -122,7 +112,13 @@ def ours(config: Config) -> dict[str, Callable[[], Any]]:
     def train() -> None:
         state[0], _ = jax.block_until_ready(step(state[0], {"x": x}))
 
+    def work(part: str) -> dict[str, float]:
+        if part == "forward":
+            return work_of(evaluate, params, x, t)
+        return work_of(step.compiled, state[0], {"x": x})  # type: ignore[attr-defined]
+
     return {
+        "work": work,
         "forward": lambda: jax.block_until_ready(evaluate(params, x, t)),
         "train": train,
         "sample": lambda: jax.block_until_ready(draw(params, key)),

@@ -14,11 +14,9 @@ The sides are timed in turn, round by round, in one process; a ratio is the medi
 """
 
 import dataclasses
-import json
 import os
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
@@ -29,6 +27,8 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.benchmarks._table import OURS, Row, build, make_rows, show
+from experiments.benchmarks._timing import in_turn
 from genjax.networks import MLP
 from genjax.training import data_mesh, init_state, make_train_step
 from genjax.variational import bernoulli_log_likelihood, elbo
@@ -215,50 +215,36 @@ def torch_step(x: np.ndarray, compiled: bool = False) -> Run:
     return run
 
 
-def main(config: Config) -> dict[str, Any]:
-    """Time every side in turn; returns medians in milliseconds and ratios."""
+def main(config: Config) -> list[Row]:
+    """Time every side in turn; the rows hold milliseconds of one step."""
     x = (np.random.default_rng(0).uniform(size=(BATCH, PIXELS)) < 0.2).astype(np.float32)
-    sides = {
-        "genjax": genjax_step(x),
-        "genjax_scan": genjax_step(x, config.scan),
-        "plain_jax": plain_jax(x),
-        "flax_example": flax_example(x),
+    makers: dict[str, Callable[[], Run]] = {
+        OURS: partial(genjax_step, x),
+        "genjax_scan": partial(genjax_step, x, config.scan),
+        "plain_jax": partial(plain_jax, x),
+        "flax_example": partial(flax_example, x),
     }
     if config.torch:
-        try:
-            sides["torch"] = torch_step(x)
-            if config.torch_compile:
-                sides["torch_compile"] = torch_step(x, compiled=True)
-        except ImportError:
-            print("torch is not installed: its rows are left out")
-    for run in sides.values():
-        run(config.steps)
+        makers["torch"] = partial(torch_step, x)
+        if config.torch_compile:
+            makers["torch_compile"] = partial(torch_step, x, compiled=True)
+    losses: dict[str, float] = {}
 
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    losses = {}
-    for i in range(config.rounds):
-        order = list(sides) if i % 2 else list(sides)[::-1]
-        for name in order:
-            # torch's threads spin for a while after their last work.
-            time.sleep(0.05)
-            begun = time.perf_counter()
-            losses[name] = sides[name](config.steps)
-            times[name].append((time.perf_counter() - begun) / config.steps * 1e3)
-    ours = times["genjax"]
-    result = {
-        "milliseconds": {name: round(statistics.median(t), 3) for name, t in times.items()},
-        "ratio_to_genjax": {
-            name: round(statistics.median(a / b for a, b in zip(t, ours, strict=True)), 3)
-            for name, t in times.items()
-        },
-        "targets": {name: value for name, value in TARGETS.items() if name in times},
-        "last_loss": {name: round(value, 2) for name, value in losses.items()},
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        **dataclasses.asdict(config),
-    }
-    print(json.dumps(result, indent=2))
-    return result
+    def side(name: str) -> Callable[[], None]:
+        run = makers[name]()
+
+        def call() -> None:
+            losses[name] = run(config.steps)
+
+        return call
+
+    sides, notes = build({k: partial(side, k) for k in makers}, ("torch", "torch_compile"))
+    # torch's threads spin for a while after their last work.
+    times = in_turn(sides, rounds=config.rounds, units=config.steps, pause=0.05)
+    checks = {name: {"last_loss": loss} for name, loss in losses.items()}
+    weights = 2 * PIXELS * HIDDEN + 3 * HIDDEN * LATENT
+    options = {"work": {"flops": 6.0 * BATCH * weights}, "notes": notes}
+    return show(make_rows("vae", times, targets=TARGETS, checks=checks, **options))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296 sa
 """
 
 import dataclasses
-import json
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,10 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.benchmarks._ceilings import work_of
+from experiments.benchmarks._table import OURS, Row, build, make_rows, show
+from experiments.benchmarks._timing import in_turn
 from genjax.adversarial import gradient_penalty, wasserstein
 from genjax.networks import DCGANCritic, DCGANGenerator
 
 LATENT = 128
+TARGETS = {"critic": 1.25, "generator": None, "both": 1.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,30 +50,19 @@ class Config:
     """Time PyTorch beside."""
 
 
-def main(config: Config) -> dict[str, Any]:
-    """Time every part on both sides; returns milliseconds and ratios."""
-    sides = {"genjax": ours(config)}
+def main(config: Config) -> list[Row]:
+    """Time every part on both sides in turn."""
+    makers: dict[str, Any] = {OURS: partial(ours, config)}
     if config.torch:
-        sides["torch"] = theirs(config)
-    times: dict[str, list[float]] = {}
-    for part in ("critic", "generator", "both"):
-        for side, steps in sides.items():
-            for _ in range(3):
-                steps[part]()
-            times[f"{side} {part}"] = []
-        for _ in range(config.rounds):
-            for side, steps in sides.items():
-                begun = time.perf_counter()
-                steps[part]()
-                times[f"{side} {part}"].append(1e3 * (time.perf_counter() - begun))
-    result = {name: round(statistics.median(values), 2) for name, values in times.items()}
-    if config.torch:
-        for part in ("critic", "generator", "both"):
-            # Pair by pair: the machine's moods hit both sides of a pair alike.
-            pairs = zip(times[f"torch {part}"], times[f"genjax {part}"], strict=True)
-            result[f"torch / genjax {part}"] = round(statistics.median(t / g for t, g in pairs), 2)
-    print(json.dumps(result, indent=2))
-    return result
+        makers["torch"] = partial(theirs, config)
+    made, notes = build(makers, ("torch",))
+    case, rows = f"width={config.width} batch={config.batch_size}", []
+    for part, target in TARGETS.items():
+        sides = {name: steps[part] for name, steps in made.items()}
+        times = in_turn(sides, rounds=config.rounds, warm=2)
+        options = {"targets": target, "notes": notes, "work": made[OURS]["work"](part)}
+        rows += show(make_rows(f"wgan_gp_{part}", times, case=case, **options))
+    return rows
 
 
 def double_backward(critic: Any, key: Any, real: jax.Array, fake: jax.Array) -> jax.Array:
@@ -83,8 +73,8 @@ def double_backward(critic: Any, key: Any, real: jax.Array, fake: jax.Array) -> 
     return jnp.square(jnp.sqrt(jnp.sum(slope**2, axis=1)) - 1)
 
 
-def ours(config: Config) -> dict[str, Callable[[], Any]]:
-    """The library's parts: compiled, donated, as a user writes them."""
+def ours(config: Config) -> dict[str, Callable[..., Any]]:
+    """The library's parts: compiled, donated, as a user writes them; and what work they are."""
     w, n = config.width, config.batch_size
     critic = DCGANCritic(32, 3, w, kernel=3, as_matmul=config.as_matmul)
     generator = DCGANGenerator(32, 3, w, kernel=1, norm="batch", as_matmul=config.as_matmul)
@@ -94,6 +84,8 @@ def ours(config: Config) -> dict[str, Callable[[], Any]]:
     real = jax.random.uniform(key, (n, 32, 32, 3), minval=-1, maxval=1)
     c = critic.init(key, real)
     g = generator.init(key, jnp.zeros((n, LATENT)))
+
+    start = (c, g, optimizer.init(c), optimizer.init(g))
 
     def update(loss: Any, params: Any, opt_state: Any) -> tuple[Any, Any]:
         updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
@@ -124,7 +116,7 @@ def ours(config: Config) -> dict[str, Callable[[], Any]]:
 
     def timed(step: Any) -> Callable[[], Any]:
         compiled = jax.jit(step, donate_argnums=0)
-        state = [jax.tree.map(jnp.copy, (c, g, optimizer.init(c), optimizer.init(g)))]
+        state = [jax.tree.map(jnp.copy, start)]
 
         def run() -> None:
             state[0] = jax.block_until_ready(compiled(state[0], key))
@@ -132,11 +124,12 @@ def ours(config: Config) -> dict[str, Callable[[], Any]]:
         return run
 
     both = lambda state, key: generator_step(critic_step(state, key), key)  # noqa: E731
-    return {
-        "critic": timed(critic_step),
-        "generator": timed(generator_step),
-        "both": timed(both),
-    }
+    steps = {"critic": critic_step, "generator": generator_step, "both": both}
+
+    def work(part: str) -> dict[str, float]:
+        return work_of(jax.jit(steps[part]), start, key)
+
+    return {**{part: timed(step) for part, step in steps.items()}, "work": work}
 
 
 def theirs(config: Config) -> dict[str, Callable[[], Any]]:
