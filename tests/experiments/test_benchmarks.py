@@ -1,0 +1,142 @@
+"""The benchmark table: sides in turn, ratios, targets, what a compiled program sends."""
+
+import json
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmarks import __main__ as benchmarks
+from experiments.benchmarks import _ceilings, _table, _timing, scaling
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only sleeping moves."""
+    now = [0.0]
+    fake = types.SimpleNamespace(
+        perf_counter=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s)
+    )
+    monkeypatch.setattr(_timing, "time", fake)
+    return fake
+
+
+def test_sides_are_timed_in_turn(clock):
+    order = []
+
+    def side(name, seconds):
+        def call():
+            order.append(name)
+            clock.sleep(seconds)
+
+        return call
+
+    sides = {"genjax": side("a", 0.002), "peer": side("b", 0.008)}
+    times = _timing.in_turn(sides, rounds=4, calls=2, units=2)
+    assert "".join(order) == "aabb" + "aabb" + "bbaa" + "aabb" + "bbaa"
+    assert len(times["peer"].rounds) == 4
+    assert times["peer"].median == pytest.approx(4)  # two units in a call
+    assert _timing.ratio(times["peer"], times["genjax"]) == pytest.approx(4)
+    assert times["genjax"].first == pytest.approx(2)
+
+
+def test_time_is_bounded(clock):
+    times = _timing.in_turn({"a": lambda: clock.sleep(0.01)}, rounds=1000, seconds=0.045)
+    assert len(times["a"].rounds) == 5
+
+
+def test_memory_of_the_first_call():
+    kept = []
+    _, small = _timing.watched(lambda: None)
+    _, large = _timing.watched(lambda: kept.append(np.ones(8_000_000)))
+    if large is None:
+        pytest.skip("this system does not say")
+    assert small < 30
+    assert large > 50
+
+
+def rows():
+    ours, theirs = _timing.Times([2.0, 4.0], 9.0, 1.0), _timing.Times([6.0, 8.0], 7.0, None)
+    return _table.make_rows(
+        "vae",
+        {"genjax": ours, "torch": theirs},
+        case="n=4",
+        targets={"torch": 3.0},
+        checks={"torch": {"difference": 1e-7}},
+        work={"flops": 1e6, "bytes": 3e6},
+        notes={"zuko": "zuko is not installed"},
+    )
+
+
+def test_rows_and_targets(tmp_path):
+    own, torch, zuko = rows()
+    assert (own.ms, own.ratio, own.met) == (3.0, None, None)
+    assert torch.ratio == 2.5  # the median of 3 and 2
+    assert torch.met is False
+    assert zuko.note == "zuko is not installed"
+    _table.write(tmp_path / "rows.json", rows())
+    assert _table.read(tmp_path / "rows.json") == rows()
+
+
+def test_the_table_has_a_line_for_each_row():
+    # 1e6 flops at 1e9 a second take 1 ms, 3e6 bytes at 2e9 a second 1.5: half of 3.
+    text = _table.markdown(rows(), {"flops": 1e9, "bytes": 2e9})
+    lines = text.splitlines()
+    assert len(lines) == 2 + 3
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| 50% |" in lines[2]
+    assert "| 2.50 | 3.00 | **no** |" in lines[3]
+    assert "difference 1.0e-07" in lines[3]
+    assert "zuko is not installed" in lines[4]
+
+
+def test_a_peer_that_is_missing_is_named(capsys):
+    def missing():
+        raise ModuleNotFoundError("No module named 'peer'", name="peer")
+
+    sides, notes = _table.build({"genjax": lambda: 1, "other": missing})
+    assert list(sides) == ["genjax"]
+    assert notes == {"other": "peer is not installed"}
+    assert "# other skipped: peer is not installed" in capsys.readouterr().out
+
+
+def test_work_of_a_program():
+    import jax
+
+    x = jnp.ones((64, 32))
+    work = _ceilings.work_of(jax.jit(lambda x: jnp.exp(x @ x.T)), x)
+    assert work["flops"] == pytest.approx(2 * 64 * 64 * 32, rel=0.1)
+    assert work["exps"] == 64 * 64
+
+
+def test_bytes_that_travel():
+    program = """
+      %all-reduce.1 = f32[10,4]{1,0} all-reduce(%dot), channel_id=1
+      %all-reduce = (f32[784,400]{1,0}, f32[], bf16[3]{0}) all-reduce(%a, %b, %c), to_apply=%add
+      %all-gather-start = f32[8]{0} all-gather-start(%p), dimensions={0}
+      %fusion = f32[100]{0} fusion(%all-reduce.1), calls=%inner
+    """
+    found = scaling.collectives(program)
+    assert found == {"all-reduce": 160 + 4 * 784 * 400 + 4 + 6, "all-gather": 32}
+
+
+def test_the_command_writes_one_table(tmp_path, monkeypatch):
+    made = {"ceilings": [_table.Row("ceiling", "", "flops", checks={"per_second": 1e9})]}
+    monkeypatch.setattr(benchmarks, "run", lambda name, job, config: made.get(name, rows()))
+    benchmarks.main(benchmarks.Config(only=("vae",), out=tmp_path))
+    benchmarks.main(benchmarks.Config(only=("metrics",), out=tmp_path))  # keeps the other
+    found = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert list(found["workloads"]) == ["ceilings", "vae", "metrics"]
+    assert found["versions"]["jax"]
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "1.0 GFLOP/s" in text
+    assert "Targets met: 0 of 2" in text
+    with pytest.raises(ValueError, match=r"only must be among .*got 'vea'"):
+        benchmarks.main(benchmarks.Config(only=("vea",), out=tmp_path))
+
+
+def test_a_workload_that_fails_becomes_a_row(tmp_path):
+    job = benchmarks.Job("nothing_of_the_kind")
+    (row,) = benchmarks.run("x", job, benchmarks.Config(out=tmp_path, timeout=60))
+    assert row.note.startswith("failed: ModuleNotFoundError")
