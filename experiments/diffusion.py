@@ -75,15 +75,15 @@ class Config(_run.RunConfig):
     """Its standard deviation."""
     network: Literal["mlp", "unet"] = "mlp"
     """Residual MLP on the flattened event, or U-Net."""
-    width: int = 512
+    width: int = 384
     """Units of the MLP's layers."""
-    depth: int = 4
+    depth: int = 3
     """Residual blocks of the MLP."""
     channels: tuple[int, ...] = (32, 64)
     """Channels of the U-Net, one entry per resolution."""
     attention: tuple[int, ...] = ()
     """Heights at which the U-Net attends."""
-    dropout: float = 0.1
+    dropout: float = 0.2
     """Share of hidden units dropped in training."""
     label_dropout: float = 0.15
     """Share of training examples whose label is hidden, for classifier-free guidance."""
