@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 from experiments import _pictures, _run, _samples
-from genjax import flows
+from genjax import checks, flows
 from genjax.data import DENSITIES, DataSpec, Scaling, load
 from genjax.metrics import sliced_wasserstein
 from genjax.networks.velocity import VelocityMLP
@@ -49,6 +49,8 @@ class Config(_run.RunConfig):
     """Straight lines, or the variance-preserving path."""
     sigma_min: float = 0.0
     """Noise left at the data end of straight lines."""
+    pair_size: int = 256
+    """Examples that the exact assignment pairs at a time; its cost grows with the cube."""
     epsilon: float = 0.05
     """Entropy of the sinkhorn coupling, as a share of the mean cost."""
     conditional: bool = False
@@ -173,7 +175,10 @@ def fit(
             mesh=_run.mesh(config),
             steps_per_call=config.steps_per_call,
         )
-        state = _run.fit(run, state, step_fn, _run.batches(config, data))
+        batches = _run.batches(config, data)
+        if method == "ot":
+            batches = paired(config, spec, batches)
+        state = _run.fit(run, state, step_fn, batches)
         _run.finish(run, {})
     whole.training_seconds += run.training_seconds
     whole.first_call_seconds += run.first_call_seconds
@@ -205,13 +210,13 @@ def make_loss(
 ) -> Callable[..., Any]:
     """Pairs, then regression, as loss(params, key, batch) -> (losses, aux)."""
     path = flows.vp_path() if config.path == "vp" else flows.ot_path(config.sigma_min)
-    coupling = {"ot": exact_assignment, "sinkhorn": sinkhorn_plan(config.epsilon)}.get(method)
+    coupling = sinkhorn_plan(config.epsilon) if method == "sinkhorn" else None
 
     def loss_fn(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         key_data, key_pairs, key_time, key_net = jax.random.split(key, 4)
         label = batch.get("label") if config.conditional else None
         field = velocity(network, params, label, key_net)
-        if method == "reflow":
+        if method in ("reflow", "ot"):  # paired before
             x0, x1 = batch["x0"], batch["x1"]
         else:
             x = prepare(spec, key_data, batch["x"])
@@ -222,13 +227,46 @@ def make_loss(
 
 
 def exact_assignment(cost: jax.Array) -> jax.Array:
-    """For each data point (column) its noise, by the exact linear assignment, on the host."""
+    """For each data point (column) its noise, by the exact linear assignment, on the host.
+
+    Within a compiled program this is a callback, which jax on one CPU core may wait for forever
+    (its issue 24255): training calls it outside, see `paired`.
+    """
     from scipy.optimize import linear_sum_assignment
 
     def solve(cost: Any) -> np.ndarray:
         return linear_sum_assignment(np.asarray(cost).T)[1].astype(np.int32)
 
+    if checks.is_concrete(cost):
+        return jnp.asarray(solve(cost))
     return jax.pure_callback(solve, jax.ShapeDtypeStruct((cost.shape[1],), jnp.int32), cost)
+
+
+def paired(
+    config: Config, spec: DataSpec, batches: Callable[[int], Any]
+) -> Callable[[int], dict[str, np.ndarray]]:
+    """Batches of data with the noise that the exact assignment gives them: x0, x1 (and label)."""
+    root = jax.random.fold_in(jax.random.key(config.seed), jax.process_index())
+
+    @jax.jit
+    def noise_and_data(step: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key_data, key_noise = jax.random.split(jax.random.fold_in(root, step))
+        x1 = prepare(spec, key_data, x)
+        return jax.random.normal(key_noise, x1.shape), x1
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        arrays = batches(step)
+        kept = {"label": jnp.asarray(arrays["label"])} if config.conditional else {}
+        x0, x1 = noise_and_data(step, arrays["x"])
+        whole = {"x0": x0, "x1": x1, **kept}
+        parts = []
+        for i in range(0, len(x1), config.pair_size):
+            part = {name: x[i : i + config.pair_size] for name, x in whole.items()}
+            pairs = flows.sample_pairs(root, coupling=exact_assignment, **part)
+            parts.append({**part, **pairs._asdict()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in whole}
+
+    return batch
 
 
 def sinkhorn_plan(share: float) -> Callable[[jax.Array], jax.Array]:
