@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
+import genjax
 from experiments.__main__ import experiments
 from experiments.benchmarks import _table
 from experiments.benchmarks._ceilings import rates
@@ -44,13 +45,14 @@ PATHS = {
     "flow_matching": ("fm", "fm_ot"),
 }
 SMALL = {"n": (256,), "eps": (0.1, 0.01), "repeats": 3}
-ALL_SIZES = {"peers": ("ott", "ott-momentum", "ott-anderson", "pot", "geomloss"), "seconds": 30.0}
+PEERS_OF_OT = {"peers": ("ott", "ott-momentum", "ott-anderson", "pot", "geomloss"), "seconds": 8.0}
 LARGE = {"n": (4096,), "eps": (0.1, 0.01), "peers": ("ott",), "seconds": 30.0}
 TWO = {"n": (256, 1024), "eps": (0.01,), "peers": ("ott", "ott-momentum", "geomloss")}
 JOBS: dict[str, Job] = {
     "ceilings": Job("_ceilings", {}, {"rounds": 5}),
-    "sinkhorn": Job("sinkhorn", {"n": (256, 1024), **ALL_SIZES}, SMALL),
-    "sinkhorn_large": Job("sinkhorn", LARGE, {"n": (2048,), "d": (2,), "repeats": 2}),
+    "sinkhorn_256": Job("sinkhorn", {"n": (256,), **PEERS_OF_OT}, SMALL),
+    "sinkhorn_1024": Job("sinkhorn", {"n": (1024,), **PEERS_OF_OT}, SMALL | {"d": (2,)}),
+    "sinkhorn_4096": Job("sinkhorn", LARGE, {"n": (2048,), "d": (2,), "repeats": 2}),
     "sinkhorn_divergence": Job("sinkhorn", {"problem": "divergence", **TWO}, SMALL),
     "vae": Job("vae", {}, {"rounds": 3, "steps": 20}),
     "wgan_gp": Job("wgan_gp", {}, {"rounds": 3, "width": 16}),
@@ -126,8 +128,8 @@ def run(name: str, job: Job, config: Config) -> list[_table.Row]:
 
 def machine(config: Config) -> dict[str, Any]:
     """Say where and with what the rows were measured."""
-    versions = {}
-    for peer in ("jax", "genjax-models", *PEERS):
+    versions: dict[str, str | None] = {"genjax": genjax.__version__}
+    for peer in ("jax", *PEERS):
         try:
             versions[peer] = importlib.metadata.version(peer)
         except importlib.metadata.PackageNotFoundError:
