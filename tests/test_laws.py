@@ -1,6 +1,6 @@
 """Every public loss, found by introspection, obeys the laws; a loss that breaks one is caught."""
 
-import inspect
+import functools
 import sys
 import types
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jaxtyping import Array, Float
 
-from genjax import adversarial, diffusion, flows, variational
+from genjax import adversarial, checks, diffusion, flows, transport, variational
 from tests import laws
-from tests.laws import Case
+from tests.laws import Case, Objective
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(4, 3)), jnp.float32)
@@ -109,12 +109,85 @@ CASES = {
     "curvature": Case(lambda k, x: flows.curvature(network, x, steps=3), (X,)),
     "log_prob": Case(lambda k, x: flows.log_prob(FLOW, flows.normal((3,)), FLOW_PARAMS, x), (X,)),
 }
-FOUND = laws.per_example_losses()
+
+T = transport
+A, B = X[:, :2], 0.8 * jnp.concatenate([Y, Y[::-1] + 0.3])[:, :2] + 0.5
+SCORES = (X[:, 0], jnp.concatenate([Y[:, 0], Y[:, 1]]))
+UNBOUNDED = (0.0, 1e3, -1e3)
+BOUNDED = (0.0, 80.0, -80.0)  # those that are exponential in the scores
+OT = {"epsilon": 0.5, "num_iterations": 30}  # as many for all: a smaller program than a loop
+
+
+def scored(objective, extremes=UNBOUNDED, **options):
+    """An objective of scores, which takes a mask for either side."""
+    return Objective(
+        lambda real, fake: objective(real, fake, **options),
+        SCORES,
+        lambda real, fake, *masks: objective(real, fake, where=masks, **options),
+        extremes=extremes,
+    )
+
+
+def weigh(mask):
+    return mask / jnp.sum(mask)
+
+
+def solved(objective, **options):
+    """An objective of transport, which takes weights for either side; 0 for a point drops it."""
+    return Objective(
+        lambda x, y: objective(x, y, **options),
+        (A, B),
+        lambda x, y, *masks: objective(x, y, a=weigh(masks[0]), b=weigh(masks[1]), **options),
+        poison=3.0,
+        extremes=(0.0, 10.0),
+        rtol=2e-3,
+    )
+
+
+def density_ratio(samples, where=None):
+    return adversarial.f_divergence(
+        "jensen_shannon",
+        V.standard_normal_log_prob,
+        lambda x: V.standard_normal_log_prob(x - 0.5),
+        samples,
+        where=where,
+    )
+
+
+OBJECTIVES = {
+    "gan": scored(adversarial.gan),
+    "f_gan": scored(lambda *scores, **where: adversarial.f_gan("pearson", *scores, **where)),
+    "donsker_varadhan": scored(adversarial.donsker_varadhan),
+    "nwj": scored(adversarial.nwj, BOUNDED),
+    "wasserstein": scored(adversarial.wasserstein),
+    "hinge": scored(adversarial.hinge),
+    "least_squares": scored(adversarial.least_squares),
+    "f_divergence": Objective(
+        lambda x: density_ratio(x), (X,), lambda x, mask: density_ratio(x, mask), extremes=(0, 10.0)
+    ),
+    "sinkhorn": solved(T.sinkhorn, epsilon=0.5, tolerance=1e-5),
+    "sinkhorn_divergence": solved(T.sinkhorn_divergence, **OT),
+    "sinkhorn_loss": solved(T.sinkhorn_loss, **OT),
+    "minibatch_energy_distance": Objective(
+        lambda *clouds: T.minibatch_energy_distance(*clouds, **OT),
+        (X, X + 0.1 * Y, Y, Y[::-1] + 0.2 * X),
+        extremes=(0.0, 10.0),
+        rtol=2e-3,
+    ),
+}
+NOT_OF_SAMPLES = {
+    "gaussian_entropic_ot": "of moments",
+    "gaussian_wasserstein": "of moments",
+    "sinkhorn_from_cost": "of a cost matrix",
+    "sinkhorn_from_ott": "of a geometry",
+    "ppca_fit": "a fit",
+}
+LOSSES, FOUND = laws.per_example_losses(), laws.objectives()
 
 
 def test_every_public_loss_has_a_case():
-    assert set(FOUND) - set(CASES) == set(), "give the new loss a case, so that the laws see it"
-    assert set(CASES) - set(FOUND) == set()
+    assert set(LOSSES) == set(CASES), "give the new loss a case, so that the laws see it"
+    assert set(FOUND) == set(OBJECTIVES) | set(NOT_OF_SAMPLES), "give the new objective a case"
 
 
 @pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
@@ -123,44 +196,159 @@ def test_law(name, law, key, unchecked):
     law(CASES[name], key)
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("law", laws.OBJECTIVE_LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_law_of_objectives(name, law, unchecked):
+    law(OBJECTIVES[name])
+
+
+@pytest.mark.parametrize("name", [*CASES, *OBJECTIVES])
 def test_docstring(name):
-    laws.check_docstring(FOUND[name])
+    laws.check_docstring((LOSSES | FOUND)[name])
 
 
-def coupled(x: Float[Array, "batch d"]) -> Float[Array, " batch"]:
-    """Sum of squares, centred over the batch: not a function of one example (squared units)."""
+def test_every_public_function_says_what_it_returns():
+    for function in laws.public_functions().values():
+        laws.check_annotations(function)
+
+
+Batch = Float[Array, "batch d"]
+Losses = Float[Array, " batch"]
+Scalar = Float[Array, ""]
+
+
+def good(x: Batch) -> Losses:
+    """Sum of squares of each example, |x|^2 (Gauss 1809)."""
+    checks.rank("x", x, 2)
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=1)
+
+
+def coupled(x: Batch) -> Losses:
     return jnp.sum((x - x.mean(0, keepdims=True)) ** 2, axis=1).astype(jnp.float32)
 
 
-def narrow(x: Float[Array, "batch d"]) -> Float[Array, " batch"]:
+def narrow(x: Batch) -> Losses:
     return jnp.sum(x**2, axis=1)
 
 
-def sharp(x: Float[Array, "batch d"]) -> Float[Array, " batch"]:
-    return jnp.linalg.norm(x.astype(jnp.float32), axis=1)
-
-
-def reduced(x: Float[Array, "batch d"]) -> Float[Array, " batch"]:
+def reduced(x: Batch) -> Losses:
     return jnp.sum(x.astype(jnp.float32) ** 2)
 
 
-BROKEN = [
-    (coupled, laws.check_depends_on_itself_alone),
-    (narrow, laws.check_shape_and_dtype),
-    (sharp, laws.check_gradient_at_extremes),
-    (reduced, laws.check_shape_and_dtype),
-]
+def sharp(x: Batch) -> Losses:
+    return jnp.linalg.norm(x.astype(jnp.float32), axis=1)
 
 
-@pytest.mark.parametrize(("loss", "law"), BROKEN, ids=lambda x: x.__name__)
-def test_the_laws_find_and_catch_a_loss_that_breaks_one(loss, law, key, monkeypatch):
+def leaky(x: Batch) -> Losses:
+    return good(x) + 0 * jnp.mean(x.astype(jnp.float32))
+
+
+CALLS = []
+
+
+def impure(x: Batch) -> Losses:
+    CALLS.append(x)
+    return good(x) + len(CALLS)
+
+
+def unbatched(x: Batch) -> Losses:
+    shape = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
+    return good(x) + jax.pure_callback(lambda x: np.zeros(len(x), np.float32), shape, x)
+
+
+def permissive(x: Batch) -> Losses:
+    """Sum of squares."""
+    return jnp.sum(jnp.atleast_2d(x.astype(jnp.float32)) ** 2, axis=1)
+
+
+def of_two(x: Batch, y: Batch) -> Scalar:
+    """Squared distance of the means, |mean x - mean y|^2 (Gauss 1809)."""
+    checks.same_event(x=x, y=y)
+    checks.min_rank("x", x, 2)
+    means = [jnp.mean(z.astype(jnp.float32), axis=0) for z in (x, y)]
+    return jnp.sum(jnp.square(means[0] - means[1]))
+
+
+def ordered(x: Batch, y: Batch) -> Scalar:
+    return of_two(x[:2], y)
+
+
+def rooted(x: Batch, y: Batch) -> Scalar:
+    return jnp.sqrt(of_two(x, y))
+
+
+def half(x: Batch, y: Batch) -> Scalar:
+    return of_two(x, y).astype(x.dtype)
+
+
+def counted(x: Batch, y: Batch) -> Scalar:
+    CALLS.append(x)
+    return of_two(x, y) + len(CALLS)
+
+
+def lenient(x: Batch, y: Batch) -> Scalar:
+    return jnp.sum((jnp.mean(x) - jnp.mean(y)) ** 2).astype(jnp.float32)
+
+
+def serial(x: Batch, y: Batch) -> Scalar:
+    zero = jax.pure_callback(lambda x: np.float32(0), jax.ShapeDtypeStruct((), jnp.float32), x)
+    return of_two(x, y) + zero
+
+
+BROKEN = {
+    coupled: laws.check_depends_on_itself_alone,
+    narrow: laws.check_shape_and_dtype,
+    reduced: laws.check_shape_and_dtype,
+    sharp: laws.check_gradient_at_extremes,
+    leaky: laws.check_masking_equals_dropping,
+    impure: laws.check_jit_equals_eager,
+    unbatched: laws.check_vmap_over_keys,
+    permissive: laws.check_errors,
+}
+BROKEN_OBJECTIVES = {
+    half: laws.check_scalars,
+    ordered: laws.check_order_is_free,
+    counted: laws.check_objective_jit_equals_eager,
+    serial: laws.check_vmap_over_samples,
+    rooted: laws.check_objective_gradient,
+    lenient: laws.check_objective_errors,
+}
+
+
+def test_the_laws_hold_for_losses_that_obey_them(key):
+    for law in laws.LAWS:
+        law(Case(lambda k, x: good(x), (X,)), key)
+    for law in laws.OBJECTIVE_LAWS:
+        law(Objective(of_two, (X, Y)))
+    laws.check_docstring(good)
+    laws.check_docstring(of_two)
+
+
+@pytest.mark.parametrize("loss", [*BROKEN, *BROKEN_OBJECTIVES], ids=lambda f: f.__name__)
+def test_a_loss_that_breaks_a_law_is_found_and_caught(loss, key, monkeypatch):
     module = types.ModuleType("broken.family")
     setattr(module, loss.__name__, loss)
     monkeypatch.setitem(sys.modules, "broken.family", module)
-    assert laws.per_example_losses(("broken.family",)) == {loss.__name__: loss}
+    find = laws.per_example_losses if loss in BROKEN else laws.objectives
+    assert find(("broken.family",)) == {loss.__name__: loss}
+    if loss in BROKEN:
+        still = lambda k, x: loss(x + 0 * jax.random.uniform(k, dtype=x.dtype))  # noqa: E731
+        case = Case(still, (X,))
+        law = functools.partial(BROKEN[loss], case, key)
+    else:
+        law = functools.partial(BROKEN_OBJECTIVES[loss], Objective(loss, (X, Y)))
+    with pytest.raises((AssertionError, pytest.fail.Exception, NotImplementedError)):
+        law()
     with pytest.raises(AssertionError):
-        law(Case(lambda k, x: loss(x), (X,)), key)
-    if not inspect.getdoc(loss):
-        with pytest.raises((AssertionError, IndexError)):
-            laws.check_docstring(loss)
+        laws.check_docstring(loss)
+
+
+def test_a_mask_that_is_not_heeded_is_caught():
+    ignored = Objective(of_two, (X, Y), lambda x, y, *masks: of_two(x, y))
+    with pytest.raises(AssertionError):
+        laws.check_masked_is_dropped(ignored)
+
+
+def test_a_loss_without_a_type_is_caught():
+    with pytest.raises(AssertionError, match="no annotation"):
+        laws.check_annotations(lambda x: x)

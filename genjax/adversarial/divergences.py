@@ -248,6 +248,7 @@ def f_divergence(
     Raises ValueError for an unknown name, no sample, or a log density of another shape.
     """
     checks.one_of("divergence", name, F_DIVERGENCES)
+    checks.min_rank("samples", samples, 1)
     checks.not_empty("samples", samples)
     lp, lq = at_least_float32(log_p(samples)), at_least_float32(log_q(samples))
     lm = lq if log_proposal is None else at_least_float32(log_proposal(samples))

@@ -67,6 +67,7 @@ def variational_bound(
     """
     checks.integer("num_steps", num_steps, 1)
     checks.floating("x", x)
+    checks.min_rank("x", x, 1)
     x = at_least_float32(x)
     dims = x[0].size
     check_times(process.t_max, process)

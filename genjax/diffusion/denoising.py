@@ -131,6 +131,7 @@ def loss_weight(
     if callable(weighting):
         return weighting(t)
     checks.one_of("weighting", weighting, [*PREDICTIONS, "likelihood"])
+    checks.min_rank("t", t, 1)
     alpha, sigma = process.alpha(t), _positive(process.sigma(t))
     if weighting == "likelihood":
         return 0.5 * process.diffusion_squared(t) * (alpha / sigma**2) ** 2

@@ -93,6 +93,7 @@ def log_prob(
     The change of variables; Papamakarios et al. (2021), eq. (6). The Jacobian belongs to it:
     without the second term the result is no density.
     """
+    checks.min_rank("x", x, 1)
     z, log_det = bijection.forward(params, x)
     return base.log_prob(z) + log_det
 

@@ -198,6 +198,7 @@ def curvature(
     The straightness S of Liu et al. (2023), section 3.2, by Euler steps.
     """
     checks.integer("steps", steps, 1)
+    checks.min_rank("x0", x0, 1)
     h = 1 / steps
 
     def step(x: Array, i: Array) -> tuple[Array, Array]:

@@ -80,4 +80,5 @@ def gaussian_log_prob(
 
 def standard_normal_log_prob(x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
     """Log density of the standard normal, -1/2 sum (x^2 + log 2 pi), in nats over the event."""
+    checks.min_rank("x", x, 1)
     return -0.5 * sum_event(jnp.square(at_least_float32(x)) + LOG_2PI)
