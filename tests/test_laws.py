@@ -165,7 +165,7 @@ OBJECTIVES = {
     "f_divergence": Objective(
         lambda x: density_ratio(x), (X,), lambda x, mask: density_ratio(x, mask), extremes=(0, 10.0)
     ),
-    "sinkhorn": solved(T.sinkhorn, epsilon=0.5, tolerance=1e-5),
+    "sinkhorn": solved(T.sinkhorn, **OT),
     "sinkhorn_divergence": solved(T.sinkhorn_divergence, **OT),
     "sinkhorn_loss": solved(T.sinkhorn_loss, **OT),
     "minibatch_energy_distance": Objective(

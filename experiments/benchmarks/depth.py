@@ -21,15 +21,7 @@ from genjax import networks
 class Config:
     depths: tuple[int, ...] = (4, 16)
     """How many layers, blocks or steps."""
-    networks: tuple[str, ...] = (
-        "mlp",
-        "residual_mlp",
-        "planar",
-        "realnvp",
-        "glow",
-        "tarflow",
-        "unet",
-    )
+    networks: tuple[str, ...] = ("mlp", "planar", "realnvp", "glow", "tarflow", "unet")
     """Which networks."""
 
 
