@@ -66,6 +66,45 @@ class ResidualBlock(nn.Module):
         return x + h
 
 
+def attend(
+    query: Float[Array, "batch tokens heads dim"],
+    key: Float[Array, "batch tokens heads dim"],
+    value: Float[Array, "batch tokens heads dim"],
+) -> Float[Array, "batch tokens heads dim"]:
+    """softmax(q k^T / sqrt(dim)) v of every head; softmax in float32.
+
+    On CPU large images go head by head, recomputed in the backward pass: weights that stay in the
+    cache make it several times as fast.
+    """
+    if query.shape[1] <= 64:
+        return _all_heads(query, key, value)
+    return jax.lax.platform_dependent(query, key, value, cpu=_by_head, default=_all_heads)
+
+
+def _all_heads(query: Array, key: Array, value: Array) -> Array:
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query / query.shape[-1] ** 0.5, key)
+    weights = jax.nn.softmax(at_least_float32(logits), axis=-1).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def _by_head(query: Array, key: Array, value: Array) -> Array:
+    batch, tokens, heads, dim = query.shape
+    query = jnp.moveaxis(query / dim**0.5, 1, 2).reshape(-1, tokens, dim)
+    # Keys and values as [dim, tokens]: their gradients then are products that XLA does well.
+    key, value = (
+        jnp.transpose(z, (0, 2, 3, 1)).reshape(batch * heads, dim, tokens) for z in (key, value)
+    )
+
+    @jax.checkpoint
+    def one(parts: tuple[Array, Array, Array]) -> Array:
+        query, key, value = parts
+        weights = jax.nn.softmax(at_least_float32(query @ key), axis=-1).astype(value.dtype)
+        return jnp.einsum("qk,dk->qd", weights, value)
+
+    attended = jax.lax.map(one, (query, key, value))
+    return jnp.moveaxis(attended.reshape(batch, heads, tokens, dim), 1, 2)
+
+
 class Attention(nn.Module):
     """Self-attention over the pixels, added to its input; softmax in float32."""
 
@@ -84,10 +123,7 @@ class Attention(nn.Module):
         heads = channels // self.head_dim
         mixed = nn.Dense(3 * channels, dtype=self.dtype)(tokens)
         mixed = mixed.reshape(batch, height * width, 3, heads, self.head_dim)
-        query, key, value = (mixed[:, :, i] for i in range(3))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query / self.head_dim**0.5, key)
-        weights = jax.nn.softmax(at_least_float32(logits), axis=-1).astype(x.dtype)
-        attended = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        attended = attend(*(mixed[:, :, i] for i in range(3)))
         out = nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO)(attended.reshape(tokens.shape))
         return x + out.reshape(x.shape)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from genjax.networks import Hourglass, UNet
-from genjax.networks.unet import Attention, GroupNorm, _doubled
+from genjax.networks.unet import Attention, GroupNorm, _doubled, attend
 
 X = jax.random.normal(jax.random.key(1), (2, 8, 8, 2))
 T = jnp.array([0.1, -0.7])
@@ -57,6 +57,31 @@ def test_attention_by_hand():
     out = out.reshape(2, 6, 8) @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"]
     found = net.apply(params, x)
     np.testing.assert_allclose(found, np.asarray(x) + out.reshape(x.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [9, 81])
+def test_attend_of_few_and_of_many_tokens(tokens, x64):
+    """Value and gradients beside float64 sums; more than 64 tokens go head by head on CPU."""
+    rng = np.random.default_rng(0)
+    parts = tuple(jnp.asarray(rng.normal(size=(2, tokens, 3, 4))) for _ in range(3))
+
+    def plain(q, k, v):
+        weights = jnp.exp(jnp.einsum("bihd,bjhd->bhij", q, k) / 2)
+        total = jnp.einsum("bhij,bjhd->bihd", weights, v)
+        return total / jnp.moveaxis(weights.sum(-1), 1, 2)[..., None]
+
+    probe = jnp.asarray(rng.normal(size=parts[0].shape))
+    for f, tolerance in ((attend, 1e-9), (jax.vmap(lambda q, k, v: attend(q, k, v)), 1e-9)):
+        lead = () if f is attend else (1,)
+        args = tuple(z.reshape(*lead, *z.shape) for z in parts)
+        value, pull = jax.vjp(f, *args)
+        expected, back = jax.vjp(plain, *parts)
+        np.testing.assert_allclose(value.reshape(expected.shape), expected, rtol=tolerance)
+        for one, other in zip(pull(probe.reshape(value.shape)), back(probe), strict=True):
+            np.testing.assert_allclose(one.reshape(other.shape), other, atol=1e-9)
+    narrow = attend(*(z.astype(jnp.bfloat16) for z in parts))
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_allclose(narrow.astype(jnp.float32), attend(*parts), atol=0.05)
 
 
 def test_doubling_repeats_pixels():
