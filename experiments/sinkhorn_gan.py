@@ -10,8 +10,7 @@ data y and a batch of samples x:
 
     python -m experiments.sinkhorn_gan
     python -m experiments.sinkhorn_gan --variant otgan --generator-updates 3 --steps 2000
-    python -m experiments.sinkhorn_gan --variant fixed --dataset 25gaussians --width 128 \\
-        --batch-size 256 --learning-rate 3e-3 --steps 7000
+    python -m experiments.sinkhorn_gan --dataset 25gaussians
 """
 
 import dataclasses
@@ -52,12 +51,12 @@ class Config(_run.RunConfig):
 
     dataset: str = "digits"
     """digits or another image set, or a 2-D density such as 25gaussians."""
-    variant: Literal["fixed", "learned", "otgan"] = "learned"
-    """The loss, see above."""
-    steps: int = 1000
-    """Updates of the generator."""
-    batch_size: int = 512
-    """Examples, and samples, in one update."""
+    variant: Literal["fixed", "learned", "otgan"] | None = None
+    """The loss, see above (default: learned for images, fixed in the plane)."""
+    steps: int | None = None  # type: ignore[assignment]
+    """Updates of the generator (default: 1,000 for images, 7,000 in the plane)."""
+    batch_size: int | None = None  # type: ignore[assignment]
+    """Examples, and samples, in one update (default: 512 for images, 256 in the plane)."""
     steps_per_call: int = 50
     """Updates in one call of the compiled program."""
     epsilon: float | None = None
@@ -67,14 +66,15 @@ class Config(_run.RunConfig):
     `divergence`."""
     latent_dim: int | None = None
     """Dimensions of the noise (default: 16 for images, 2 in the plane)."""
-    width: int = 256
-    """Width of the hidden layers of both networks."""
+    width: int | None = None
+    """Width of the hidden layers of both networks (default: 256 for images, 128 in the plane)."""
     depth: int = 4
     """Hidden layers of the generator; the features have two."""
     features: int = 64
     """Dimensions of the feature space of a learned cost."""
-    learning_rate: float = 2e-3
-    """Adam's rate for the generator, falling to 0 along a cosine."""
+    learning_rate: float | None = None
+    """Adam's rate for the generator, falling to 0 along a cosine (default: 0.002 for images, 0.003
+    in the plane)."""
     critic_learning_rate: float = 4e-4
     """Adam's rate for the features, falling likewise."""
     generator_updates: int = 2
@@ -83,15 +83,40 @@ class Config(_run.RunConfig):
     """Samples for the modes covered in the plane; images take as many as the training set has."""
 
 
+IMAGES = {
+    "variant": "learned",
+    "steps": 1000,
+    "batch_size": 512,
+    "epsilon": 0.01,
+    "latent_dim": 16,
+    "width": 256,
+    "learning_rate": 2e-3,
+}
+PLANE = {
+    "variant": "fixed",
+    "steps": 7000,
+    "batch_size": 256,
+    "epsilon": 0.0015,
+    "latent_dim": 2,
+    "width": 128,
+    "learning_rate": 3e-3,
+}
+
+
+def settled(config: Any, defaults: dict[str, Any]) -> Any:
+    """Give the options that were left open their values for this kind of data."""
+    left = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **left)
+
+
 def main(config: Config) -> dict[str, Any]:
     """Train, sample, evaluate; returns the summary."""
+    config = settled(config, PLANE if config.dataset in DENSITIES else IMAGES)
     arrays, spec = load(config.dataset, "train", data_dir=config.data_dir)
     held_out = load(config.dataset, "test", data_dir=config.data_dir)[0]["x"]
     plane = spec.levels is None
     event = tuple(spec.shape)
     size = int(np.prod(event))
-    latent_dim = config.latent_dim or (2 if plane else 16)
-    epsilon = config.epsilon or (0.0015 if plane else 0.01)
     scaling = Scaling(spec.levels or 256)
     spread = float(np.std(arrays["x"])) if plane else 1.0
 
@@ -111,15 +136,15 @@ def main(config: Config) -> dict[str, Any]:
         y = batch["x"] if plane else scaling.to_continuous(batch["x"])
         n = len(y)
         y = y.reshape(n, size)
-        x = generate(params["generator"], jax.random.normal(key, (n, latent_dim)))
+        x = generate(params["generator"], jax.random.normal(key, (n, config.latent_dim)))
         if config.variant != "fixed":
             x, y = embed(params["critic"], x), embed(params["critic"], y)
-        value, error = LOSSES[config.variant](x, y, epsilon, config)
+        value, error = LOSSES[config.variant](x, y, config.epsilon, config)
         # One number for the whole batch: every example carries it, and so does their mean.
         return jnp.full((n,), value), {"marginal_error": jnp.full((n,), error)}
 
     key_x, key_f, key_run, key_z = jax.random.split(jax.random.key(config.seed), 4)
-    params = {"generator": initialise(generator, key_x, latent_dim)}
+    params = {"generator": initialise(generator, key_x, config.latent_dim)}
     if config.variant != "fixed":
         params["critic"] = initialise(critic, key_f, size)
     optimizer = two_players(config)
@@ -128,7 +153,7 @@ def main(config: Config) -> dict[str, Any]:
     @jax.jit
     def sample(params: Any, key: jax.Array) -> jax.Array:
         count = config.num_samples if plane else len(arrays["x"])
-        x = generate(params["generator"], jax.random.normal(key, (count, latent_dim)))
+        x = generate(params["generator"], jax.random.normal(key, (count, config.latent_dim)))
         return x if plane else scaling.to_levels(x.reshape(count, *event))
 
     def evaluate(state: Any) -> dict[str, float]:

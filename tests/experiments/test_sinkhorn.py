@@ -64,7 +64,7 @@ def test_losses_are_blind_to_scale_and_pull_samples_to_the_data(variant, key):
 
 def test_features_go_up_once_in_several_steps():
     config = sinkhorn_gan.Config(generator_updates=3, learning_rate=0.1, critic_learning_rate=0.1)
-    optimizer = sinkhorn_gan.two_players(config)
+    optimizer = sinkhorn_gan.two_players(sinkhorn_gan.settled(config, sinkhorn_gan.IMAGES))
     params = {"generator": jnp.ones(2), "critic": jnp.ones(2)}
     state = optimizer.init(params)
     path = [params]
