@@ -19,7 +19,7 @@ from genjax.transport.costs import DIRECT_DIMS, cosine, euclidean, squared_eucli
 COSTS = (squared_euclidean, euclidean, cosine)
 # With FINE points on both sides, annealing is done on a sample of COARSE, or a quarter.
 FINE, COARSE = 512, 2048
-SMOOTH = 0.03  # of the cost's scale: the least epsilon for the sample
+SMOOTH = 0.03  # of the cost's scale: the least epsilon for the sample, or without annealing
 
 
 class Options(NamedTuple):
@@ -88,6 +88,7 @@ def _potentials(options: Options, arrays, a, b, epsilon, f, g) -> tuple[Array, .
     # Potentials are rounded too: leave room for both below the tolerance.
     room = rounding + tiny * scale / (4 * epsilon)
     goal = jnp.maximum(0.95 * options.tolerance - room, 0.3 * options.tolerance)
+    smooth = SMOOTH * scale
     sound = jnp.isfinite(scale) & jnp.isfinite(jnp.sum(a) + jnp.sum(b)) & (epsilon > 0)
     problem = kernel.Problem(
         blocks=parts,
@@ -97,12 +98,18 @@ def _potentials(options: Options, arrays, a, b, epsilon, f, g) -> tuple[Array, .
         scale=jnp.maximum(scale, tiny * epsilon),
         goal=goal,
         limit=jnp.where(sound, options.max_iterations, 0),
-        start=scale / 4,
+        # Where epsilon is large the first sweeps at it do what the stages above it would.
+        start=jnp.where(epsilon < smooth, scale / 4, epsilon),
     )
     stored = options.chunk_size is None
     before = 0
     if options.anneal and not options.symmetric and _thinnable(options, parts):
-        problem, g, before = _coarse(options, problem)
+        g, before = jax.lax.cond(
+            epsilon < smooth,
+            lambda: _coarse(options, problem, smooth),
+            lambda: (g, jnp.zeros((), jnp.int32)),
+        )
+        problem = problem._replace(start=jnp.maximum(smooth, epsilon))
     if options.symmetric:
         f, count = kernel.solve_symmetric(problem, f, stored=stored)
         return f, f, count.astype(f.dtype), rounding
@@ -121,14 +128,12 @@ def _thinnable(options: Options, parts: blocks.Blocks) -> bool:
     return plain and min(parts.n, parts.m) >= FINE
 
 
-def _coarse(options: Options, problem: kernel.Problem) -> tuple[kernel.Problem, Array, Array]:
+def _coarse(options: Options, problem: kernel.Problem, level: Array) -> tuple[Array, Array]:
     """Anneal every k-th point down to an epsilon at which a sample tells the potential of all.
 
-    Returns the problem with its annealing to be started there, the potential extended to all of y,
-    and the number of sweeps.
+    Returns the potential extended to all of y, and the number of sweeps.
     """
     parts, a, b = problem.blocks, problem.a, problem.b
-    level = jnp.maximum(SMOOTH * problem.scale, problem.epsilon)
     step = max(4, min(parts.n, parts.m) // COARSE)
 
     def thin(weights: Array) -> Array:
@@ -151,7 +156,7 @@ def _coarse(options: Options, problem: kernel.Problem) -> tuple[kernel.Problem, 
     start = jnp.zeros_like(small.b)
     f, _, count = kernel.solve(small, start, anneal=True, relaxation=None, stored=True)
     wide = blocks.make(tall, parts.cost_fn, options.chunk_size)
-    return problem._replace(start=level), blocks.col_update(wide, f, small.a, level), count
+    return blocks.col_update(wide, f, small.a, level), count
 
 
 def _solve(
