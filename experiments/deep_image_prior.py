@@ -43,10 +43,10 @@ class Config(_run.RunConfig):
     """Standard deviation of the noise added to the input at each step."""
     learning_rate: float = 0.01
     """Adam's rate."""
-    steps: int = 300
+    steps: int = 1500
     """Updates of the weights."""
-    steps_per_call: int = 10
-    """Updates in one call of the compiled program."""
+    steps_per_call: int = 1
+    """Updates in one call of the compiled program; on a CPU convolutions are slower in a loop."""
     batch_size: int = 1
     """Not used: the data is one image."""
     save_every: int = 10_000

@@ -229,7 +229,7 @@ def build(config: Config, spec: DataSpec, x: np.ndarray) -> Model:
         )
     process = PROCESSES[config.process]()
     scale = float((y - shift).std())
-    return Model(process, network, spec, config.prediction, scale, np.float32(shift))
+    return Model(process, network, spec, config.prediction, scale, np.asarray(shift, np.float32))
 
 
 def make_loss(config: Config, model: Model) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
     python -m experiments.flow                                   (spline couplings, digits)
     python -m experiments.flow --model glow
-    python -m experiments.flow --model tarflow
+    python -m experiments.flow --model tarflow --batch-size 64 --steps 2500
     python -m experiments.flow --model tarflow --noise 0.15 --conditional --guidance 1
     python -m experiments.flow --model planar --dataset pinwheel
 
@@ -38,7 +38,7 @@ SIZES = {
     "realnvp": (8, 256),
     "spline": (6, 128),
     "glow": (8, 64),
-    "tarflow": (4, 128),
+    "tarflow": (4, 64),
 }
 
 
