@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -117,7 +118,10 @@ def run(name: str, job: Job, config: Config) -> list[_table.Row]:
             done = subprocess.run(
                 command, env=environment, timeout=config.timeout, stderr=subprocess.PIPE, text=True
             )
-            why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            why = next(
+                (x for x in lines[::-1] if re.match(r"[\w.]+(Error|Exception)", x)), lines[-1]
+            )
             if done.returncode == 0:
                 return _table.read(file)
         except subprocess.TimeoutExpired:

@@ -11,6 +11,7 @@ experiments.benchmarks.flow_paths.
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -137,6 +138,7 @@ def jax_flow(name: str, x: Any) -> tuple[Any, Any, Any]:
         )
         whole = lambda p: paramax.unwrap(eqx.combine(p, static))  # noqa: E731
         return params, lambda p, x: whole(p).log_prob(x), lambda p, k: whole(p).sample(k, (BATCH,))
+    importlib.import_module(name)
     _, params, _ = realnvp_ours()
     score = lambda p, x: distrax_flow(p).log_prob(x)  # noqa: E731
     draw = lambda p, k: distrax_flow(p).sample(seed=k, sample_shape=(BATCH,))  # noqa: E731
