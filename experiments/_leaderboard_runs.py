@@ -6,12 +6,14 @@ FOLDER/FAMILY/seed0.log       what it printed
 FOLDER/FAMILY/calibration/    a short run, for the number of steps; steps.json says how many
 """
 
+import contextlib
+import fcntl
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,15 @@ class Outcome(NamedTuple):
     folder: Path
     reason: str | None
     reused: bool
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other call works on the family, which may share its runs with this one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def obtain(

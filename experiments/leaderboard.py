@@ -131,15 +131,16 @@ def family_row(
     options = {**options, "dataset": config.dataset, "data_dir": config.data_dir}
     entries, reasons = [], []
     for seed in range(config.seeds):
-        outcome = runs.obtain(
-            family,
-            folder / name,
-            options,
-            seed=seed,
-            seconds=config.seconds_per_family,
-            calibrate=config.calibrate,
-            timeout=config.timeout,
-        )
+        with runs.alone(folder / name):
+            outcome = runs.obtain(
+                family,
+                folder / name,
+                options,
+                seed=seed,
+                seconds=config.seconds_per_family,
+                calibrate=config.calibrate,
+                timeout=config.timeout,
+            )
         state = "reused" if outcome.reused else outcome.reason or "finished"
         print(f"  seed {seed}: {state}", flush=True)
         if outcome.reason is not None:
