@@ -62,8 +62,14 @@ FAMILIES: dict[str, Family] = {
     "continuous_flow": Family(
         "Continuous flow",
         "experiments.continuous_flow",
-        # Smaller calls and fewer solver steps than by default: a step takes half a second.
-        {"trace": "hutchinson", "solver_steps": 4, "batch_size": 128, "steps_per_call": 5},
+        # Eight solver steps, as by default; with four and a rate of 3e-3 it ended at 5.5 bits/dim.
+        {
+            "trace": "hutchinson",
+            "width": 128,
+            "batch_size": 128,
+            "learning_rate": 1e-3,
+            "steps_per_call": 5,
+        },
         {"steps_per_call": 5},
     ),
     "diffusion": Family(
