@@ -25,9 +25,12 @@ def _draw(key, num):
 
 @pytest.mark.slow
 def test_trained_score_is_within_five_percent(key):
-    """Relative L2 error over noised data at five noise levels, after 5,000 updates."""
-    network, num_steps = MLPDenoiser(width=128, depth=2), 5000
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_steps))
+    """Relative L2 error over noised data at five noise levels, after 7,000 updates.
+
+    At sigma = 0.1 the score is a quarter of the noise in the targets: hence the large batches.
+    """
+    network, num_steps = MLPDenoiser(width=128, depth=2), 7000
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, num_steps))
 
     def denoiser(params):
         return gd.denoiser(
@@ -42,10 +45,10 @@ def test_trained_score_is_within_five_percent(key):
         return gd.denoising_score_matching(
             denoiser(params),
             key_loss,
-            _draw(key_x, 512),
+            _draw(key_x, 2048),
             process=PROCESS,
             weighting="edm",
-            times=gd.edm_times(PROCESS, mean=-0.7, std=1.5),
+            times=gd.edm_times(PROCESS, mean=-1.2, std=1.5),
             sigma_data=STD,
         )[0].mean()
 
@@ -53,7 +56,7 @@ def test_trained_score_is_within_five_percent(key):
         params, state, average = carry
         updates, state = optimizer.update(jax.grad(loss)(params, key), state)
         params = optax.apply_updates(params, updates)
-        average = jax.tree.map(lambda a, p: 0.995 * a + 0.005 * p, average, params)
+        average = jax.tree.map(lambda a, p: 0.998 * a + 0.002 * p, average, params)
         return (params, state, average), None
 
     params = network.init(key, jnp.zeros((1, 2)), jnp.zeros(1))
