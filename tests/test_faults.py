@@ -10,7 +10,9 @@ import os
 import random
 import resource
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -285,8 +287,9 @@ def nobody():
 @pytest.fixture
 def open_path(tmp_path):
     """A folder that anybody can reach and write to, and may be made read-only."""
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
+    for path in (tmp_path, *tmp_path.parents):
+        if Path(tempfile.gettempdir()).resolve() in path.parents:
+            path.chmod(0o755)
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(0o777)
