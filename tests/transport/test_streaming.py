@@ -16,7 +16,6 @@ from tests.transport.reference import clouds
 
 MEASURE = """
 import json, sys
-import resource
 import jax, jax.numpy as jnp, numpy as np
 from genjax.transport import sinkhorn
 n, chunk, tolerance = int(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3])
@@ -28,9 +27,15 @@ def value(x):
     result = sinkhorn(x, y, epsilon=0.1, tolerance=tolerance, chunk_size=chunk)
     return result.value, result.marginal_error
 
-(v, error), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(x)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-print(json.dumps([peak, float(v), float(error), float(jnp.linalg.norm(gradient))]))
+# Of this process alone: what getrusage reports is inherited from the parent.
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
+
+step = jax.jit(jax.value_and_grad(value, has_aux=True)).lower(x).compile()
+before = peak()
+(v, error), gradient = jax.block_until_ready(step(x))
+print(json.dumps([before, peak(), float(v), float(error), float(jnp.linalg.norm(gradient))]))
 """
 
 
@@ -123,7 +128,8 @@ def test_bad_input(unchecked):
 
 
 def measure(n, chunk_size, tolerance):
-    """Peak resident GiB of a process that takes value and gradient, and what it found."""
+    """Peak resident GiB of a process that takes value and gradient, before the call (jax, and the
+    compilation) and in all, and what it found."""
     root = Path(__file__).parents[2]
     out = subprocess.run(
         [sys.executable, "-c", MEASURE, str(n), json.dumps(chunk_size), str(tolerance)],
@@ -137,9 +143,11 @@ def measure(n, chunk_size, tolerance):
 
 @pytest.mark.slow
 def test_memory_at_16384_points():
-    dense, value, error, norm = measure(16384, None, 1e-3)
-    peak, chunked_value, chunked_error, chunked_norm = measure(16384, 256, 1e-3)
-    assert peak < dense / 4
+    start, dense, value, error, norm = measure(16384, None, 1e-3)
+    chunked_start, peak, chunked_value, chunked_error, chunked_norm = measure(16384, 256, 1e-3)
+    # Compilation takes 0.4 GiB whatever the size: what is compared is the solve's own memory.
+    assert peak - chunked_start < (dense - start) / 4
+    assert peak < 0.5
     assert max(error, chunked_error) < 1e-3
     np.testing.assert_allclose(chunked_value, value, rtol=1e-4)
     np.testing.assert_allclose(chunked_norm, norm, rtol=1e-3)
@@ -147,7 +155,7 @@ def test_memory_at_16384_points():
 
 @pytest.mark.slow
 def test_memory_at_65536_points():
-    peak, value, error, _ = measure(65536, 256, 1e-2)
+    _, peak, value, error, _ = measure(65536, 256, 1e-2)
     assert peak < 2
     assert error < 1e-2
     assert np.isfinite(value)
