@@ -230,7 +230,8 @@ def sinkhorn(
     solver: exact for the value with one, for the cost with many. Memory O(n m) for all three,
     "unroll" recomputing its exponentials.
     init: potentials (f, g) to start from. The solver then starts at epsilon itself, and goes back
-    to annealing if they are of no use; `anneal` True or False forces either.
+    to annealing if they are of no use; `anneal` True or False forces either. Above 3% of the
+    cost's scale there is nothing to anneal: the solver starts at epsilon anyway.
     relaxation: of both updates, in (0, 2); by default 1 for num_iterations, adapted otherwise.
     symmetric: y is x and b is a, for a symmetric cost: one potential, by averaged updates.
     chunk_size: form at most that many rows of the cost at a time, forward and backward, and never

@@ -71,14 +71,13 @@ def test_attend_of_few_and_of_many_tokens(tokens, x64):
         return total / jnp.moveaxis(weights.sum(-1), 1, 2)[..., None]
 
     probe = jnp.asarray(rng.normal(size=parts[0].shape))
-    for f, tolerance in ((attend, 1e-9), (jax.vmap(lambda q, k, v: attend(q, k, v)), 1e-9)):
-        lead = () if f is attend else (1,)
-        args = tuple(z.reshape(*lead, *z.shape) for z in parts)
-        value, pull = jax.vjp(f, *args)
-        expected, back = jax.vjp(plain, *parts)
-        np.testing.assert_allclose(value.reshape(expected.shape), expected, rtol=tolerance)
-        for one, other in zip(pull(probe.reshape(value.shape)), back(probe), strict=True):
-            np.testing.assert_allclose(one.reshape(other.shape), other, atol=1e-9)
+    expected, back = jax.vjp(plain, *parts)
+    value, pull = jax.vjp(attend, *parts)
+    np.testing.assert_allclose(value, expected, rtol=1e-9)
+    for one, other in zip(pull(probe), back(probe), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-9)
+    mapped = jax.vmap(attend)(*(z[None] for z in parts))
+    np.testing.assert_allclose(mapped[0], expected, rtol=1e-9)
     narrow = attend(*(z.astype(jnp.bfloat16) for z in parts))
     assert narrow.dtype == jnp.bfloat16
     np.testing.assert_allclose(narrow.astype(jnp.float32), attend(*parts), atol=0.05)
