@@ -47,6 +47,12 @@ def rademacher(key: PRNGKey, like: Float[Array, "batch *event"]) -> Float[Array,
     return jax.random.rademacher(key, like.shape).astype(like.dtype)
 
 
+def _of_shape(v: Array, x: Array) -> Array:
+    """v, where it has the shape of x: another one could broadcast in silence."""
+    checks.shape("what the field returns", v, x.shape)
+    return v
+
+
 def divergence(
     field: Callable[[Array], Array],
     x: Float[Array, "batch *event"],
@@ -60,8 +66,9 @@ def divergence(
     if probe is not None:
         checks.same_shape(probe=probe, x=x)
         v, along = jax.jvp(field, (x,), (probe,))
-        return v, numerics.sum_event(probe * along)
+        return _of_shape(v, x), numerics.sum_event(probe * along)
     v, push = jax.linearize(field, x)
+    _of_shape(v, x)
     count = x.size // x.shape[0]
 
     def diagonal(i: Array | int) -> Array:
@@ -87,7 +94,7 @@ def _path(
             terms = [weight * k for weight, k in zip(row, slopes, strict=True) if weight]
             point = x + h * sum(terms) if terms else x
             when = jnp.full(x.shape[:1], t + node * h, x.dtype)
-            slopes.append(field(params, point, when))
+            slopes.append(_of_shape(field(params, point, when), x))
             points.append(point)
             times.append(when)
         update = sum(b * k for b, k in zip(rk.b, slopes, strict=True) if b)
