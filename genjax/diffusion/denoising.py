@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from genjax import checks
@@ -23,9 +24,9 @@ WeightFn: TypeAlias = Callable[[Array], Array]
 
 
 def check_times(t: Array | float | int, process: Process, name: str = "t") -> None:
-    """Raise ValueError where concrete times leave [0, t_max]."""
+    """Raise ValueError where concrete times leave [0, t_max], its rounding to float32 included."""
     if checks.is_concrete(process.t_max):
-        checks.between(name, t, 0, float(process.t_max))
+        checks.between(name, t, 0, max(float(process.t_max), float(np.float32(process.t_max))))
 
 
 def _components(
