@@ -128,7 +128,8 @@ def median_distance(x: Array, y: Array) -> Array:
     few = [v[:: -(-v.shape[0] // 1000)] for v in (x, y)]
     pooled = jnp.concatenate(few)
     rows, columns = jnp.triu_indices(pooled.shape[0], 1)
-    return jnp.median(safe_sqrt(squared_distances(*centred(pooled, pooled))[rows, columns]))
+    (pooled,) = centred(pooled)
+    return jnp.median(safe_sqrt(squared_distances(pooled, pooled)[rows, columns]))
 
 
 def _kernel_sum(kernel: KernelFn, x: Array, y: Array, off_diagonal: bool) -> Array:
