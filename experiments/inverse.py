@@ -36,8 +36,8 @@ class Config(_run.RunConfig):
     """How the observation steers the sampler."""
     noise_std: float = 0.05
     """Standard deviation of the observation's noise (data scale, [-1, 1])."""
-    scale: float = 0.2
-    """Step size of dps."""
+    scale: float = 1.0
+    """Strength of dps' guidance; 1 is that of a Gaussian likelihood."""
     num_steps: int = 100
     """Steps of the (ancestral) sampler."""
     num_images: int = 100
@@ -121,7 +121,14 @@ def restore(
             data_std=model.sigma_data,
         )
     elif config.method == "dps":
-        step = gd.posterior_sampling(operator, observed, step=step, scale=config.scale)
+        step = gd.posterior_sampling(
+            operator,
+            observed,
+            step=step,
+            scale=config.scale,
+            noise_std=config.noise_std,
+            data_std=model.sigma_data,
+        )
     else:
         seen = jnp.broadcast_to(~mask, observed.shape)
         step = gd.replacement(observed, seen, step=step)

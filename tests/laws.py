@@ -43,8 +43,10 @@ def returns_per_example(function: Any) -> bool:
 
 
 def returns_objective(function: Any) -> bool:
-    """Whether the annotation says a floating scalar, or a record with one."""
+    """Whether the annotation says a floating scalar, a record with one, or one of them first."""
     annotation = inspect.signature(function).return_annotation
+    if typing.get_origin(annotation) is tuple:
+        annotation = typing.get_args(annotation)[0]
     fields = getattr(annotation, "__annotations__", {}).values()
     scalar = lambda a: getattr(a, "dim_str", None) == "" and "float32" in a.dtypes  # noqa: E731
     return any(map(scalar, [annotation, *fields]))

@@ -343,6 +343,16 @@ def test_a_loss_that_breaks_a_law_is_found_and_caught(loss, key, monkeypatch):
         laws.check_docstring(loss)
 
 
+def test_an_objective_before_its_terms_is_found(monkeypatch):
+    def with_terms(x: Batch, y: Batch) -> tuple[Scalar, dict[str, Scalar]]:
+        return of_two(x, y), {}
+
+    module = types.ModuleType("broken.family")
+    module.with_terms = with_terms
+    monkeypatch.setitem(sys.modules, "broken.family", module)
+    assert laws.objectives(("broken.family",)) == {"with_terms": with_terms}
+
+
 def test_a_mask_that_is_not_heeded_is_caught():
     ignored = Objective(of_two, (X, Y), lambda x, y, *masks: of_two(x, y))
     with pytest.raises(AssertionError):

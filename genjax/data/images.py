@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from genjax.data.preparing import builder_of, prepare
+from genjax.data.preparing import builder_of, is_prepared, prepare
 
 # Anything tfds knows by name loads; these are the ones that messages and help texts show.
 IMAGES = ("digits", "mnist", "fashion_mnist", "cifar10", "celeb_a")
@@ -55,7 +55,7 @@ def open_images(
     shape = tuple(features["image"].shape)
     if None in shape:
         raise ValueError(f"{name} must have images of one size, got shape {shape}")
-    if not builder.is_prepared():
+    if not is_prepared(builder):
         prepare(name, data_dir)
         builder = builder_of(name, data_dir)
     splits = list(builder.info.splits)

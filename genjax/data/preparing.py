@@ -28,10 +28,9 @@ def builder_of(name: str, data_dir: str | os.PathLike | None) -> Any:
         import tensorflow_datasets as tfds
 
         make = functools.partial(tfds.builder, name)
-    absl = logging.getLogger("absl")
-    was_disabled, absl.disabled = absl.disabled, True  # tfds warns of folders that are yet to come
     try:
-        return make(data_dir=data_dir, file_format="array_record")
+        with _without_warnings():
+            return make(data_dir=data_dir, file_format="array_record")
     except ValueError as error:
         if "format is already set" not in str(error):
             raise
@@ -40,6 +39,21 @@ def builder_of(name: str, data_dir: str | os.PathLike | None) -> Any:
             "array_record format, which is read without TensorFlow; prepare it in another folder: "
             f"python -m genjax.data {name} --data-dir DIR"
         ) from error
+
+
+def is_prepared(builder: Any) -> bool:
+    """Say whether the builder's data set is on disk, whole."""
+    with _without_warnings():
+        return builder.is_prepared()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence tfds, which warns of folders that are yet to come."""
+    absl = logging.getLogger("absl")
+    was_disabled, absl.disabled = absl.disabled, True
+    try:
+        yield
     finally:
         absl.disabled = was_disabled
 
@@ -52,7 +66,7 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
     """
     builder = builder_of(name, data_dir)
     target, root = Path(builder.data_dir), Path(builder.data_dir_root)
-    if builder.is_prepared():
+    if is_prepared(builder):
         return target
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=f"preparing_{name}_") as scratch:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from genjax import checks
-from genjax.diffusion.denoising import check_times
+from genjax.diffusion.denoising import check_times, same_shape
 from genjax.diffusion.discrete import posterior
 from genjax.diffusion.schedules import Process, Scalar
 from genjax.diffusion.times import low_discrepancy
@@ -80,6 +80,7 @@ def variational_bound(
         eps = jax.random.normal(key, x.shape, x.dtype)
         x_t = expand_to(process.alpha(t), x) * x + expand_to(process.sigma(t), x) * eps
         mean = at_least_float32(denoise(x_t, t))
+        same_shape(mean, x)
         first = number == 1
         moments = posterior(process, t, s)
         ratio = jnp.where(first, 1.0, moments.variance / moments.forward_variance) ** mix

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from genjax import checks
@@ -23,9 +24,9 @@ WeightFn: TypeAlias = Callable[[Array], Array]
 
 
 def check_times(t: Array | float | int, process: Process, name: str = "t") -> None:
-    """Raise ValueError where concrete times leave [0, t_max]."""
+    """Raise ValueError where concrete times leave [0, t_max], its rounding to float32 included."""
     if checks.is_concrete(process.t_max):
-        checks.between(name, t, 0, float(process.t_max))
+        checks.between(name, t, 0, max(float(process.t_max), float(np.float32(process.t_max))))
 
 
 def _components(
@@ -48,7 +49,8 @@ def _components(
 
 def _positive(x: Array) -> Array:
     """The value, or the least positive one: what divides at sigma = 0 stays finite."""
-    return jnp.maximum(x, jnp.finfo(x.dtype).tiny ** 0.25)
+    # Its fourth power, in the loss of a score, still leaves room for large errors.
+    return jnp.maximum(x, jnp.finfo(x.dtype).tiny ** 0.1875)
 
 
 def convert(
@@ -129,7 +131,9 @@ def loss_weight(
     times "score" (Song et al. 2021b). A callable gives its own weight of t.
     """
     if callable(weighting):
-        return weighting(t)
+        weight = jnp.asarray(weighting(t))
+        checks.shape("what weighting returns", weight, t.shape)
+        return weight
     checks.one_of("weighting", weighting, [*PREDICTIONS, "likelihood"])
     checks.min_rank("t", t, 1)
     alpha, sigma = process.alpha(t), _positive(process.sigma(t))
@@ -166,17 +170,19 @@ def denoising_score_matching(
     checks.min_rank("x", x, 1)
     checks.floating("x", x)
     checks.one_of("prediction", prediction, PREDICTIONS)
+    checks.positive("sigma_data", sigma_data)
     time_key, noise_key = jax.random.split(key)
     x = at_least_float32(x)
     times = uniform_times(process) if times is None else times
-    t = times(time_key, x.shape[0]) if callable(times) else times
+    t = jnp.asarray(times(time_key, x.shape[0]) if callable(times) else times)
     checks.shape("times", t, x.shape[:1])
     check_times(t, process, "times")
     t = t.astype(x.dtype)
     eps = jax.random.normal(noise_key, x.shape, x.dtype) if noise is None else noise
+    checks.shape("noise", eps, x.shape)
     x_t = expand_to(process.alpha(t), x) * x + expand_to(process.sigma(t), x) * eps
     value = denoise(x_t, t)
-    _same_shape(value, x)
+    same_shape(value, x)
     space = weighting if isinstance(weighting, str) and weighting in PREDICTIONS else "x0"
     options = {"process": process, "sigma_data": sigma_data}
     value = convert(at_least_float32(value), x_t, t, source=prediction, target=space, **options)
@@ -188,6 +194,7 @@ def denoising_score_matching(
     return error, {"x0_error": x0_error, "time": t}
 
 
-def _same_shape(value: Array, x: Array) -> None:
+def same_shape(value: Array, x: Array) -> None:
+    """Raise ValueError where a denoiser changed the shape."""
     if value.shape != x.shape:
         raise ValueError(f"denoiser must keep the shape {x.shape}, it returned {value.shape}")

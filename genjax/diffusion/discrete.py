@@ -46,10 +46,17 @@ def ddpm_betas(
     """Discrete betas of a variance-preserving process.
 
     "exact": beta_i = 1 - alpha(i/T)^2 / alpha((i-1)/T)^2, clipped at `max_beta` (Nichol & Dhariwal
-    2021, eq. 17); "euler": beta_i = g((i-1)/(T-1))^2 / T, Ho et al. 2020's linear betas.
+    2021, eq. 17); "euler": beta_i = g((i-1)/(T-1))^2 / T, Ho et al. 2020's linear betas. Raises for
+    a process whose alpha^2 + sigma^2 is not 1.
     """
     checks.integer("num_steps", num_steps, 2)
     checks.one_of("rule", rule, ["exact", "euler"])
+    checks.between("max_beta", max_beta, 0, 1)
+    power = process.alpha(process.t_max) ** 2 + process.variance(process.t_max)
+    if checks.is_concrete(power) and not abs(power - 1) < 1e-4:
+        raise ValueError(
+            f"process must preserve the variance, got alpha^2 + sigma^2 = {power} at t_max"
+        )
     if rule == "euler":
         return process.diffusion_squared(jnp.linspace(0.0, 1.0, num_steps)) / num_steps
     log_alpha_bar = 2 * process.log_alpha(jnp.linspace(0.0, 1.0, num_steps + 1))
@@ -58,8 +65,12 @@ def ddpm_betas(
 
 def discrete(betas: Float[Array, " steps"]) -> DiscreteTime:
     """DDPM's process of given betas: alpha(i/T)^2 = prod_{j <= i} (1 - beta_j)."""
+    betas = as_float(betas)
     checks.rank("betas", betas, 1)
+    checks.not_empty("betas", betas)
     checks.between("betas", betas, 0, 1)
+    if checks.is_concrete(betas) and (betas >= 1).any():
+        raise ValueError(f"betas must be below 1, where nothing of the data is left, got {betas}")
     return DiscreteTime(jnp.cumsum(jnp.log1p(-betas)), t_min=1 / betas.shape[0])
 
 

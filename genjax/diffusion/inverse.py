@@ -49,14 +49,42 @@ def posterior_sampling(
     observation: Float[Array, "batch *observed"],
     *,
     step: StepFn = heun_step,
-    scale: Scalar = 0.5,
+    scale: Scalar | None = None,
+    noise_std: Scalar | None = None,
+    data_std: Scalar = 1.0,
 ) -> StepFn:
-    """DPS: x_s - scale / |r| grad_x |r|^2 after each step, r = y - A(D(x_t, t)).
+    """DPS: steps steered down |r|^2, r = y - A(D(x_t, t)), the gradient through the denoiser.
 
-    Chung et al. 2023, Algorithm 1 (their zeta'); the gradient passes through the denoiser. The
-    operator need not be linear. `scale` is a step size, to be tuned: the law is approximate.
+    Without `noise_std`, x_s - scale / |r| grad_x |r|^2 after each step (Chung et al. 2023,
+    Algorithm 1; scale, their zeta', 0.5 by default). Such steps have one size at every noise level
+    and overshoot where |r| is below it: their scale has to be tuned to data, operator and grid.
+
+    With `noise_std`, the step takes D - scale sigma^2 / alpha grad_x |r|^2 / (2 (noise_std^2 +
+    v)), the mean given y where y ~ N(A D, (noise_std^2 + v) I), with 1 / v = 1 / data_std^2 +
+    (alpha / sigma)^2 the spread of x_0 around D and scale 1 by default: for data N(m, data_std^2 I)
+    and orthonormal rows of A exact, with any step. The operator need not be linear.
     """
+    scale = (0.5 if noise_std is None else 1.0) if scale is None else scale
     checks.positive("scale", scale)
+    checks.positive("data_std", data_std)
+    if noise_std is not None:
+        checks.at_least("noise_std", noise_std, 0)
+    noise_variance = 0.0 if noise_std is None else noise_std**2
+
+    def tilted(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:
+        process = move.process
+
+        def conditional(x: Array, t: Array) -> Array:
+            def misfit(x: Array) -> tuple[Array, Array]:
+                mean = denoise(x, t)
+                return 0.5 * jnp.sum(jnp.square(observation - operator(mean))), mean
+
+            gradient, mean = jax.grad(misfit, has_aux=True)(x)
+            gain = process.variance(t) / process.alpha(t)
+            spread = _spread(process, t, data_std) + noise_variance
+            return mean - scale * gain / spread * gradient
+
+        return step(conditional, x, move)
 
     def guided(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:
         def misfit(x: Array) -> Array:
@@ -68,7 +96,13 @@ def posterior_sampling(
         moved, denoised = step(denoise, x, move)
         return moved - scale * gradient, denoised
 
-    return guided
+    return guided if noise_std is None else tilted
+
+
+def _spread(process: Process, t: Array, data_std: Scalar) -> Array:
+    """Var[x_0 | x_t] for data N(m, data_std^2)."""
+    ratio = process.noise_ratio(t)
+    return data_std**2 * ratio**2 / (data_std**2 + ratio**2)
 
 
 def pseudoinverse_guidance(
@@ -100,8 +134,7 @@ def pseudoinverse_guidance(
         pull = jax.linear_transpose(push, x)
         adjoint = jax.linear_transpose(operator, mean)
         gain = expand_to(process.variance(t) / process.alpha(t), x)
-        ratio = process.noise_ratio(t)
-        spread = expand_to(data_std**2 * ratio**2 / (data_std**2 + ratio**2), x)
+        spread = expand_to(_spread(process, t, data_std), x)
 
         def system(v: Array) -> Array:
             (image,) = adjoint(v)

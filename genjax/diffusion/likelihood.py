@@ -60,6 +60,7 @@ def log_likelihood(
     Returns (log p [batch], aux: "prior", "volume", both [batch]).
     """
     checks.min_rank("x", x, 2)
+    checks.floating("x", x)
     checks.integer("num_steps", num_steps, 1)
     checks.integer("num_probes", num_probes, 1)
     y = at_least_float32(x)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from genjax import checks
-from genjax.diffusion.denoising import check_times
+from genjax.diffusion.denoising import check_times, same_shape
 from genjax.diffusion.schedules import Process
 from genjax.diffusion.steps import DenoiseAt, Move, StepFn, dpm_solver_step, heun_step
 from genjax.numerics import at_least_float32
@@ -91,7 +91,7 @@ def _fold(
     first_index: Index,
     keep: bool,
 ) -> Array:
-    shape = tuple(shape)
+    shape, times = tuple(shape), jnp.asarray(times)
     checks.at_least("number of axes of shape", len(shape), 1)
     _check_grid(times, step, process)
     if x_init is None:
@@ -124,8 +124,7 @@ def at_one_time(denoise: DenoiserFn) -> DenoiseAt:
 
     def at(x: Array, t: Array) -> Array:
         value = denoise(x, jnp.broadcast_to(t, x.shape[:1]).astype(x.dtype))
-        if value.shape != x.shape:
-            raise ValueError(f"denoiser must keep the shape {x.shape}, it returned {value.shape}")
+        same_shape(value, x)
         return value.astype(x.dtype)
 
     return at

@@ -123,6 +123,7 @@ class VarianceExploding(Process):
         checks.positive("sigma_max", self.sigma_max)
         if checks.is_concrete(self.sigma_min) and checks.is_concrete(self.sigma_max):
             checks.at_least("sigma_max", self.sigma_max, float(self.sigma_min))
+            checks.positive("sigma_max - sigma_min", self.sigma_max - self.sigma_min)
 
     def _log_ratio(self) -> Array:
         return jnp.log(as_float(self.sigma_max) / self.sigma_min)
@@ -209,6 +210,7 @@ class Cosine(Process):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.positive("offset", self.offset)
+        checks.between("t_max", self.t_max, 0, 1)
 
     def _angle(self, t: Time) -> Array:
         return (0.5 * math.pi) * (as_float(t) + self.offset) / (1 + self.offset)
@@ -259,6 +261,11 @@ class RectifiedFlow(Process):
 
     t_min: Scalar = 1e-3
     t_max: Scalar = 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # At 1 the signal is gone and log alpha infinite.
+        checks.positive("1 - t_max", 1 - self.t_max)
 
     def log_alpha(self, t: Time) -> Float[Array, "..."]:
         return jnp.log1p(-as_float(t))

@@ -45,6 +45,12 @@ def rademacher(key: PRNGKey, like: Float[Array, "batch *event"]) -> Float[Array,
     return jax.random.rademacher(key, like.shape).astype(like.dtype)
 
 
+def _of_shape(v: Array, x: Array) -> Array:
+    """v, where it has the shape of x: another one could broadcast in silence."""
+    checks.shape("what the field returns", v, x.shape)
+    return v
+
+
 def divergence(
     field: Callable[[Array], Array],
     x: Float[Array, "batch *event"],
@@ -58,8 +64,9 @@ def divergence(
     if probe is not None:
         checks.same_shape(probe=probe, x=x)
         v, along = jax.jvp(field, (x,), (probe,))
-        return v, numerics.sum_event(probe * along)
+        return _of_shape(v, x), numerics.sum_event(probe * along)
     v, push = jax.linearize(field, x)
+    _of_shape(v, x)
     count = x.size // x.shape[0]
 
     def diagonal(i: Array | int) -> Array:
@@ -134,7 +141,8 @@ def solve(
     if method in ADAPTIVE:
         return _adaptive(field, params, x, times, method, (rtol, atol), "backprop")
     rk = METHODS[method]
-    return _integrate(lambda x, t: field(params, x, t), x, times, steps, rk, recompute=False)
+    slope = lambda x, t: _of_shape(field(params, x, t), x)  # noqa: E731
+    return _integrate(slope, x, times, steps, rk, recompute=False)
 
 
 def solve_with_log_det(

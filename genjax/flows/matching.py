@@ -75,6 +75,7 @@ def interpolate(
     velocity = data'(t) x_1 + noise'(t) x_0 (Lipman et al., 2023, eq. (15)).
     """
     checks.same_shape(x0=x0, x1=x1)
+    checks.shape("t", t, x1.shape[:1])
 
     def at(t: Array) -> Array:
         return (
@@ -152,8 +153,9 @@ def flow_matching_loss(
     if t is None:
         t = jax.random.uniform(key, x1.shape[:1], jnp.promote_types(x1.dtype, jnp.float32))
     x_t, velocity = interpolate(path, x0, x1, t.astype(x1.dtype))
-    error = numerics.at_least_float32(velocity_fn(x_t, t)) - velocity
-    checks.same_shape(velocity=error, x=x1)
+    predicted = numerics.at_least_float32(velocity_fn(x_t, t))
+    checks.shape("what velocity_fn returns", predicted, x1.shape)
+    error = predicted - velocity
     losses = numerics.sum_event(jnp.square(error))
     return losses, {"t": t, "speed": numerics.sum_event(jnp.square(velocity))}
 
@@ -203,6 +205,7 @@ def curvature(
 
     def step(x: Array, i: Array) -> tuple[Array, Array]:
         v = velocity_fn(x, jnp.full(x.shape[:1], i * h, x.dtype))
+        checks.shape("what velocity_fn returns", v, x.shape)
         return x + h * v, v
 
     x1, velocities = jax.lax.scan(step, x0, jnp.arange(steps))

@@ -20,6 +20,8 @@ MoreFeatures: TypeAlias = Float[Array, "m d"] | Float[np.ndarray, "m d"]
 Scalar: TypeAlias = Float[Array, ""] | Float[np.ndarray, ""]
 
 _BLOCK_ENTRIES = 2**22
+# Not 1024: with rows of a power of two apart, passes along columns miss the cache.
+_MOST_ROWS = 1000
 
 
 def check_features(least: int, why: str = "", **features: Any) -> None:
@@ -77,12 +79,28 @@ def centred(*features: Any) -> tuple[Array, ...]:
     return tuple(x - mean for x in arrays)
 
 
-def squared_distances(x: Features, y: MoreFeatures) -> Float[Array, "n m"]:
-    """|x_i - y_j|^2 as |x|^2 + |y|^2 - 2 x.y, never below 0. Wants points around the origin."""
+def squared_norms(x: Features) -> Float[Array, " n"]:
+    """|x_i|^2."""
+    return jnp.sum(jnp.asarray(x) ** 2, axis=1)
+
+
+def squared_distances(
+    x: Features, y: MoreFeatures, norms: tuple[Array, Array] | None = None
+) -> Float[Array, "n m"]:
+    """|x_i - y_j|^2 as |x|^2 + |y|^2 - 2 x.y, never below 0. Wants points around the origin.
+
+    `norms`: the squared norms of x and y, where a caller takes them once for many blocks.
+    """
     x, y = jnp.asarray(x), jnp.asarray(y)
+    of_x, of_y = (squared_norms(x), squared_norms(y)) if norms is None else norms
     products = jnp.dot(x, y.T, precision=HIGHEST)
-    squares = jnp.sum(x**2, axis=1)[:, None] + jnp.sum(y**2, axis=1)[None, :]
-    return jnp.maximum(squares - 2 * products, 0)
+    return jnp.maximum(of_x[:, None] + of_y[None, :] - 2 * products, 0)
+
+
+def _even_blocks(size: int, most: int) -> tuple[int, int]:
+    """Number and length of equal blocks of at most `most` rows, so that few rows are filling."""
+    count = -(-size // most)
+    return count, -(-size // count)
 
 
 def map_row_blocks(
@@ -94,8 +112,7 @@ def map_row_blocks(
     with rows of zeros, whose index is n or more.
     """
     size = x.shape[0]
-    block = max(1, min(size, 1024, _BLOCK_ENTRIES // max(width, 1)))
-    count = -(-size // block)
+    count, block = _even_blocks(size, max(1, min(_MOST_ROWS, _BLOCK_ENTRIES // max(width, 1))))
     rows = jnp.pad(x, ((0, count * block - size), (0, 0))).reshape(count, block, x.shape[1])
     index = jnp.arange(count * block).reshape(count, block)
     return jax.lax.map(lambda args: function(*args), (rows, index)), index < size
@@ -121,20 +138,23 @@ def kth_neighbour(x: Float[Array, "n d"], k: int) -> Float[Array, " n"]:
     serve the rows and the columns.
     """
     size = x.shape[0]
-    block = min(size, 1024)
-    count = -(-size // block)
-    x = jnp.pad(x, ((0, count * block - size), (0, 0)))
-    blocks = x.reshape(count, block, x.shape[1])
-    index = jnp.arange(count * block).reshape(count, block)
+    count, block = _even_blocks(size, _MOST_ROWS)
+    filling = count * block - size
+    # A filling row is infinitely far from all.
+    norms = jnp.pad(squared_norms(x), (0, filling), constant_values=jnp.inf).reshape(count, block)
+    blocks = jnp.pad(x, ((0, filling), (0, 0))).reshape(count, block, x.shape[1])
+    itself = jnp.eye(block, dtype=bool)
+
+    def nearer(best: Array, i: Array, distances: Array) -> Array:
+        found = k_smallest(distances, k)
+        return best.at[i].set(k_smallest(jnp.concatenate([best[i], found], axis=1), k))
 
     def update(best: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         i, j = pair
-        rows, columns = index[i][:, None], index[j][None, :]
-        usable = (rows != columns) & (rows < size) & (columns < size)
-        distances = jnp.where(usable, squared_distances(blocks[i], blocks[j]), jnp.inf)
-        best = best.at[i].set(k_smallest(jnp.concatenate([best[i], distances], axis=1), k))
-        other = jnp.where(i == j, jnp.inf, distances.T)
-        return best.at[j].set(k_smallest(jnp.concatenate([best[j], other], axis=1), k)), None
+        distances = squared_distances(blocks[i], blocks[j], (norms[i], norms[j]))
+        distances = jnp.where((i == j) & itself, jnp.inf, distances)
+        best = nearer(best, i, distances)
+        return nearer(best, j, jnp.where(i == j, jnp.inf, distances.T)), None
 
     first, second = np.triu_indices(count)
     best = jnp.full((count, block, k), jnp.inf, x.dtype)

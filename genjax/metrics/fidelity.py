@@ -18,6 +18,7 @@ from genjax.metrics._pairs import (
     map_row_blocks,
     nan_unless_finite,
     squared_distances,
+    squared_norms,
 )
 from genjax.numerics import at_least_float32
 from genjax.typing import PRNGKey
@@ -49,9 +50,10 @@ def precision_recall(real: Features, fake: MoreFeatures, *, k: int = 3) -> Preci
     _check_neighbours(k, real=real, fake=fake)
     x, y = centred(real, fake)
     radii_x, radii_y = kth_neighbour(x, k), kth_neighbour(y, k)
+    norms_y = squared_norms(y)
 
     def block(rows: Array, index: Array) -> tuple[Array, Array]:
-        distances = squared_distances(rows, y)
+        distances = squared_distances(rows, y, (squared_norms(rows), norms_y))
         # A filling row reaches nothing: its radius is below every distance.
         radius = radii_x.at[index].get(mode="fill", fill_value=-1)
         hit = jnp.any(distances <= radius[:, None], axis=0)
@@ -76,10 +78,11 @@ def density_coverage(real: Features, fake: MoreFeatures, *, k: int = 5) -> Densi
     check_features(1, real=real, fake=fake)
     x, y = centred(real, fake)
     radii = kth_neighbour(x, k)
+    norms_y = squared_norms(y)
 
     def block(rows: Array, index: Array) -> tuple[Array, Array]:
         radius = radii.at[index].get(mode="fill", fill_value=-1)
-        inside = squared_distances(rows, y) <= radius[:, None]
+        inside = squared_distances(rows, y, (squared_norms(rows), norms_y)) <= radius[:, None]
         return jnp.sum(inside, dtype=x.dtype), jnp.any(inside, axis=1)
 
     (counts, covered), _ = map_row_blocks(block, x, y.shape[0])
@@ -90,9 +93,12 @@ def density_coverage(real: Features, fake: MoreFeatures, *, k: int = 5) -> Densi
 
 def nearest_distance(x: Float[Array, "n d"], to: Float[Array, "m d"]) -> Float[Array, " n"]:
     """Squared distance of each x to the nearest of `to`."""
-    blocks, _ = map_row_blocks(
-        lambda rows, index: jnp.min(squared_distances(rows, to), axis=1), x, to.shape[0]
-    )
+    norms = squared_norms(to)
+
+    def block(rows: Array, index: Array) -> Array:
+        return jnp.min(squared_distances(rows, to, (squared_norms(rows), norms)), axis=1)
+
+    blocks, _ = map_row_blocks(block, x, to.shape[0])
     return blocks.reshape(-1)[: x.shape[0]]
 
 

@@ -108,11 +108,19 @@ def mmd(
         checks.positive("bandwidth", bandwidth)
         kernel = KERNELS[kernel](bandwidth)
     n, m = x.shape[0], y.shape[0]
-    xx, yy = (_kernel_sum(kernel, v, v, unbiased) for v in (x, y))
+    xx, yy = (_kernel_sum(kernel, v, v, True) for v in (x, y))
     xy = _kernel_sum(kernel, x, y, False)
     if unbiased:
         return _unbiased(xx, yy, xy, n, m)
+    # k(x_i, x_i) by itself: among the others its distance is 0 only up to rounding, of which the
+    # Laplacian kernel takes the root.
+    xx, yy = xx + _diagonal_sum(kernel, x), yy + _diagonal_sum(kernel, y)
     return xx / float(n**2) + yy / float(m**2) - 2 * xy / float(n * m)
+
+
+def _diagonal_sum(kernel: KernelFn, x: Array) -> Array:
+    """Sum of k(x_i, x_i)."""
+    return jnp.sum(jax.vmap(lambda row: kernel(row[None], row[None])[0, 0])(x).astype(widest()))
 
 
 def median_distance(x: Array, y: Array) -> Array:
@@ -120,7 +128,8 @@ def median_distance(x: Array, y: Array) -> Array:
     few = [v[:: -(-v.shape[0] // 1000)] for v in (x, y)]
     pooled = jnp.concatenate(few)
     rows, columns = jnp.triu_indices(pooled.shape[0], 1)
-    return jnp.median(safe_sqrt(squared_distances(*centred(pooled, pooled))[rows, columns]))
+    (pooled,) = centred(pooled)
+    return jnp.median(safe_sqrt(squared_distances(pooled, pooled)[rows, columns]))
 
 
 def _kernel_sum(kernel: KernelFn, x: Array, y: Array, off_diagonal: bool) -> Array:

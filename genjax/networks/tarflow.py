@@ -89,12 +89,17 @@ class TarFlow(nn.Module):
 
     def _image(self, tokens: Array, image: tuple[int, ...]) -> Array:
         p, (h, w, c) = self.patch, image
+        wanted = ((h // p) * (w // p), p * p * c)
+        if h % p or w % p or tokens.shape[1:] != wanted:
+            raise ValueError(f"z of images {image} must be [batch, *{wanted}], got {tokens.shape}")
         x = tokens.reshape(len(tokens), h // p, w // p, p, p, c).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(len(tokens), h, w, c)
 
     def _weights(self, length: int, dim: int) -> Params:
         """All weights, those of blocks and layers stacked: scans run over them."""
         blocks, width = self.blocks, self.width
+        if width % self.heads:
+            raise ValueError(f"width must be a multiple of heads = {self.heads}, got {width}")
         deep = (blocks, self.layers)
         normal, zeros = nn.initializers.normal, nn.initializers.zeros_init()
 

@@ -36,6 +36,8 @@ class VelocityMLP(nn.Module):
         checks.shape("t", t, (x.shape[0],))
         if label is not None and not self.classes:
             raise ValueError("labels came, but the network has classes=0")
+        if label is not None:
+            checks.shape("label", label, (x.shape[0],))
         angles = math.pi * t[:, None] * jnp.arange(1, self.frequencies + 1, dtype=x.dtype)[None]
         told = [t[:, None], jnp.sin(angles), jnp.cos(angles)]
         if self.classes:

@@ -78,7 +78,12 @@ def _prepare(mean0, cov0, mean1, cov1) -> tuple[Array, Array, Array, Array]:
     checks.shape("cov0", cov0, (d, d))
     checks.shape("cov1", cov1, (d, d))
     mean0, cov0, mean1, cov1 = (at_least_float32(z) for z in (mean0, cov0, mean1, cov1))
-    return mean0, (cov0 + cov0.T) / 2, mean1, (cov1 + cov1.T) / 2
+
+    def symmetric(cov: Array) -> Array:
+        # Not finite anywhere: nowhere, or the sums over the spectrum would pass over it.
+        return jnp.where(jnp.all(jnp.isfinite(cov)), (cov + cov.T) / 2, jnp.nan)
+
+    return mean0, symmetric(cov0), mean1, symmetric(cov1)
 
 
 def gaussian_wasserstein(
@@ -114,4 +119,5 @@ def gaussian_entropic_ot(
     checks.positive("epsilon", epsilon)
     mean0, cov0, mean1, cov1 = _prepare(mean0, cov0, mean1, cov1)
     s2 = jnp.asarray(epsilon).astype(cov0.dtype) / 2
+    s2 = jnp.where(s2 > 0, s2, jnp.nan)  # a traced one is not checked
     return jnp.sum(jnp.square(mean0 - mean1)) + _covariance_term(cov0, cov1, s2)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from genjax import checks
 from genjax.numerics import at_least_float32
 from genjax.transport import blocks, log_domain, solve
-from genjax.transport.costs import squared_euclidean
+from genjax.transport.costs import cosine, squared_euclidean
 from genjax.typing import CostFn
 
 GRADIENTS = ("envelope", "unroll", "last")
@@ -85,10 +85,14 @@ def _weights(name: str, weights: Any, size: int, dtype: Any) -> Array:
 def _start(init: Any, n: int, m: int, dtype: Any) -> tuple[Array, Array]:
     if init is None:
         return jnp.zeros((n,), dtype), jnp.zeros((m,), dtype)
-    f, g = init
-    checks.shape("init[0]", f, (n,))
-    checks.shape("init[1]", g, (m,))
-    return jax.lax.stop_gradient((jnp.asarray(f).astype(dtype), jnp.asarray(g).astype(dtype)))
+    if not isinstance(init, tuple | list) or len(init) != 2:
+        raise ValueError(f"init must be two potentials (f, g), got {type(init).__name__}")
+    checks.shape("init[0]", init[0], (n,))
+    checks.shape("init[1]", init[1], (m,))
+    f, g = (jax.lax.stop_gradient(jnp.asarray(z).astype(dtype)) for z in init)
+    # Potentials of a solve that failed are no start: they would spoil every later one.
+    sound = jnp.isfinite(jnp.sum(f) + jnp.sum(g))
+    return jnp.where(sound, f, 0), jnp.where(sound, g, 0)
 
 
 def _check(gradient: str, last_iterations: int, options: solve.Options) -> None:
@@ -124,6 +128,8 @@ def _solve(
     checks.rank("epsilon", epsilon, 0)
     checks.positive("epsilon", epsilon)
     _check(gradient, last_iterations, options)
+    if options.symmetric and shape[0] != shape[1]:
+        raise ValueError(f"symmetric needs y to be x, got {shape[0]} and {shape[1]} points")
     if options.anneal is None and init is None:
         options = options._replace(anneal=True)
     a, b = _weights("a", a, shape[0], dtype), _weights("b", b, shape[1], dtype)
@@ -135,7 +141,7 @@ def _solve(
         last = last_iterations if gradient == "last" else None
         out = solve.differentiated(options, last, arrays[0], a, b, level, f, g)
     # A cost that is not finite makes <P, C> not finite, even where the plan is 0.
-    broken = ~jnp.isfinite(out.cost)
+    broken = ~(jnp.isfinite(out.cost) & (level > 0))
     value, cost, error = (
         jnp.where(broken, jnp.nan, z) for z in (out.value, out.cost, out.marginal_error)
     )
@@ -178,6 +184,7 @@ def sinkhorn_from_cost(
     """
     checks.rank("cost", cost, 2)
     checks.not_empty("cost", cost)
+    checks.not_empty("cost[0]", cost[0])
     checks.floating("cost", cost)
     cost = at_least_float32(cost)
     options = solve.Options(
@@ -242,6 +249,7 @@ def sinkhorn(
     computed in float32. Raises ValueError or TypeError for shapes, weights or options that do not
     fit and for epsilon <= 0.
     """
+    x, y = jnp.asarray(x), jnp.asarray(y)
     for name, z in (("x", x), ("y", y)):
         checks.min_rank(name, z, 1)
         checks.not_empty(name, z)
@@ -254,6 +262,8 @@ def sinkhorn(
     options = solve.Options(
         num_iterations, tolerance, max_iterations, anneal, relaxation, symmetric, chunk_size
     )
+    # A cosine is the difference of two numbers near 1, however small it is.
+    options = options._replace(floor=1.0 if cost_fn is cosine else 0.0)
     arrays: tuple[Array, ...] = (x, y)
     if chunk_size is not None and cost_fn not in solve.COSTS:
         # What the cost closes over (learned parameters) becomes an argument, to differentiate.

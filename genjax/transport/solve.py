@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
@@ -23,7 +24,11 @@ SMOOTH = 0.03  # of the cost's scale: the least epsilon for the sample, or witho
 
 
 class Options(NamedTuple):
-    """What is static in a solve. cost_fn is None where the cost is given as a matrix."""
+    """What is static in a solve. cost_fn is None where the cost is given as a matrix.
+
+    floor: the cost was computed, with the rounding of numbers at least that large; None where the
+    matrix itself is what was asked about.
+    """
 
     num_iterations: int | None
     tolerance: float
@@ -33,6 +38,7 @@ class Options(NamedTuple):
     symmetric: bool
     chunk_size: int | None
     cost_fn: Callable | None = None
+    floor: float | None = None
 
 
 class Outcome(NamedTuple):
@@ -48,48 +54,58 @@ class Outcome(NamedTuple):
 def _moments(options: Options, arrays: tuple[Array, ...]) -> tuple[Array, Array]:
     """The variation of the cost, and its size where it is rounded, for scales and stopping."""
     if options.cost_fn is None:
-        mean = jnp.mean(arrays[0])
-        return mean - jnp.min(arrays[0]), jnp.zeros_like(mean)
-    if options.cost_fn is squared_euclidean:
+        sample = arrays[0]
+    elif options.cost_fn is squared_euclidean:
         x, y = arrays
 
         def spread(z, centre):
             return jnp.mean(jnp.sum(jnp.square(z - jnp.mean(centre, 0, keepdims=True)), axis=1))
 
-        scale = spread(x, x) + spread(y, y)
+        scale, size = spread(x, x) + spread(y, y), spread(x, y) + spread(y, y)
         # Differences lose nothing but the last digit of a cost that is small where the plan is.
-        direct = x.shape[1] <= DIRECT_DIMS
-        return scale, scale / 2 if direct else spread(x, y) + spread(y, y)
-    # A sample of rows stands for the rest.
-    rows = arrays[0][:: max(1, arrays[0].shape[0] // 64)]
-    sample = options.cost_fn(rows, *arrays[1:])
-    return jnp.mean(sample) - jnp.min(sample), jnp.mean(jnp.abs(sample))
+        return scale, size - scale / 2 if x.shape[1] <= DIRECT_DIMS else size
+    else:
+        # A sample of rows stands for the rest: as many as a block has, where the cost was traced
+        # for one.
+        n, m = arrays[0].shape[0], arrays[1].shape[0]
+        known = options.cost_fn in COSTS
+        count = min(n, 64) if known else blocks.rows(n, m, options.chunk_size)
+        sample = options.cost_fn(arrays[0][np.arange(count) * n // count], *arrays[1:])
+    mean = jnp.mean(sample)
+    if options.floor is None:
+        return mean - jnp.min(sample), jnp.zeros_like(mean)
+    return mean - jnp.min(sample), jnp.maximum(jnp.mean(jnp.abs(sample)), options.floor)
+
+
+def _rounding(size: Array, epsilon: Array) -> Array:
+    return jnp.finfo(size.dtype).eps * size / epsilon
 
 
 def _potentials(options: Options, arrays, a, b, epsilon, f, g) -> tuple[Array, ...]:
     """Run the solver that the options name."""
     limit = options.num_iterations
+    scale, size = _moments(options, arrays)
+    rounding = _rounding(size, epsilon)
     if limit is not None and options.chunk_size is not None:
         parts = blocks.make(arrays, options.cost_fn, options.chunk_size)
         f, g = kernel.scan_updates(parts, f, g, a, b, epsilon, limit, options.symmetric)
-        return f, g, jnp.asarray(limit, f.dtype), jnp.zeros_like(epsilon)
+        return f, g, jnp.asarray(limit, f.dtype), rounding
     if limit is not None:
         cost = arrays[0] if options.cost_fn is None else options.cost_fn(*arrays)
         if options.symmetric:
             f = log_domain.scan_symmetric(cost, f, a, epsilon, limit)
-            return f, f, jnp.asarray(limit, f.dtype), jnp.zeros_like(epsilon)
+            return f, f, jnp.asarray(limit, f.dtype), rounding
         relaxation = 1.0 if options.relaxation is None else options.relaxation
         f, g = log_domain.scan_updates(cost, f, g, a, b, epsilon, limit, relaxation)
-        return f, g, jnp.asarray(limit, f.dtype), jnp.zeros_like(epsilon)
+        return f, g, jnp.asarray(limit, f.dtype), rounding
     parts = blocks.make(arrays, options.cost_fn, options.chunk_size)
-    scale, size = _moments(options, arrays)
     tiny = jnp.finfo(f.dtype).eps
-    rounding = tiny * size / epsilon
     # Potentials are rounded too: leave room for both below the tolerance.
     room = rounding + tiny * scale / (4 * epsilon)
     goal = jnp.maximum(0.95 * options.tolerance - room, 0.3 * options.tolerance)
     smooth = SMOOTH * scale
     sound = jnp.isfinite(scale) & jnp.isfinite(jnp.sum(a) + jnp.sum(b)) & (epsilon > 0)
+    sound = sound & (jnp.minimum(jnp.min(a), jnp.min(b)) >= 0)
     problem = kernel.Problem(
         blocks=parts,
         a=a,
@@ -209,9 +225,10 @@ def differentiated(options: Options, last: int | None, cost, a, b, epsilon, f, g
     if options.num_iterations is not None and options.relaxation is not None:
         relaxation = options.relaxation
     count = jnp.zeros((), cost.dtype)
-    rounding = jnp.zeros((), cost.dtype)
     if last is None:
         last = options.num_iterations or 1
+        fixed = jax.lax.stop_gradient(cost)
+        rounding = _rounding(_moments(options, (fixed,))[1], jax.lax.stop_gradient(epsilon))
     else:
         before = options
         if options.num_iterations is not None:

@@ -33,6 +33,7 @@ def data_dir(tmp_path_factory):
     for process in both:
         errors = process.communicate(timeout=120)[1]
         assert process.returncode == 0, errors
+        assert "WARNING" not in errors  # tfds warns of folders that are yet to come
     return folder
 
 

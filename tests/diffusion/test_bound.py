@@ -149,6 +149,10 @@ def test_bad_input(unchecked, key):
         gd.discretised_gaussian(jnp.ones(1), jnp.ones(1), jnp.ones(1), levels=1)
     with pytest.raises(ValueError, match="std must be positive"):
         gd.discretised_gaussian(jnp.ones(1), jnp.ones(1), jnp.zeros(1), levels=4)
+    with pytest.raises(ValueError, match="denoiser must keep the shape"):
+        gd.variational_bound(
+            lambda x, t: x[:1], key, jnp.ones((2, 3)), process=gd.EDM(), num_steps=4, levels=4
+        )
     with pytest.raises(TypeError, match="x must have a floating dtype"):
         gd.variational_bound(
             lambda x, t: x, key, jnp.ones((2, 3), int), process=gd.EDM(), num_steps=4, levels=4

@@ -265,6 +265,25 @@ def test_bfloat16_network_gives_float32_losses(key):
     assert np.all(np.isfinite(loss))
 
 
+@pytest.mark.parametrize(
+    "process", [gd.Cosine(), gd.RectifiedFlow(), VP, gd.EDM(), gd.VarianceExploding()]
+)
+def test_the_ends_are_times_of_the_process(process, key):
+    """Without jit: 0.999 rounds up in float32, and is t_max all the same. Losses are finite."""
+    x = jnp.ones((3, 2))
+    t = jnp.array([0.0, process.t_min, process.t_max])
+    for prediction in gd.PREDICTIONS:
+        for weighting in (*gd.PREDICTIONS, "likelihood"):
+
+            def loss(a, prediction=prediction, weighting=weighting):
+                options = {"prediction": prediction, "weighting": weighting, "times": t}
+                return gd.denoising_score_matching(
+                    lambda x, t: a * x, key, x, process=process, **options
+                )[0].sum()
+
+            assert all(np.isfinite(v) for v in jax.value_and_grad(loss)(0.5))
+
+
 def test_bad_input(unchecked, key):
     x = jnp.ones((4, 3))
 
@@ -284,6 +303,12 @@ def test_bad_input(unchecked, key):
         match(same, key, jnp.ones((4, 3), int), process=VP)
     with pytest.raises(ValueError, match="times must have shape"):
         match(same, key, x, process=VP, times=jnp.array([0.1]))
+    with pytest.raises(ValueError, match=r"noise must have shape \(4, 3\), got \(1, 3\)"):
+        match(same, key, x, process=VP, noise=jnp.ones((1, 3)))
+    with pytest.raises(ValueError, match="what weighting returns must have shape"):
+        match(same, key, x, process=VP, weighting=lambda t: t[:, None])
+    with pytest.raises(ValueError, match="sigma_data must be positive"):
+        match(same, key, x, process=VP, weighting="edm", sigma_data=0.0)
     with pytest.raises(ValueError, match="sigma_data must be positive"):
         gd.denoiser(same, process=VP, prediction="edm", sigma_data=0.0)
     with pytest.raises(ValueError, match="target must be one of"):

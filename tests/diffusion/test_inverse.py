@@ -136,6 +136,24 @@ def test_posterior_sampling_moves_to_the_observation():
     assert after < 0.15, after
 
 
+@pytest.mark.parametrize("step", [gd.ancestral_step, gd.heun_step, gd.dpm_solver_step])
+def test_posterior_sampling_with_the_noise_known_samples_the_posterior(step):
+    """Isotropic data and orthonormal rows of the operator: exact, whatever the step."""
+    rows = np.linalg.qr(OPERATOR.T)[0].T
+    guided = gd.posterior_sampling(
+        lambda x: x @ jnp.float32(rows).T,
+        OBSERVATIONS,
+        step=step,
+        noise_std=0.2,
+        data_std=np.sqrt(0.5),
+    )
+    true = 0.5 * np.eye(3)
+    found, found_cov = _moments(_denoiser(true), guided, 200 if step is gd.ancestral_step else 50)
+    mean, cov = _posterior(rows, OBSERVED, 0.2, true)
+    assert _relative(found, mean) < 0.03
+    assert _relative(found_cov, cov) < 0.1
+
+
 def test_posterior_sampling_step_is_algorithm_1(compiled, x64):
     """One step by hand: D = c x, A linear, gradient of |y - A c x|^2 in closed form."""
     x, t, s = jnp.array([[0.3, -0.2, 0.9]]), jnp.array(2.0), jnp.array(1.0)
@@ -165,6 +183,8 @@ def test_bad_input(unchecked):
         gd.replacement(jnp.ones((2, 3)), jnp.ones((2, 1), bool))
     with pytest.raises(ValueError, match="scale must be positive"):
         gd.posterior_sampling(lambda x: x, jnp.ones((1, 2)), scale=0.0)
+    with pytest.raises(ValueError, match="noise_std must be at least 0"):
+        gd.posterior_sampling(lambda x: x, jnp.ones((1, 2)), noise_std=-1.0)
     with pytest.raises(ValueError, match="noise_std must be at least 0"):
         gd.pseudoinverse_guidance(
             lambda x, t: x, lambda x: x, jnp.ones((1, 2)), process=PROCESS, noise_std=-1.0

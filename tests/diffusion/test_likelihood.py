@@ -139,5 +139,7 @@ def test_bad_input(unchecked):
         gd.log_likelihood(lambda x, t: x[:, :1], x, process=gd.EDM())
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         gd.log_likelihood(lambda x, t: x, x, process=gd.EDM(), num_steps=0)
+    with pytest.raises(TypeError, match="x must have a floating dtype"):
+        gd.log_likelihood(lambda x, t: x, jnp.ones((2, 3), int), process=gd.EDM())
     with pytest.raises(ValueError, match="x must have rank at least 2"):
         gd.log_likelihood(lambda x, t: x, jnp.ones(3), process=gd.EDM())

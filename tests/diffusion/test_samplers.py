@@ -276,6 +276,15 @@ def test_samples_have_gradients(key):
     np.testing.assert_allclose(jax.grad(mean)(0.3), 3.0, rtol=1e-5)
 
 
+@pytest.mark.parametrize("process", [gd.Cosine(), gd.RectifiedFlow()])
+def test_grids_are_taken_without_jit(process, key):
+    """t_max = 0.999 rounds up in float32: the grid's own start lies in the range."""
+    for spacing in ("uniform", "log_snr", "edm"):
+        times = gd.time_grid(process, 3, spacing=spacing)
+        x = gd.sample(lambda x, t: 0.5 * x, key, (2, 3), process=process, times=times)
+        assert np.isfinite(x).all()
+
+
 def test_bad_input(unchecked, key):
     process = gd.VariancePreserving()
 

@@ -205,3 +205,16 @@ def test_bad_input(unchecked):
         gd.ddpm_betas(gd.VariancePreserving(), 10, rule="ratio")
     with pytest.raises(ValueError, match="betas must lie in"):
         gd.discrete(jnp.array([0.1, 1.5]))
+    with pytest.raises(ValueError, match="betas must be below 1"):
+        gd.discrete(jnp.array([0.1, 1.0]))
+    with pytest.raises(ValueError, match="betas must hold at least one"):
+        gd.discrete(jnp.zeros(0))
+    for process in (gd.EDM(), gd.VarianceExploding(), gd.SubVariancePreserving(beta_max=2.0)):
+        with pytest.raises(ValueError, match="process must preserve the variance"):
+            gd.ddpm_betas(process, 10)
+    with pytest.raises(ValueError, match="sigma_max - sigma_min must be positive"):
+        gd.VarianceExploding(sigma_min=1.0, sigma_max=1.0)
+    with pytest.raises(ValueError, match="t_max must lie in"):
+        gd.Cosine(t_max=1.5)
+    with pytest.raises(ValueError, match="1 - t_max must be positive"):
+        gd.RectifiedFlow(t_max=1.0)

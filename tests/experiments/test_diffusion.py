@@ -10,9 +10,12 @@ import optax
 import pytest
 
 from experiments import _run, deep_image_prior, diffusion, inverse
+from genjax import diffusion as gd
+from genjax.data import Scaling, load
 from genjax.training import init_state, train_step
 from tests.diffusion.oracles import reference
 
+SPLITS = ("train", "test")
 SHORT = diffusion.Config(
     steps=60,
     steps_per_call=30,
@@ -112,6 +115,46 @@ def test_score_error_of_the_exact_denoiser_is_zero(monkeypatch):
             Model(), scale, x, density.means, density.std, jax.random.key(1)
         )
         np.testing.assert_allclose(list(errors.values()), expected, atol=1e-3)
+
+
+def _kernel_model(data, width):
+    """The exact denoiser of a kernel density on images, in the place of a trained model."""
+    flat = jnp.asarray(data.reshape(len(data), -1))
+
+    def denoise(x, t):
+        y, variance = x.reshape(len(x), -1), jnp.square(t)[:, None]
+        gaps = jnp.sum(jnp.square(y[:, None] - flat[None]), axis=-1)
+        shares = jax.nn.softmax(-0.5 * gaps / (variance + width**2), axis=-1)
+        mean = (width**2 * y + variance * (shares @ flat)) / (variance + width**2)
+        return mean.reshape(x.shape)
+
+    return diffusion.Model(gd.EDM(), None, None, "x0", float(data.std()), data.mean()), denoise
+
+
+@pytest.mark.parametrize("task", ["inpaint", "deblur"])
+@pytest.mark.parametrize("method", ["pigdm", "dps"])
+def test_guided_digits_are_nearer_the_truth_than_the_mean_image(task, method, monkeypatch):
+    """At the defaults: an exact denoiser leaves the guidance alone to answer for the error."""
+    scaling = Scaling(17)
+    train, test = (np.asarray(scaling.to_continuous(load("digits", n)[0]["x"])) for n in SPLITS)
+    train, truth = train[::2] - train.mean(), jnp.asarray(test[:40] - train.mean())
+    model, denoise = _kernel_model(train, 0.15)
+    monkeypatch.setattr(diffusion.Model, "denoise", lambda *_: denoise)
+    config = inverse.Config(task=task, method=method)
+    mask = inverse.hidden_square((8, 8, 1))
+    key_noise, key = jax.random.split(jax.random.key(0))
+    noise = config.noise_std * jax.random.normal(key_noise, truth.shape)
+    operator = inverse.blur if task == "deblur" else (lambda y: y * ~mask)
+    observed = operator(truth) + (noise if task == "deblur" else noise * ~mask)
+    restored = jax.jit(
+        lambda key: inverse.restore(config, model, None, operator, observed, mask, key)
+    )(key)
+    where = np.asarray(mask) if task == "inpaint" else np.ones((1, 8, 8, 1))
+    error = inverse.rms(np.asarray(restored - truth), where)
+    of_the_mean = inverse.rms(train.mean(0) - np.asarray(truth), where)
+    assert error < (0.95 if task == "inpaint" else 0.75) * of_the_mean, (error, of_the_mean)
+    misfit = np.asarray(jnp.sqrt(jnp.mean(jnp.square(operator(restored) - observed))))
+    assert misfit < 3 * config.noise_std
 
 
 @pytest.mark.parametrize("task", [("inpaint", "replacement"), ("deblur", "pigdm")])

@@ -217,6 +217,11 @@ def test_bad_input_is_named(unchecked):
         (ValueError, "keep some", lambda: flows.masked_coupling(mlp, flows.affine(), np.ones(2))),
         (
             ValueError,
+            "rank",
+            lambda: flows.masked_autoregressive(mlp, flows.affine()).inverse({}, x[0]),
+        ),
+        (
+            ValueError,
             "must return shape",
             lambda: flows.coupling(lambda _, a: a[:, :1], flows.affine()).forward(None, x[:, :2]),
         ),

@@ -115,6 +115,8 @@ def test_bad_input_is_named(unchecked):
     params = linear_params()
     cases = [
         ("did you mean 'rk4'", lambda: flows.solve(linear, params, x, method="rk45")),
+        ("field", lambda: flows.divergence(lambda x: x[:, :1], x)),
+        ("field", lambda: flows.divergence(lambda x: x[:, :1], x, x)),
         ("steps", lambda: flows.solve(linear, params, x, steps=0)),
         ("times", lambda: flows.continuous_flow(linear, times=(1.0, 1.0))),
         ("gradient", lambda: flows.solve_with_log_det(linear, params, x, gradient="reverse")),

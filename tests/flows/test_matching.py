@@ -169,6 +169,7 @@ def test_straight_paths_have_no_curvature_and_reflow_keeps_the_ends(compiled):
 
 def test_bad_input_is_named(unchecked):
     x = jnp.zeros((4, 2))
+    narrow = lambda x, t: x[:, :1]  # noqa: E731
     cases = [
         ("shapes must be equal", lambda: flows.sample_pairs(KEY, x, x0=x[:3])),
         ("plan", lambda: flows.sample_pairs(KEY, x, coupling=lambda c: c[:2])),
@@ -182,6 +183,14 @@ def test_bad_input_is_named(unchecked):
             "shapes must be equal",
             lambda: flows.flow_matching_loss(lambda x, t: x[:, :1] - 0 * x, KEY, x[:, :1], x),
         ),
+        # One number for each example would broadcast in silence.
+        (
+            r"velocity_fn .* \(4, 2\), got \(4, 1\)",
+            lambda: flows.flow_matching_loss(narrow, KEY, x, x),
+        ),
+        (r"velocity_fn .* \(4, 2\), got \(4, 1\)", lambda: flows.curvature(narrow, x)),
+        (r"field .* \(4, 2\), got \(4, 1\)", lambda: flows.integrate(narrow, x)),
+        ("t must have shape", lambda: flows.interpolate(flows.ot_path(), x, x, x[:1, 0])),
         ("sigma_min", lambda: flows.ot_path(-0.1)),
         ("beta_min", lambda: flows.vp_path(0.0)),
         ("steps", lambda: flows.curvature(lambda x, t: x, x, steps=0)),

@@ -159,6 +159,11 @@ def test_bad_input_is_named(unchecked):
         ("patch", lambda: module.apply(params, jnp.zeros((3, 5, 4, 1)))),
         ("classes=0", lambda: module.apply(params, X, label=label)),
         (
+            r"z of images \(8, 4, 1\)",
+            lambda: module.apply(params, jnp.zeros((3, 4, 4)), (8, 4, 1), method="inverse"),
+        ),
+        ("multiple of heads", lambda: TarFlow(width=18, heads=4).init(jax.random.key(0), X)),
+        (
             "guidance needs",
             lambda: module.apply(
                 params, jnp.zeros((3, 4, 4)), IMAGE, guidance=1.0, method="inverse"

@@ -102,6 +102,19 @@ def test_samples_meet_the_closed_form():
     np.testing.assert_allclose(sample, fitted, rtol=0.02)
 
 
+def test_what_is_not_finite_gives_no_plausible_number(compiled):
+    m, a = jnp.zeros(2), jnp.eye(2)
+    entropic = compiled(gaussian_entropic_ot)
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        for cov in (a.at[0, 1].set(bad), a.at[1, 1].set(bad)):
+            for covs in ((cov, a), (a, cov)):
+                args = (m, covs[0], m, covs[1])
+                assert jnp.isnan(compiled(gaussian_wasserstein)(*args))
+                assert jnp.isnan(entropic(*args, epsilon=jnp.asarray(1.0)))
+    for epsilon in (0.0, -1.0):
+        assert jnp.isnan(jax.jit(gaussian_entropic_ot)(m, a, m, a, epsilon=jnp.asarray(epsilon)))
+
+
 def test_bad_input(unchecked):
     m, a = jnp.zeros(2), jnp.eye(2)
     with pytest.raises(ValueError, match=r"cov1 must have shape \(2, 2\), got \(3, 3\)"):

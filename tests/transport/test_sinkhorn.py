@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from genjax.transport import (
+    cosine,
     euclidean,
     sinkhorn,
     sinkhorn_from_cost,
@@ -208,6 +209,16 @@ def test_non_finite_points_never_look_plausible(bad):
     assert jnp.isnan(result.value)
 
 
+@pytest.mark.parametrize("count", [None, 5])
+def test_a_traced_epsilon_that_is_not_positive(count):
+    x, y = clouds(6, 5, 2)
+    run = jax.jit(lambda e: sinkhorn(x, y, epsilon=e, num_iterations=count))
+    for epsilon in (0.0, -1.0):
+        result = run(epsilon)
+        assert jnp.isnan(result.value)
+        assert not result.converged
+
+
 def test_vmap_meets_the_loop():
     x, y = (jnp.stack(z) for z in zip(*[clouds(16, 12, 2, seed=s) for s in range(3)], strict=True))
     epsilon = jnp.asarray([0.5, 0.05, 0.005])
@@ -236,9 +247,10 @@ def test_warm_start_saves_iterations():
     assert warm.converged
     assert warm.num_iterations < cold.num_iterations / 2
     np.testing.assert_allclose(warm.value, solve(moved, y, epsilon=epsilon).value, rtol=1e-4)
-    useless = solve(x, y, epsilon=epsilon, init=(jnp.zeros(64), jnp.zeros(64)))
-    assert useless.converged
-    np.testing.assert_allclose(useless.value, cold.value, rtol=1e-4)
+    for start in (0.0, jnp.nan):  # NaN: those of a step that failed
+        useless = solve(x, y, epsilon=epsilon, init=(jnp.full(64, start), jnp.zeros(64)))
+        assert useless.converged
+        np.testing.assert_allclose(useless.value, cold.value, rtol=1e-4)
 
 
 def test_running_out_of_iterations_is_said():
@@ -247,6 +259,36 @@ def test_running_out_of_iterations_is_said():
     assert not result.converged
     assert result.marginal_error > 1e-3
     assert jnp.isfinite(result.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient": "last"}, {"num_iterations": 300}, {"num_iterations": 300, "chunk_size": 5}],
+    ids=str,
+)
+def test_the_rounding_of_the_cost_is_no_convergence(options):
+    """A cosine near 0 is rounded as 1 is, and a small distance between far points as theirs."""
+    x, y = clouds(20, 16, 2)
+    far, small = jnp.asarray([[30.0, 30.0]]), 0.3
+    unit = [
+        z / np.linalg.norm(z, axis=1, keepdims=True) for z in map(np.float64, (x + far, y + far))
+    ]
+    cases = [
+        (cosine, x + far, y + far, 1 - unit[0] @ unit[1].T, 1.0),
+        (cosine, x + far, y + far, 1 - unit[0] @ unit[1].T, 0.01),
+        (squared_euclidean, x, small * y + 100 * far, squared(x, small * y + 100 * far), 3e-7),
+    ]
+    for cost_fn, u, v, cost, relative in cases:
+        epsilon = relative * cost.mean()
+        for tolerance in (1e-3, 1e-5):
+            result = jax.jit(
+                lambda u, v, f=cost_fn, t=tolerance, e=epsilon: sinkhorn(
+                    u, v, epsilon=e, cost_fn=f, tolerance=t, **options
+                )
+            )(u, v)
+            a, b = uniform(20), uniform(16)
+            error = marginal_error(exact_plan(cost, result.f, result.g, a, b, epsilon), a, b)
+            assert not (result.converged and error > tolerance), (error, relative)
 
 
 shapes = st.sampled_from([(1, 5, 1), (17, 11, 2), (24, 24, 20)])
@@ -318,5 +360,14 @@ def test_bad_input(unchecked):
         sinkhorn(x, y, epsilon=1.0, cost_fn=lambda x, y: jnp.zeros(4))
     with pytest.raises(ValueError, match=r"init\[0\]"):
         sinkhorn(x, y, epsilon=1.0, init=(jnp.zeros(3), jnp.zeros(3)))
+    for init in (x, (jnp.zeros(4),)):
+        with pytest.raises(ValueError, match=r"init must be two potentials \(f, g\)"):
+            sinkhorn(x, y, epsilon=1.0, init=init)
     with pytest.raises(ValueError, match="relaxation"):
         sinkhorn(x, y, epsilon=1.0, relaxation=2.5)
+    with pytest.raises(ValueError, match="symmetric needs y to be x, got 4 and 3 points"):
+        sinkhorn(x, y, epsilon=1.0, symmetric=True)
+    with pytest.raises(ValueError, match="at least one"):
+        sinkhorn_from_cost(jnp.zeros((3, 0)), epsilon=1.0)
+    with pytest.raises(TypeError, match="x must have a floating dtype"):
+        sinkhorn([[0, 1]], [[1.0, 2.0]], epsilon=1.0)

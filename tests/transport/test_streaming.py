@@ -78,6 +78,23 @@ def test_chunks_of_a_learned_cost(x64):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_iterations": 20}], ids=str)
+def test_chunks_of_a_cost_that_knows_its_shape(options):
+    """A cost written with broadcasting has the number of rows in its program."""
+    x, y = clouds(33, 20, 2)
+
+    def cost_fn(x, y):
+        return jnp.sum(jnp.abs(x[:, None, :] - y[None, :, :]), axis=-1)
+
+    whole, chunks = (
+        jax.jit(
+            lambda x, k=k: sinkhorn(x, y, epsilon=0.3, cost_fn=cost_fn, chunk_size=k, **options)
+        )(x)
+        for k in (None, 7)
+    )
+    np.testing.assert_allclose(chunks.value, whole.value, rtol=1e-5)
+
+
 def test_chunks_of_a_fixed_number_of_iterations():
     x, y = clouds(20, 15, 2)
     one, other = (

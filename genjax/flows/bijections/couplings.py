@@ -109,6 +109,8 @@ def masked_autoregressive(conditioner: ConditionerFn, transformer: Transformer) 
         return y, numerics.sum_event(log_det)
 
     def inverse(params: Params, y: Array) -> tuple[Array, Array]:
+        checks.min_rank("y", y, 2)
+
         def solve(x: Array) -> tuple[Array, Array]:
             return transformer.inverse(_raw(conditioner, params, x, transformer.size, y), y)
 
