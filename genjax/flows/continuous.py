@@ -1,8 +1,7 @@
 """Continuous flows: dx/dt = v(x, t), with the log-determinant as the integral of the divergence.
 
 d log p / dt = -tr(dv/dx) along a path (Chen et al., 2018, theorem 1). Data sits at the later time,
-the base at the earlier one. The path does not depend on the trace: fixed-step solvers find the
-path first and take the traces at its points afterwards, in larger products.
+the base at the earlier one.
 """
 
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from genjax import checks, numerics
@@ -82,26 +80,37 @@ def divergence(
     return v, jnp.sum(jax.lax.map(diagonal, jnp.arange(count), batch_size=8), axis=0)
 
 
-def _path(
-    field: FieldFn, params: Params, x: Array, start: Number, h: Number, steps: int, rk: Tableau
-) -> tuple[Array, Array, Array]:
-    """Take the steps; return the end, and the stage points and times [steps, stages, ...]."""
+def _integrate(
+    slope: Callable[[Any, Array], Any],
+    y: Any,
+    times: tuple[Number, Number],
+    steps: int,
+    rk: Tableau,
+    recompute: bool,
+) -> Any:
+    """Take equal steps of a tree of arrays, in one scan; `slope(y, t [batch])` is a tree alike.
 
-    def step(x: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
-        t = start + h * i.astype(x.dtype)
-        slopes, points, times = [], [], []
+    `recompute`: on the way back a step is computed again, in the memory of one step.
+    """
+    h = (times[1] - times[0]) / steps
+
+    def move(y: Any, weights: tuple[float, ...], slopes: list[Any]) -> Any:
+        for weight, k in zip(weights, slopes, strict=True):
+            if weight:
+                y = jax.tree.map(lambda a, b, w=weight: a + h * w * b, y, k)
+        return y
+
+    def step(y: Any, i: Array) -> tuple[Any, None]:
+        first = jax.tree.leaves(y)[0]
+        t, slopes = times[0] + h * i.astype(first.dtype), []
         for row, node in zip(rk.a, rk.c, strict=True):
-            terms = [weight * k for weight, k in zip(row, slopes, strict=True) if weight]
-            point = x + h * sum(terms) if terms else x
-            when = jnp.full(x.shape[:1], t + node * h, x.dtype)
-            slopes.append(_of_shape(field(params, point, when), x))
-            points.append(point)
-            times.append(when)
-        update = sum(b * k for b, k in zip(rk.b, slopes, strict=True) if b)
-        return (x + h * update).astype(x.dtype), (jnp.stack(points), jnp.stack(times))
+            when = jnp.full(first.shape[:1], t + node * h, first.dtype)
+            slopes.append(slope(move(y, row, slopes), when))
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), move(y, rk.b, slopes), y), None
 
-    end, (points, times) = jax.lax.scan(step, x, jnp.arange(steps))
-    return end, points, times
+    # The scan itself keeps the compiler from merging the two computations of a step.
+    step = jax.checkpoint(step, prevent_cse=False) if recompute else step
+    return jax.lax.scan(step, y, jnp.arange(steps))[0]
 
 
 def _check_solver(method: str, steps: int, times: tuple[Number, Number]) -> None:
@@ -131,8 +140,9 @@ def solve(
     _check_solver(method, steps, times)
     if method in ADAPTIVE:
         return _adaptive(field, params, x, times, method, (rtol, atol), "backprop")
-    start, h = times[0], (times[1] - times[0]) / steps
-    return _path(field, params, x, start, h, steps, METHODS[method])[0]
+    rk = METHODS[method]
+    slope = lambda x, t: _of_shape(field(params, x, t), x)  # noqa: E731
+    return _integrate(slope, x, times, steps, rk, recompute=False)
 
 
 def solve_with_log_det(
@@ -178,27 +188,15 @@ def _fixed(
     steps: int,
     rk: Tableau,
 ) -> tuple[Array, Array]:
-    """The path, then the traces at its points: the stages of a step go together as one batch.
+    """Path and trace together: where the field is evaluated, its derivative is at hand.
 
-    The path's own backward pass is then of first order, and the second derivatives of the traces
-    follow in larger products. They are recomputed on the way back, in the memory of one step.
+    The second derivatives of a step's traces are taken at once, from a step computed again.
     """
-    h = (times[1] - times[0]) / steps
-    end, points, when = _path(field, params, x, times[0], h, steps, rk)
-    used = [i for i, b in enumerate(rk.b) if b]
-    weights = h * np.asarray([rk.b[i] for i in used])
 
-    @jax.checkpoint
-    def traces(block: tuple[Array, Array]) -> Array:
-        stages, t = block
-        flat = stages.reshape(-1, *x.shape[1:])
-        tiled = None if probe is None else jnp.tile(probe, (len(used),) + (1,) * (x.ndim - 1))
-        div = divergence(lambda z: field(params, z, t.reshape(-1)), flat, tiled)[1]
-        return jnp.tensordot(weights.astype(div.dtype), div.reshape(len(used), -1), axes=1)
+    def slope(y: tuple[Array, Array], t: Array) -> tuple[Array, Array]:
+        return divergence(lambda z: field(params, z, t), y[0], probe)
 
-    stages = (points[:, used], when[:, used]) if len(used) < len(rk.b) else (points, when)
-    log_det = jax.lax.map(traces, stages)
-    return end, jnp.sum(log_det, axis=0)
+    return _integrate(slope, (x, zero_log_det(x)), times, steps, rk, recompute=True)
 
 
 def _adjoint(
