@@ -103,9 +103,6 @@ def run(name: str, job: Job, config: Config) -> list[_table.Row]:
     """Run one workload in a process of its own; what goes wrong there becomes a row."""
     options = {**job.options, **(job.quick if config.quick else {})}
     environment = {
-        # Threads of one side that spin while another runs would be timed as the other's.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "KMP_BLOCKTIME": "0",
         "PYTHONWARNINGS": "ignore",
         **os.environ,
         "JAX_PLATFORMS": "cpu" if config.device == "cpu" else "cuda,cpu",

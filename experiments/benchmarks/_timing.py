@@ -38,7 +38,7 @@ def in_turn(
     calls: int = 1,
     units: int = 1,
     warm: int = 1,
-    pause: float = 0.0,
+    pause: float = 0.01,
     seconds: float = float("inf"),
 ) -> dict[str, Times]:
     """Time every side in every round, backwards in every other one.

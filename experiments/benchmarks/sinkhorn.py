@@ -4,7 +4,6 @@
 """
 
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -294,9 +293,6 @@ NAMES = {
 def main(config: Config) -> list[Row]:
     """Print a line for each row and return the rows."""
     warnings.filterwarnings("ignore")
-    # Threads of one side that spin while another runs would be timed as the other's.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("KMP_BLOCKTIME", "0")
     peers = ("genjax-weights",) if config.problem == "weights" else config.peers
     notes = {p: f"{SIDES[p][0]} is not installed" for p in peers if not _installed(SIDES[p][0])}
     for name, why in notes.items():

@@ -42,8 +42,6 @@ class Config:
     """Examples in a step."""
     width: int = 64
     """Channels of the first convolution."""
-    as_matmul: bool | None = None
-    """Convolutions as matrix products (default: on CPU)."""
     double_backward: bool = False
     """Take our penalty by double backward too, to see what the library's rule saves."""
     torch: bool = True
@@ -76,8 +74,8 @@ def double_backward(critic: Any, key: Any, real: jax.Array, fake: jax.Array) -> 
 def ours(config: Config) -> dict[str, Callable[..., Any]]:
     """The library's parts: compiled, donated, as a user writes them; and what work they are."""
     w, n = config.width, config.batch_size
-    critic = DCGANCritic(32, 3, w, kernel=3, as_matmul=config.as_matmul)
-    generator = DCGANGenerator(32, 3, w, kernel=1, norm="batch", as_matmul=config.as_matmul)
+    critic = DCGANCritic(32, 3, w, kernel=3)
+    generator = DCGANGenerator(32, 3, w, kernel=1, norm="batch")
     penalise = double_backward if config.double_backward else gradient_penalty
     optimizer = optax.adam(1e-4, b1=0.5, b2=0.9)
     key = jax.random.key(0)

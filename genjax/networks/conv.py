@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from genjax.networks.convolution import Conv
 from genjax.networks.mlp import drop
 from genjax.typing import PRNGKey
 
@@ -29,7 +30,7 @@ class ConvEncoder(nn.Module):
         dropout_key: PRNGKey | None = None,
     ) -> Float[Array, "batch features"]:
         for width in self.channels:
-            x = self.activation(nn.Conv(width, (3, 3), strides=(2, 2))(x))
+            x = self.activation(Conv(width, (3, 3), stride=2)(x))
         x = drop(x.reshape(x.shape[0], -1), self.dropout, dropout_key, 0)
         return nn.Dense(self.features)(x)
 
@@ -63,4 +64,4 @@ class ConvDecoder(nn.Module):
         h = drop(h, self.dropout, dropout_key, 0).reshape(-1, *small)
         for channels in self.channels:
             h = self.activation(nn.ConvTranspose(channels, (2, 2), strides=(2, 2))(h))
-        return nn.Conv(out, (3, 3))(h)
+        return Conv(out, (3, 3))(h)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from genjax import flows
 from genjax.flows import Bijection, Transformer
-from genjax.networks.mlp import drop
+from genjax.networks.mlp import drop, on_flat
 from genjax.typing import PRNGKey
 
 Activation = Callable[[Array], Array]
@@ -54,11 +54,11 @@ class ConvConditioner(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], *, dropout_key: PRNGKey | None = None
     ) -> Float[Array, "batch height width features"]:
-        h = self.activation(nn.Dense(self.width)(_patches(x)))
+        h = self.activation(on_flat(nn.Dense(self.width), _patches(x)))
         h = drop(h, self.dropout, dropout_key, 0)
         h = h + drop(self.activation(nn.Dense(self.width)(h)), self.dropout, dropout_key, 1)
         zeros = nn.initializers.zeros_init()
-        return nn.Dense(self.features, kernel_init=zeros)(_patches(h))
+        return on_flat(nn.Dense(self.features, kernel_init=zeros), _patches(h))
 
 
 def _patches(x: Array) -> Array:

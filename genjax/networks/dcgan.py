@@ -11,40 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from genjax import checks
+from genjax.networks.convolution import Conv
 
 Norm = Literal["none", "layer", "batch"]
 Condition = Literal["projection", "concat"]
-
-
-class Conv(nn.Module):
-    """Convolution with `SAME` padding, as a matrix product over patches where that is faster.
-
-    as_matmul: None picks the product on CPU, where compiled convolutions and their derivatives
-    are several times slower, and the convolution elsewhere. Both give the same function.
-    """
-
-    features: int
-    kernel: int = 3
-    stride: int = 1
-    use_bias: bool = True
-    as_matmul: bool | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch height width inputs"]) -> Array:
-        k, s = self.kernel, self.stride
-        shape = (k, k, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        as_matmul = jax.default_backend() == "cpu" if self.as_matmul is None else self.as_matmul
-        if as_matmul:
-            y = _patches(x, k, s) @ kernel.reshape(-1, self.features)
-        else:
-            y = jax.lax.conv_general_dilated(
-                x, kernel, (s, s), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-            y = y + bias.reshape(1, 1, 1, -1)
-        return y
+HE = nn.initializers.he_normal()
 
 
 class Upscale(nn.Module):
@@ -55,12 +26,11 @@ class Upscale(nn.Module):
 
     features: int
     kernel: int = 3
-    as_matmul: bool | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width inputs"]) -> Array:
         b, h, w, _ = x.shape
-        y = Conv(4 * self.features, self.kernel, as_matmul=self.as_matmul)(x)
+        y = Conv(4 * self.features, (self.kernel, self.kernel), kernel_init=HE)(x)
         y = y.reshape(b, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
         return y.reshape(b, 2 * h, 2 * w, self.features)
 
@@ -97,7 +67,6 @@ class DCGANGenerator(nn.Module):
     norm: Norm = "layer"
     classes: int | None = None
     embedding: int = 32
-    as_matmul: bool | None = None
 
     @nn.compact
     def __call__(
@@ -112,7 +81,7 @@ class DCGANGenerator(nn.Module):
         h = h.reshape(-1, self.base, self.base, widths[0])
         for width in [*widths[1:], self.channels]:
             h = nn.relu(_normalise(self.norm, h))
-            h = Upscale(width, self.kernel, self.as_matmul)(h)
+            h = Upscale(width, self.kernel)(h)
         return jnp.tanh(h)
 
 
@@ -134,7 +103,6 @@ class DCGANCritic(nn.Module):
     norm: Literal["none", "layer"] = "none"
     classes: int | None = None
     condition: Condition = "projection"
-    as_matmul: bool | None = None
 
     @nn.compact
     def __call__(
@@ -152,7 +120,8 @@ class DCGANCritic(nn.Module):
             x = jnp.concatenate([x, plane.reshape(-1, self.size, self.size, 1)], axis=-1)
         h = x
         for i in range(stages):
-            h = Conv(self.width * 2**i, self.kernel, 2, as_matmul=self.as_matmul)(h)
+            kernel = (self.kernel, self.kernel)
+            h = Conv(self.width * 2**i, kernel, stride=2, kernel_init=HE)(h)
             h = nn.leaky_relu(_normalise(self.norm if i else "none", h), 0.2)
         h = h.reshape(h.shape[0], -1)
         score = nn.Dense(1)(h)[:, 0]
@@ -164,22 +133,6 @@ class DCGANCritic(nn.Module):
             )(label)
             score = score + jnp.sum(embedded * h, axis=-1)
         return score
-
-
-def _patches(x: Array, k: int, s: int) -> Array:
-    """Gather the k x k neighbourhood of every s-th pixel, [batch, h, w, k k c], `SAME` padding."""
-    if k == 1 and s == 1:
-        return x
-    sizes = [-(-n // s) for n in x.shape[1:3]]
-    totals = [max((m - 1) * s + k - n, 0) for m, n in zip(sizes, x.shape[1:3], strict=True)]
-    padded = jnp.pad(x, ((0, 0), *[(t // 2, t - t // 2) for t in totals], (0, 0)))
-    h, w = sizes
-    parts = [
-        padded[:, i : i + (h - 1) * s + 1 : s, j : j + (w - 1) * s + 1 : s]
-        for i in range(k)
-        for j in range(k)
-    ]
-    return jnp.concatenate(parts, axis=-1)
 
 
 def _normalise(norm: Norm, h: Array) -> Array:

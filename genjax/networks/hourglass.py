@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from genjax.networks.convolution import Conv
 from genjax.networks.unet import GroupNorm
 
 
@@ -27,7 +28,7 @@ class Hourglass(nn.Module):
         self, z: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch height width out"]:
         def layer(x: Array, width: int, stride: int = 1) -> Array:
-            x = nn.Conv(width, (3, 3), strides=(stride, stride))(x)
+            x = Conv(width, (3, 3), stride)(x)
             # Each channel over the image: what batch normalisation is for a batch of one.
             return nn.leaky_relu(GroupNorm(groups=width)(x), 0.1)
 
@@ -38,4 +39,4 @@ class Hourglass(nn.Module):
         for width, short in zip(reversed(self.channels), reversed(kept), strict=True):
             h = jax.image.resize(h, (*short.shape[:3], h.shape[-1]), "bilinear")
             h = layer(layer(jnp.concatenate([h, short], axis=-1), width), width)
-        return nn.sigmoid(nn.Conv(self.out, (3, 3))(h))
+        return nn.sigmoid(Conv(self.out, (3, 3))(h))

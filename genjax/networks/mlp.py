@@ -59,3 +59,12 @@ def drop(x: Array, rate: float, key: PRNGKey | None, layer: int) -> Array:
     if key is None or rate == 0:
         return x
     return nn.Dropout(rate)(x, deterministic=False, rng=jax.random.fold_in(key, layer))
+
+
+def on_flat(layer: Callable[[Array], Array], x: Float[Array, "*batch features"]) -> Array:
+    """Apply a dense layer with the leading axes taken together.
+
+    XLA on CPU is several times slower where the gradient for the weights sums over two axes.
+    """
+    y = layer(x.reshape(-1, x.shape[-1]))
+    return y.reshape(*x.shape[:-1], y.shape[-1])

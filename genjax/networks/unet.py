@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from genjax import checks
+from genjax.networks.convolution import Conv
 from genjax.networks.denoiser import Conditioning
-from genjax.networks.mlp import drop
+from genjax.networks.mlp import drop, on_flat
 from genjax.numerics import at_least_float32
 from genjax.typing import PRNGKey
 
@@ -57,12 +58,12 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, embedded: Array, dropout_key: PRNGKey | None = None) -> Array:
         h = nn.silu(GroupNorm(self.groups)(x))
-        h = nn.Conv(self.channels, (3, 3), dtype=self.dtype)(h)
+        h = Conv(self.channels, (3, 3), dtype=self.dtype)(h)
         h = h + nn.Dense(self.channels, dtype=self.dtype)(embedded)[:, None, None, :]
         h = drop(nn.silu(GroupNorm(self.groups)(h)), self.dropout, dropout_key, 0)
-        h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, kernel_init=ZERO)(h)
+        h = Conv(self.channels, (3, 3), dtype=self.dtype, kernel_init=ZERO)(h)
         if x.shape[-1] != self.channels:
-            x = nn.Dense(self.channels, dtype=self.dtype)(x)
+            x = on_flat(nn.Dense(self.channels, dtype=self.dtype), x)
         return x + h
 
 
@@ -121,10 +122,11 @@ class Attention(nn.Module):
             )
         tokens = GroupNorm(self.groups)(x).reshape(batch, height * width, channels)
         heads = channels // self.head_dim
-        mixed = nn.Dense(3 * channels, dtype=self.dtype)(tokens)
+        mixed = on_flat(nn.Dense(3 * channels, dtype=self.dtype), tokens)
         mixed = mixed.reshape(batch, height * width, 3, heads, self.head_dim)
         attended = attend(*(mixed[:, :, i] for i in range(3)))
-        out = nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO)(attended.reshape(tokens.shape))
+        out = nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO)
+        out = on_flat(out, attended.reshape(tokens.shape))
         return x + out.reshape(x.shape)
 
 
@@ -196,20 +198,20 @@ class UNet(nn.Module):
             h = block(h, width)
             return attend(h) if h.shape[1] in self.attention else h
 
-        h = nn.Conv(self.channels[0], (3, 3), dtype=self.dtype)(x)
+        h = Conv(self.channels[0], (3, 3), dtype=self.dtype)(x)
         kept = [h]
         for i, width in enumerate(self.channels):
             for _ in range(self.num_blocks):
                 h = blocks_attend(h, width)
                 kept.append(h)
             if i + 1 < len(self.channels):
-                h = nn.Conv(width, (3, 3), strides=(2, 2), dtype=self.dtype)(h)
+                h = Conv(width, (3, 3), stride=2, dtype=self.dtype)(h)
                 kept.append(h)
         h = block(attend(block(h, self.channels[-1])), self.channels[-1])
         for i, width in reversed(list(enumerate(self.channels))):
             for _ in range(self.num_blocks + 1):
                 h = blocks_attend(jnp.concatenate([h, kept.pop()], axis=-1), width)
             if i:
-                h = nn.Conv(width, (3, 3), dtype=self.dtype)(_doubled(h))
+                h = Conv(width, (3, 3), dtype=self.dtype)(_doubled(h))
         h = nn.silu(GroupNorm(self.groups)(h))
-        return nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, kernel_init=ZERO)(h)
+        return Conv(x.shape[-1], (3, 3), dtype=self.dtype, kernel_init=ZERO)(h)

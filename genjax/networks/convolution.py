@@ -1,0 +1,88 @@
+"""Convolutions that are matrix products on CPU, as a function and as a linen module."""
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Array, Float
+
+
+def convolve(
+    x: Float[Array, "batch height width inputs"],
+    kernel: Float[Array, "rows columns inputs outputs"],
+    stride: int = 1,
+) -> Float[Array, "batch rows_out columns_out outputs"]:
+    """Cross-correlate with zeros beyond the border (`SAME`): y_p = sum_q x_{stride p + q} kernel_q.
+
+    On CPU as a matrix product: XLA's convolutions, and above all their gradients and those in
+    loops, take up to several times as long there.
+    """
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=partial(_by_product, stride=stride),
+        default=partial(_by_convolution, stride=stride),
+    )
+
+
+def _by_convolution(x: Array, kernel: Array, stride: int) -> Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=layout
+    )
+
+
+def _by_product(x: Array, kernel: Array, stride: int) -> Array:
+    """One product of flat matrices.
+
+    Without a stride the columns around a pixel are its factors, and the results of the kernel's
+    rows are moved and added: a third of the copies that whole patches need.
+    """
+    rows, columns, inputs, outputs = kernel.shape
+    batch, height, width, _ = x.shape
+    pads = jax.lax.padtype_to_pads((height, width), (rows, columns), (stride, stride), "SAME")
+    high, wide = -(-height // stride), -(-width // stride)
+
+    def across(x: Array) -> list[Array]:
+        x = jnp.pad(x, ((0, 0), (0, 0), pads[1], (0, 0)))
+        return [x[:, :, j : j + stride * (wide - 1) + 1 : stride] for j in range(columns)]
+
+    def down(y: Array) -> list[Array]:
+        y = jnp.pad(y, ((0, 0), pads[0], (0, 0), (0, 0)))
+        return [y[:, i : i + stride * (high - 1) + 1 : stride] for i in range(rows)]
+
+    if stride > 1:
+        patches = jnp.concatenate([part for row in down(x) for part in across(row)], axis=-1)
+        flat = patches.reshape(-1, rows * columns * inputs) @ kernel.reshape(-1, outputs)
+        return flat.reshape(batch, high, wide, outputs)
+    factors = jnp.concatenate(across(x), axis=-1).reshape(-1, columns * inputs)
+    weights = jnp.moveaxis(kernel, 0, 2).reshape(columns * inputs, rows * outputs)
+    y = (factors @ weights).reshape(batch, height, width, rows * outputs)
+    moved = [part[..., i * outputs : (i + 1) * outputs] for i, part in enumerate(down(y))]
+    return reduce(jnp.add, moved)
+
+
+class Conv(nn.Module):
+    """`nn.Conv` of images with `SAME` padding, of the same parameters and types, by `convolve`."""
+
+    features: int
+    kernel_size: Sequence[int] = (3, 3)
+    stride: int = 1
+    use_bias: bool = True
+    dtype: Any = None
+    kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width inputs"]) -> Array:
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = convolve(x, kernel, self.stride)
+        return y if bias is None else y + bias.reshape(1, 1, 1, -1)

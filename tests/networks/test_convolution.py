@@ -1,0 +1,83 @@
+"""Our convolution and flat dense layer are those of flax: values, derivatives twice, types."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genjax.networks.convolution import Conv, convolve
+from genjax.networks.mlp import on_flat
+
+
+def pair(kernel, stride, dtype=None):
+    size = (kernel, kernel)
+    return nn.Conv(4, size, strides=(stride, stride), dtype=dtype), Conv(
+        4, size, stride, dtype=dtype
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size"), [(3, 1, 8), (3, 2, 8), (3, 2, 7), (1, 1, 5), (4, 2, 8), (5, 2, 7)]
+)
+def test_convolution_is_flax_s(kernel, stride, size, key):
+    x = jax.random.normal(key, (2, size, size + 1, 3))
+    theirs, ours = pair(kernel, stride)
+    params = theirs.init(key, x)
+    assert jax.tree.map(jnp.shape, ours.init(key, x)) == jax.tree.map(jnp.shape, params)
+
+    @jax.jit
+    def outcomes():
+        found = []
+        for module in (theirs, ours):
+
+            def value(params, x, module=module):
+                return jnp.sum(jnp.sin(module.apply(params, x)))
+
+            def penalty(params, value=value):
+                return jnp.sum(jnp.square(jax.grad(value, 1)(params, x)))
+
+            def pushed(params, value=value):  # forward over reverse, as the gradient penalty
+                slope = lambda p, x: jax.grad(value)(p, x)  # noqa: E731
+                return jax.jvp(lambda x: slope(params, x), (x,), (jnp.cos(x),))[1]
+
+            grads = jax.grad(value, (0, 1))(params, x)
+            found.append(
+                (module.apply(params, x), grads, jax.grad(penalty)(params), pushed(params))
+            )
+        return found
+
+    for a, b in zip(*map(jax.tree.leaves, outcomes()), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)
+
+
+def test_convolution_in_bfloat16(key):
+    x = jax.random.normal(key, (2, 6, 6, 3))
+    theirs, ours = pair(3, 1, jnp.bfloat16)
+    params = theirs.init(key, x)
+    a, b = theirs.apply(params, x), ours.apply(params, x)
+    assert b.dtype == a.dtype == jnp.bfloat16
+    np.testing.assert_allclose(b.astype(float), a.astype(float), rtol=0.03, atol=0.03)
+    assert ours.init(key, x)["params"]["kernel"].dtype == jnp.float32
+
+
+def test_elsewhere_it_stays_a_convolution():
+    shapes = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5))
+    for platform, convolutions in (("cpu", 0), ("cuda", 1)):
+        text = jax.jit(convolve).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.convolution") == convolutions
+
+
+def test_dense_on_flat_is_dense(key):
+    x, layer = jax.random.normal(key, (2, 3, 4, 5)), nn.Dense(6)
+    params = layer.init(key, x)
+
+    def outcome(apply):
+        def value(params, x):
+            return jnp.sum(jnp.sin(apply(params, x)))
+
+        return apply(params, x), jax.grad(value, (0, 1))(params, x)
+
+    flat = outcome(lambda p, x: on_flat(lambda x: layer.apply(p, x), x))
+    for a, b in zip(*map(jax.tree.leaves, (outcome(layer.apply), flat)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
