@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import _ceilings, _table, _timing, scaling
+from experiments.benchmarks import _ceilings, _summary, _table, _timing, scaling
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_sides_are_timed_in_turn(clock):
         return call
 
     sides = {"genjax": side("a", 0.002), "peer": side("b", 0.008)}
-    times = _timing.in_turn(sides, rounds=4, calls=2, units=2)
+    times = _timing.in_turn(sides, rounds=4, calls=2, units=2, pause=0)
     assert "".join(order) == "aabb" + "aabb" + "bbaa" + "aabb" + "bbaa"
     assert len(times["peer"].rounds) == 4
     assert times["peer"].median == pytest.approx(4)  # two units in a call
@@ -42,8 +42,24 @@ def test_sides_are_timed_in_turn(clock):
 
 
 def test_time_is_bounded(clock):
-    times = _timing.in_turn({"a": lambda: clock.sleep(0.01)}, rounds=1000, seconds=0.045)
+    times = _timing.in_turn({"a": lambda: clock.sleep(0.01)}, rounds=1000, seconds=0.045, pause=0)
     assert len(times["a"].rounds) == 5
+
+
+def test_short_calls_are_warmed_after_a_pause(clock):
+    order = []
+
+    def side(name, seconds):
+        def call():
+            order.append(name)
+            clock.sleep(seconds)
+
+        return call
+
+    sides = {"genjax": side("a", 0.002), "peer": side("b", 0.03)}
+    times = _timing.in_turn(sides, rounds=3, warm=0, pause=1)
+    assert "".join(order) == "ab" + "ab" + "baa" + "aab"
+    assert times["genjax"].rounds == pytest.approx([2] * 3)
 
 
 def test_memory_of_the_first_call():
@@ -89,6 +105,11 @@ def test_the_table_has_a_line_for_each_row():
     assert "| 2.50 | 3.00 | **no** |" in lines[3]
     assert "difference 1.0e-07" in lines[3]
     assert "zuko is not installed" in lines[4]
+
+
+def test_the_summary_has_a_line_for_each_case():
+    lines = _summary.summary(rows()).splitlines()
+    assert lines[2:] == ["| vae n=4 | 3.00 | **torch 2.50 (3)** |"]
 
 
 def test_a_peer_that_is_missing_is_named(capsys):
