@@ -98,8 +98,7 @@ class CouplingFlow(nn.Module):
         dropout_key: PRNGKey | None = None,
     ) -> tuple[Float[Array, "batch dim"], Float[Array, " batch"]]:
         dim, rng = x.shape[-1], np.random.default_rng(self.seed)
-        parts: list[Bijection] = []
-        trees: list[Any] = []
+        conditioners: list[Any] = []
         for i in range(self.layers):
             net = MLPConditioner(
                 self.transformer.size * (dim // 2),
@@ -109,22 +108,17 @@ class CouplingFlow(nn.Module):
                 name=f"conditioner_{i}",
             )
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-            if self.shuffle:
-                # Every other order swaps the halves of the one before: all dimensions move.
-                turn = np.roll(np.arange(dim), dim // 2)
-                order = rng.permutation(dim) if i % 2 == 0 else turn
-                parts.append(flows.permutation(order))
-                trees.append(None)
-            swap = bool(i % 2) and not self.shuffle
-            parts.append(
-                flows.coupling(
-                    lambda _, h, net=net, key=key: net(h, dropout_key=key),
-                    self.transformer,
-                    swap=swap,
-                )
-            )
-            trees.append(None)
-        return _run(flows.chain(parts), trees, x, inverse)
+            conditioners.append(lambda _, h, net=net, key=key: net(h, dropout_key=key))
+        if not self.shuffle:
+            flow = flows.alternating_couplings(conditioners, self.transformer)
+            return _run(flow, [None] * self.layers, x, inverse)
+        parts: list[Bijection] = []
+        for i, conditioner in enumerate(conditioners):
+            # Every other order swaps the halves of the one before: all dimensions move.
+            turn = np.roll(np.arange(dim), dim // 2)
+            order = rng.permutation(dim) if i % 2 == 0 else turn
+            parts += [flows.permutation(order), flows.coupling(conditioner, self.transformer)]
+        return _run(flows.chain(parts), [None] * len(parts), x, inverse)
 
 
 class RealNVP(CouplingFlow):

@@ -74,6 +74,12 @@ def _coupling(transformer, *, swap=False, d=4):
     return build
 
 
+def _alternating(key):
+    keys = jax.random.split(key, 4)
+    params = [dense(k, (2, 8, 4)) for k in keys[:3]]
+    return Entry(flows.alternating_couplings([mlp] * 3, flows.affine()), params, points(keys[3], 4))
+
+
 def _checkerboard(key):
     mask = np.indices((2, 2, 1)).sum(0) % 2 == 0
     transformer = flows.affine()
@@ -157,6 +163,7 @@ TABLE: dict[str, Callable[[jax.Array], Entry]] = {
     "affine coupling": _coupling(flows.affine()),
     "standardising coupling, swapped": _coupling(flows.standardise(), swap=True),
     "spline coupling": _coupling(flows.rational_quadratic(5, -3.0, 3.0)),
+    "alternating couplings": _alternating,
     "checkerboard coupling": _checkerboard,
     "autoregressive affine": _autoregressive(flows.affine()),
     "autoregressive spline": _autoregressive(flows.rational_quadratic(4)),

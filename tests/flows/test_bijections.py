@@ -180,6 +180,16 @@ def test_bad_input_is_named(unchecked):
     two, planar = [flows.planar()] * 2, flows.planar_init(KEY, 3)
     cases = [
         (ValueError, "even last axis", lambda: flows.coupling(mlp, flows.affine()).forward({}, x)),
+        (
+            ValueError,
+            "even last axis",
+            lambda: flows.alternating_couplings([mlp], flows.affine()).forward([{}], x),
+        ),
+        (
+            TypeError,
+            "sequence of 1 parameter trees, got 2",
+            lambda: flows.alternating_couplings([mlp], flows.affine()).forward([{}, {}], x),
+        ),
         (ValueError, "even last axis", lambda: flows.split().forward(None, x)),
         (
             ValueError,
@@ -251,11 +261,15 @@ def numpy_realnvp(weights, x):
     return log_det - 0.5 * (x**2).sum(1) - x.shape[1] / 2 * np.log(2 * np.pi)
 
 
-def test_realnvp_log_prob_equals_float64_numpy(compiled):
+@pytest.mark.parametrize("chained", [True, False])
+def test_realnvp_log_prob_equals_float64_numpy(compiled, chained):
     keys = jax.random.split(KEY, 9)
     weights = [dense(k, (3, 16, 6)) for k in keys[:8]]
     parts = [flows.coupling(mlp, flows.affine(), swap=bool(i % 2)) for i in range(8)]
     x = jax.random.normal(keys[8], (20, 6))
-    run = compiled(lambda w, x: flows.log_prob(flows.chain(parts), flows.normal((6,)), w, x))
+    whole = (
+        flows.chain(parts) if chained else flows.alternating_couplings([mlp] * 8, flows.affine())
+    )
+    run = compiled(lambda w, x: flows.log_prob(whole, flows.normal((6,)), w, x))
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (weights, x))
     np.testing.assert_allclose(run(weights, x), numpy_realnvp(*exact), rtol=1e-5)

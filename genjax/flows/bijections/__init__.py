@@ -18,6 +18,7 @@ from genjax.flows.bijections.base import (
 )
 from genjax.flows.bijections.couplings import (
     ConditionerFn,
+    alternating_couplings,
     coupling,
     elementwise,
     masked_autoregressive,
@@ -43,6 +44,7 @@ __all__ = [
     "actnorm",
     "actnorm_init",
     "affine",
+    "alternating_couplings",
     "bounded",
     "chain",
     "coupling",
