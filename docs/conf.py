@@ -13,7 +13,9 @@ html_theme = "furo"
 html_title = "genjax"
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
-nb_execution_mode = "off"  # the tests execute the notebooks
+nb_execution_mode = "auto"
+nb_execution_timeout = 120
+nb_execution_raise_on_error = True
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 # The notebooks stay where users look for them; the pages read copies.
