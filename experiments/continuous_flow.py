@@ -69,7 +69,7 @@ def main(config: Config) -> dict[str, Any]:
     key_init, key_run, key_test, key_draw = jax.random.split(jax.random.key(config.seed), 4)
     rate = optax.cosine_decay_schedule(config.learning_rate, config.steps, 0.01)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-    start = network.init(key_init, jnp.zeros((1, *spec.shape)), jnp.zeros(1))
+    start = jax.jit(network.init)(key_init, jnp.zeros((1, *spec.shape)), jnp.zeros(1))
     state = init_state(start, optimizer, key_run, ema_decays=(config.ema,))
     flow = build(config, network, spec)
 

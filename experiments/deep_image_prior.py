@@ -61,7 +61,7 @@ def main(config: Config) -> dict[str, Any]:
     z = 0.1 * jax.random.uniform(key_input, (1, config.size, config.size, config.input_channels))
     network = Hourglass(3, config.channels)
     optimizer = optax.adam(config.learning_rate)
-    state = init_state(network.init(key_init, z), optimizer, key_run, ema_decays=(0.97,))
+    state = init_state(jax.jit(network.init)(key_init, z), optimizer, key_run, ema_decays=(0.97,))
 
     batch = {"noisy": np.asarray(noisy)[None], "clean": clean[None]}
     apply = jax.jit(network.apply)

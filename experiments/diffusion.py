@@ -125,7 +125,7 @@ def main(config: Config) -> dict[str, Any]:
     model = build(trained, spec, train["x"])
     key_init, key_run, key_draw, key_test = jax.random.split(jax.random.key(config.seed), 4)
     optimizer = make_optimizer(trained)
-    state = init_state(model.init(key_init), optimizer, key_run, ema_decays=(trained.ema,))
+    state = init_state(jax.jit(model.init)(key_init), optimizer, key_run, ema_decays=(trained.ema,))
 
     with _run.start_run(config) as run:
         if config.sample_from is None:

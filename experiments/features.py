@@ -74,7 +74,7 @@ def main(config: Config) -> dict[str, Any]:
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
     rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     optimizer = optax.adamw(rate, weight_decay=config.weight_decay)
-    params = network.init(key_init, jnp.zeros((1, *spec.shape)))
+    params = jax.jit(network.init)(key_init, jnp.zeros((1, *spec.shape)))
     state = init_state(params, optimizer, key_run, ema_decays=(config.ema,))
     with _run.start_run(config) as run:
         step_fn = make_train_step(

@@ -124,7 +124,7 @@ def main(config: Config) -> dict[str, Any]:
         for method in config.methods:
             data, start = (
                 train,
-                network.init(keys["init"], jnp.zeros((1, *spec.shape)), jnp.zeros(1)),
+                jax.jit(network.init)(keys["init"], jnp.zeros((1, *spec.shape)), jnp.zeros(1)),
             )
             if method == "reflow":
                 start = trained["flow"]

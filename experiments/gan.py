@@ -245,7 +245,8 @@ def train(
     """Train both players, sample the averaged generator, score the samples."""
     key_c, key_g, key_run, key_z = jax.random.split(jax.random.key(config.seed), 4)
     optimizers = adam(config, config.steps * config.n_critic), adam(config, config.steps)
-    critic, generator = players.init_critic(key_c), players.init_generator(key_g)
+    critic = jax.jit(players.init_critic)(key_c)
+    generator = jax.jit(players.init_generator)(key_g)
     state = init_saddle_state(critic, generator, *optimizers, key_run, ema_decays=(config.ema,))
 
     count = _samples.sample_count(arrays, spec)

@@ -202,7 +202,7 @@ def two_players(config: Config) -> optax.GradientTransformation:
 
 def initialise(network: Any, key: jax.Array, size: int) -> Any:
     """Draw the parameters, with He's factor for the half of the variance that relu takes away."""
-    params = network.init(key, jnp.zeros((1, size)))
+    params = jax.jit(network.init)(key, jnp.zeros((1, size)))
     return jax.tree.map(lambda w: math.sqrt(2) * w if w.ndim == 2 else w, params)
 
 

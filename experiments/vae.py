@@ -108,7 +108,7 @@ def main(config: Config) -> dict[str, Any]:
     loss_fn = make_loss(config, model)
     key_init, key_run, key_test, key_draw = jax.random.split(jax.random.key(config.seed), 4)
     optimizer = make_optimizer(config)
-    state = init_state(model.init(key_init), optimizer, key_run, ema_decays=(config.ema,))
+    state = init_state(jax.jit(model.init)(key_init), optimizer, key_run, ema_decays=(config.ema,))
     evaluate = make_evaluate(config, model, test["x"])
     mesh, batches = _run.mesh(config), _run.batches(config, train)
     shard_batch(mesh, batches(0))  # a batch that does not fit is refused before a file is written
