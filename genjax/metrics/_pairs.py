@@ -22,6 +22,7 @@ Scalar: TypeAlias = Float[Array, ""] | Float[np.ndarray, ""]
 _BLOCK_ENTRIES = 2**22
 # Not 1024: with rows of a power of two apart, passes along columns miss the cache.
 _MOST_ROWS = 1000
+_LANES = 50
 
 
 def check_features(least: int, why: str = "", **features: Any) -> None:
@@ -118,8 +119,22 @@ def map_row_blocks(
     return jax.lax.map(lambda args: function(*args), (rows, index)), index < size
 
 
-def k_smallest(values: Float[Array, "n m"], k: int) -> Float[Array, "n k"]:
-    """The k smallest of each row in order, ties counted: k passes of running minima, no sort."""
+def k_smallest(values: Float[Array, "n m"], k: int, axis: int = 1) -> Array:
+    """The k smallest along an axis in order, ties counted, as [the other axis, k]; no sort."""
+    size = values.shape[axis]
+    lanes = max(_LANES, -(-size // _LANES))
+    if size > 2 * k * lanes:
+        # One pass: the axis in pieces, laid on each other, and the k smallest kept in every place.
+        best = [jnp.full_like(jax.lax.slice_in_dim(values, 0, lanes, axis=axis), jnp.inf)] * k
+        for start in range(0, size, lanes):
+            piece = jax.lax.slice_in_dim(values, start, min(start + lanes, size), axis=axis)
+            width = ((0, 0), (0, lanes - piece.shape[axis]))
+            piece = jnp.pad(piece, width[:: 1 if axis else -1], constant_values=jnp.inf)
+            for i in range(k):
+                best[i], piece = jnp.minimum(best[i], piece), jnp.maximum(best[i], piece)
+        values = jnp.concatenate(best, axis=axis)
+    values = values if axis else values.T
+    # k passes of running minima.
     level = jnp.full(values.shape[:1], -jnp.inf, values.dtype)
     levels, counts = [], []
     for _ in range(k):
@@ -131,6 +146,17 @@ def k_smallest(values: Float[Array, "n m"], k: int) -> Float[Array, "n k"]:
     return jnp.min(jnp.where(reached, jnp.stack(levels, axis=1)[:, None, :], jnp.inf), axis=2)
 
 
+def block_pairs(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    """x's rows in equal blocks [blocks, b, d], filled with zeros, and all pairs i <= j of them.
+
+    For what is symmetric: half of the products.
+    """
+    count, block = _even_blocks(x.shape[0], _MOST_ROWS)
+    blocks = jnp.pad(x, ((0, count * block - x.shape[0]), (0, 0)))
+    first, second = np.triu_indices(count)
+    return blocks.reshape(count, block, -1), (jnp.asarray(first), jnp.asarray(second))
+
+
 def kth_neighbour(x: Float[Array, "n d"], k: int) -> Float[Array, " n"]:
     """Squared distance of each point to its k-th nearest other point.
 
@@ -138,25 +164,24 @@ def kth_neighbour(x: Float[Array, "n d"], k: int) -> Float[Array, " n"]:
     serve the rows and the columns.
     """
     size = x.shape[0]
-    count, block = _even_blocks(size, _MOST_ROWS)
-    filling = count * block - size
+    blocks, pairs = block_pairs(x)
+    count, block, _ = blocks.shape
     # A filling row is infinitely far from all.
-    norms = jnp.pad(squared_norms(x), (0, filling), constant_values=jnp.inf).reshape(count, block)
-    blocks = jnp.pad(x, ((0, filling), (0, 0))).reshape(count, block, x.shape[1])
+    norms = jnp.pad(squared_norms(x), (0, count * block - size), constant_values=jnp.inf)
+    norms = norms.reshape(count, block)
     itself = jnp.eye(block, dtype=bool)
 
-    def nearer(best: Array, i: Array, distances: Array) -> Array:
-        found = k_smallest(distances, k)
+    def nearer(best: Array, i: Array, distances: Array, axis: int) -> Array:
+        found = k_smallest(distances, k, axis)
         return best.at[i].set(k_smallest(jnp.concatenate([best[i], found], axis=1), k))
 
     def update(best: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         i, j = pair
         distances = squared_distances(blocks[i], blocks[j], (norms[i], norms[j]))
         distances = jnp.where((i == j) & itself, jnp.inf, distances)
-        best = nearer(best, i, distances)
-        return nearer(best, j, jnp.where(i == j, jnp.inf, distances.T)), None
+        best = nearer(best, i, distances, 1)
+        return nearer(best, j, jnp.where(i == j, jnp.inf, distances), 0), None
 
-    first, second = np.triu_indices(count)
     best = jnp.full((count, block, k), jnp.inf, x.dtype)
-    best, _ = jax.lax.scan(update, best, (jnp.asarray(first), jnp.asarray(second)))
+    best, _ = jax.lax.scan(update, best, pairs)
     return best[..., k - 1].reshape(-1)[:size]

@@ -12,6 +12,7 @@ from genjax.metrics._pairs import (
     Features,
     MoreFeatures,
     Scalar,
+    block_pairs,
     centred,
     check_features,
     in_float64,
@@ -69,9 +70,8 @@ def kid(
             .set(1)
             for v, rows in zip((x, y), chosen, strict=True)
         ]
-        xx = _subset_sums(kernel, x, x, members[0], members[0], True)
-        yy = _subset_sums(kernel, y, y, members[1], members[1], True)
-        xy = _subset_sums(kernel, x, y, members[0], members[1], False)
+        xx, yy = (_own_subset_sums(kernel, *of) for of in zip((x, y), members, strict=True))
+        xy = _subset_sums(kernel, x, y, members[0], members[1])
         values = _unbiased(xx, yy, xy, subset_size, subset_size)
     else:
         values = jax.lax.map(
@@ -150,20 +150,38 @@ def gram_is_cheaper(n: int, m: int, num_subsets: int, subset_size: int) -> bool:
     return n * n + m * m + n * m <= 3 * num_subsets * subset_size**2
 
 
-def _subset_sums(
-    kernel: KernelFn, x: Array, y: Array, in_x: Array, in_y: Array, off_diagonal: bool
-) -> Array:
+def _subset_sums(kernel: KernelFn, x: Array, y: Array, in_x: Array, in_y: Array) -> Array:
     """Sum of k(x_i, y_j) over i and j in each subset [s], from 0/1 memberships [s, n], [s, m]."""
 
     def block(rows: Array, index: Array) -> Array:
-        values = kernel(rows, y).astype(in_x.dtype)
-        if off_diagonal:
-            values = jnp.where(index[:, None] == jnp.arange(y.shape[0])[None], 0, values)
         # Filling rows have an index beyond the last one and belong to no subset.
         member = in_x.at[:, index].get(mode="fill", fill_value=0)
-        return jnp.sum(jnp.dot(member, values, precision=HIGHEST) * in_y, axis=1)
+        return _sums(kernel(rows, y).astype(in_x.dtype), member, in_y)
 
     return jnp.sum(map_row_blocks(block, x, y.shape[0])[0], axis=0)
+
+
+def _own_subset_sums(kernel: KernelFn, x: Array, member: Array) -> Array:
+    """Sum of k(x_i, x_j) over i != j in each subset [s]; every pair is formed once."""
+    blocks, pairs = block_pairs(x)
+    count, block, _ = blocks.shape
+    itself = jnp.eye(block, dtype=bool)
+    # Filling rows belong to no subset.
+    member = jnp.pad(member, ((0, 0), (0, count * block - x.shape[0])))
+    member = jnp.moveaxis(member.reshape(-1, count, block), 1, 0)
+
+    def sums(pair: tuple[Array, Array]) -> Array:
+        i, j = pair
+        values = kernel(blocks[i], blocks[j]).astype(member.dtype)
+        values = jnp.where((i == j) & itself, 0, values)
+        return jnp.where(i == j, 1, 2) * _sums(values, member[i], member[j])
+
+    return jnp.sum(jax.lax.map(sums, pairs), axis=0)
+
+
+def _sums(values: Array, in_rows: Array, in_columns: Array) -> Array:
+    """Sum of the values [b, m] over each subset's rows and columns, [s]."""
+    return jnp.sum(jnp.dot(in_rows, values, precision=HIGHEST) * in_columns, axis=1)
 
 
 def _unbiased(xx: Array, yy: Array, xy: Array, n: int, m: int) -> Array:

@@ -93,6 +93,14 @@ def test_k_smallest_with_ties():
         np.testing.assert_array_equal(got, np.sort(rows, axis=1)[:, :k])
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_k_smallest_of_many(axis):
+    values = np.random.default_rng(0).integers(0, 500, (703, 711)).astype(np.float32)
+    got = jax.jit(lambda v: k_smallest(v, 3, axis))(values)
+    expected = np.sort(values, axis=axis).take(range(3), axis=axis)
+    np.testing.assert_array_equal(got, expected if axis else expected.T)
+
+
 def test_kth_neighbour_over_several_blocks():
     x = np.random.default_rng(0).normal(size=(1500, 3)).astype(np.float32)
     x[100] = x[1400]  # a pair of duplicates in two blocks
