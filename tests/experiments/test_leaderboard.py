@@ -201,7 +201,9 @@ def test_floors(dataset, bits):
         assert samples.dtype == (np.uint8 if dataset == "digits" else np.float32)
         assert bits[0] < costs["bits_per_dim"] < bits[1]
         found = scores.numbers(scores.score(data, samples))
-        assert ceiling["frechet"] < found["frechet"]
+        # The plane's law is a mixture of Gaussians: its floors lie within the ceiling's own error.
+        low, high = (1, 30) if dataset == "digits" else (0.1, 10)
+        assert low * ceiling["frechet"] < found["frechet"] < high * ceiling["frechet"]
         assert found["precision"] > 0.6
 
 
