@@ -58,7 +58,10 @@ def main(config: Config) -> dict[str, Any]:
     model = diffusion.build(trained, spec, train["x"])
     key_init, key_noise, key_draw = jax.random.split(jax.random.key(config.seed), 3)
     like = init_state(
-        jax.jit(model.init)(key_init), diffusion.make_optimizer(trained), key_init, ema_decays=(trained.ema,)
+        jax.jit(model.init)(key_init),
+        diffusion.make_optimizer(trained),
+        key_init,
+        ema_decays=(trained.ema,),
     )
     params = diffusion.restore(config.model, like).ema_params(trained.ema)
 
