@@ -22,7 +22,7 @@ Scalar: TypeAlias = Float[Array, ""] | Float[np.ndarray, ""]
 _BLOCK_ENTRIES = 2**22
 # Not 1024: with rows of a power of two apart, passes along columns miss the cache.
 _MOST_ROWS = 1000
-_LANES = 50
+_LANES = 50  # wide enough for vectors, and the lists that are kept stay in the cache
 
 
 def check_features(least: int, why: str = "", **features: Any) -> None:
