@@ -61,6 +61,8 @@ def main(config: Config) -> list[Row]:
     _run.fit = fit
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
         module.main(module.Config(run_dir=f"{folder}/run", progress=False))
+    if not found:
+        return show([Row(name, "", OURS, note="no training loop by default", checks=imports)])
     first, second = found.pop("first_call_ms"), found.pop("second_call_ms")
     return show([Row(name, "", OURS, second, first_ms=first, checks={**imports, **found})])
 
