@@ -123,20 +123,23 @@ def _solve(
     b: Any,
     init: Any,
     gradient: str,
-    last_iterations: int,
+    last_iterations: int = 1,
+    guess: tuple[Array, ...] = (),
 ) -> SinkhornResult:
     checks.rank("epsilon", epsilon, 0)
     checks.positive("epsilon", epsilon)
     _check(gradient, last_iterations, options)
     if options.symmetric and shape[0] != shape[1]:
         raise ValueError(f"symmetric needs y to be x, got {shape[0]} and {shape[1]} points")
+    if guess and options.num_iterations is not None:
+        init, guess = guess if init is None else init, ()
     if options.anneal is None and init is None:
         options = options._replace(anneal=True)
     a, b = _weights("a", a, shape[0], dtype), _weights("b", b, shape[1], dtype)
     level = jnp.asarray(epsilon).astype(dtype)
     f, g = _start(init, *shape, dtype)
     if gradient == "envelope":
-        out = solve.envelope(options, arrays, a, b, level, f, g)
+        out = solve.envelope(options, arrays, a, b, level, f, g, guess)
     else:
         last = last_iterations if gradient == "last" else None
         out = solve.differentiated(options, last, arrays[0], a, b, level, f, g)
@@ -249,6 +252,35 @@ def sinkhorn(
     computed in float32. Raises ValueError or TypeError for shapes, weights or options that do not
     fit and for epsilon <= 0.
     """
+    options = solve.Options(
+        num_iterations, tolerance, max_iterations, anneal, relaxation, symmetric, chunk_size
+    )
+    return between(
+        x,
+        y,
+        cost_fn,
+        options,
+        epsilon=epsilon,
+        a=a,
+        b=b,
+        init=init,
+        gradient=gradient,
+        last_iterations=last_iterations,
+    )
+
+
+def between(
+    x: Array,
+    y: Array,
+    cost_fn: CostFn,
+    options: solve.Options,
+    *,
+    gradient: str = "envelope",
+    **problem: Any,
+) -> SinkhornResult:
+    """`sinkhorn` with its options packed, and a `guess` beside init: potentials that are returned
+    where they meet the tolerance, stand in for init where it is None and they are near, and bound
+    the value from below."""
     x, y = jnp.asarray(x), jnp.asarray(y)
     for name, z in (("x", x), ("y", y)):
         checks.min_rank(name, z, 1)
@@ -259,31 +291,18 @@ def sinkhorn(
     checks.shape("cost_fn(x, y)", formed, shape)
     x, y = at_least_float32(x), at_least_float32(y)
     dtype = jnp.promote_types(formed.dtype, jnp.float32)
-    options = solve.Options(
-        num_iterations, tolerance, max_iterations, anneal, relaxation, symmetric, chunk_size
-    )
     # A cosine is the difference of two numbers near 1, however small it is.
     options = options._replace(floor=1.0 if cost_fn is cosine else 0.0)
     arrays: tuple[Array, ...] = (x, y)
-    if chunk_size is not None and cost_fn not in solve.COSTS:
+    if options.chunk_size is not None and cost_fn not in solve.COSTS:
         # What the cost closes over (learned parameters) becomes an argument, to differentiate.
-        converted, closed = jax.closure_convert(cost_fn, x[: blocks.rows(*shape, chunk_size)], y)
+        some = x[: blocks.rows(*shape, options.chunk_size)]
+        converted, closed = jax.closure_convert(cost_fn, some, y)
         arrays = (x, y, *closed)
         options = options._replace(cost_fn=converted)
     elif cost_fn in solve.COSTS and gradient == "envelope":
         options = options._replace(cost_fn=cost_fn)
     else:
         arrays = (at_least_float32(cost_fn(x, y)),)
-    result = _solve(
-        arrays,
-        shape,
-        dtype,
-        options,
-        epsilon=epsilon,
-        a=a,
-        b=b,
-        init=init,
-        gradient=gradient,
-        last_iterations=last_iterations,
-    )
+    result = _solve(arrays, shape, dtype, options, gradient=gradient, **problem)
     return dataclasses.replace(result, geometry=(x, y), cost_fn=cost_fn)

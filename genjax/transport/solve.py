@@ -81,23 +81,32 @@ def _rounding(size: Array, epsilon: Array) -> Array:
     return jnp.finfo(size.dtype).eps * size / epsilon
 
 
-def _potentials(options: Options, arrays, a, b, epsilon, f, g) -> tuple[Array, ...]:
-    """Run the solver that the options name."""
+def _judge(seen: blocks.Reading, f, g, a, b, epsilon) -> tuple[Array, Array]:
+    """The marginal error, and the dual objective, a lower bound of the value."""
+    error = jnp.sum(jnp.abs(seen.row_sums - a)) + jnp.sum(jnp.abs(seen.col_sums - b))
+    return error, jnp.sum(a * f) + jnp.sum(b * g) - epsilon * (jnp.sum(seen.col_sums) - 1)
+
+
+def _potentials(
+    options: Options, arrays, a, b, epsilon, f, g, guess: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """Run the solver that the options name: f, g, the count, the rounding, a bound of the value."""
     limit = options.num_iterations
     scale, size = _moments(options, arrays)
     rounding = _rounding(size, epsilon)
+    bound = jnp.full_like(rounding, -jnp.inf)
     if limit is not None and options.chunk_size is not None:
         parts = blocks.make(arrays, options.cost_fn, options.chunk_size)
         f, g = kernel.scan_updates(parts, f, g, a, b, epsilon, limit, options.symmetric)
-        return f, g, jnp.asarray(limit, f.dtype), rounding
+        return f, g, jnp.asarray(limit, f.dtype), rounding, bound
     if limit is not None:
         cost = arrays[0] if options.cost_fn is None else options.cost_fn(*arrays)
         if options.symmetric:
             f = log_domain.scan_symmetric(cost, f, a, epsilon, limit)
-            return f, f, jnp.asarray(limit, f.dtype), rounding
+            return f, f, jnp.asarray(limit, f.dtype), rounding, bound
         relaxation = 1.0 if options.relaxation is None else options.relaxation
         f, g = log_domain.scan_updates(cost, f, g, a, b, epsilon, limit, relaxation)
-        return f, g, jnp.asarray(limit, f.dtype), rounding
+        return f, g, jnp.asarray(limit, f.dtype), rounding, bound
     parts = blocks.make(arrays, options.cost_fn, options.chunk_size)
     tiny = jnp.finfo(f.dtype).eps
     # Potentials are rounded too: leave room for both below the tolerance.
@@ -118,24 +127,36 @@ def _potentials(options: Options, arrays, a, b, epsilon, f, g) -> tuple[Array, .
         start=jnp.where(epsilon < smooth, scale / 4, epsilon),
     )
     stored = options.chunk_size is None
+    served = near = epsilon > jnp.inf
+    if guess:
+        p, q = guess
+        error, bound = _judge(blocks.read(parts, p, q, a, b, epsilon), p, q, a, b, epsilon)
+        served, near = error + rounding <= options.tolerance, error <= kernel.HOPELESS
+        problem = problem._replace(limit=jnp.where(served, 0, problem.limit))
+        if options.anneal:
+            g = jnp.where(near, q, g)
+            problem = problem._replace(start=jnp.where(near, epsilon, problem.start))
     before = 0
     if options.anneal and not options.symmetric and _thinnable(options, parts):
+        cold = (epsilon < smooth) & ~near
         g, before = jax.lax.cond(
-            epsilon < smooth,
+            cold,
             lambda: _coarse(options, problem, smooth),
             lambda: (g, jnp.zeros((), jnp.int32)),
         )
-        problem = problem._replace(start=jnp.maximum(smooth, epsilon))
+        problem = problem._replace(start=jnp.where(cold, smooth, epsilon))
     if options.symmetric:
         f, count = kernel.solve_symmetric(problem, f, stored=stored)
-        return f, f, count.astype(f.dtype), rounding
+        return f, f, count.astype(f.dtype), rounding, bound
     f, g, count = kernel.solve(
         problem, g, anneal=options.anneal, relaxation=options.relaxation, stored=stored
     )
     count = count + before
+    if guess:
+        f, g = (jnp.where(served, new, old) for new, old in zip(guess, (f, g), strict=True))
     # Of the constant by which potentials may differ: <a, f> = <b, g>, where both are smallest.
     shift = (jnp.sum(a * f) - jnp.sum(b * g)) / 2
-    return f - shift, g + shift, count.astype(f.dtype), rounding
+    return f - shift, g + shift, count.astype(f.dtype), rounding, bound
 
 
 def _thinnable(options: Options, parts: blocks.Blocks) -> bool:
@@ -176,26 +197,26 @@ def _coarse(options: Options, problem: kernel.Problem, level: Array) -> tuple[Ar
 
 
 def _solve(
-    options: Options, wanted: tuple[bool, ...], arrays, a, b, epsilon, f, g
+    options: Options, wanted: tuple[bool, ...], arrays, a, b, epsilon, f, g, guess
 ) -> tuple[Outcome, tuple[Array | None, ...]]:
     """Solve, and read value, cost, error and the wanted gradients off the potentials."""
-    f, g, count, rounding = _potentials(options, arrays, a, b, epsilon, f, g)
+    f, g, count, rounding, bound = _potentials(options, arrays, a, b, epsilon, f, g, guess)
     parts = blocks.make(arrays, options.cost_fn, options.chunk_size)
     seen = blocks.read(parts, f, g, a, b, epsilon, wanted)
-    error = jnp.sum(jnp.abs(seen.row_sums - a)) + jnp.sum(jnp.abs(seen.col_sums - b))
-    # The dual objective: a lower bound of the value, and the value at the optimum.
-    dual = jnp.sum(a * f) + jnp.sum(b * g) - epsilon * (jnp.sum(seen.col_sums) - 1)
-    return Outcome(f, g, dual, seen.total, error, count, rounding), seen.gradient
+    error, dual = _judge(seen, f, g, a, b, epsilon)
+    value = jnp.maximum(dual, bound)
+    return Outcome(f, g, value, seen.total, error, count, rounding), seen.gradient
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def envelope(options: Options, arrays, a, b, epsilon, f, g) -> Outcome:
+def envelope(options: Options, arrays, a, b, epsilon, f, g, guess) -> Outcome:
     """Solve, with the derivative of the value at fixed potentials (the envelope theorem).
 
     Of the value it is P for the cost, f and g for the weights and KL(P | a b^T) for epsilon; of
-    <P, C>, with the plan a constant, P. The potentials are constants.
+    <P, C>, with the plan a constant, P. The potentials are constants. `guess` is () or potentials
+    which are returned where they meet the tolerance, and whose dual objective bounds the value.
     """
-    return _solve(options, (), arrays, a, b, epsilon, f, g)[0]
+    return _solve(options, (), arrays, a, b, epsilon, f, g, guess)[0]
 
 
 @functools.partial(envelope.defjvp, symbolic_zeros=True)
@@ -235,7 +256,7 @@ def differentiated(options: Options, last: int | None, cost, a, b, epsilon, f, g
             last = min(last, options.num_iterations)
             before = options._replace(num_iterations=options.num_iterations - last)
         fixed = jax.lax.stop_gradient(((cost,), a, b, epsilon, f, g))
-        f, g, count, rounding = jax.lax.stop_gradient(_potentials(before, *fixed))
+        f, g, count, rounding, _ = jax.lax.stop_gradient(_potentials(before, *fixed, ()))
     if options.symmetric:
         f = log_domain.scan_symmetric(cost, f, a, epsilon, last)
         g = f
