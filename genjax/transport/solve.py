@@ -131,7 +131,8 @@ def _potentials(
     if guess:
         p, q = guess
         error, bound = _judge(blocks.read(parts, p, q, a, b, epsilon), p, q, a, b, epsilon)
-        served, near = error + rounding <= options.tolerance, error <= kernel.HOPELESS
+        enough = jnp.maximum(options.tolerance - rounding, goal)
+        served, near = error <= enough, error <= kernel.HOPELESS
         problem = problem._replace(limit=jnp.where(served, 0, problem.limit))
         if options.anneal:
             g = jnp.where(near, q, g)
