@@ -49,13 +49,14 @@ def _squared_distances(x: Array, y: Array) -> Array:
 @_squared_distances.defjvp
 def _squared_distances_jvp(primals, tangents):
     # d|x_i - y_j|^2 = 2 <x_i - y_j, dx_i - dy_j>, as products of matrices: the reverse pass forms
-    # no [n, m, d] array, and the clip at 0 does not cut the gradient.
+    # no [n, m, d] array, and the clip at 0 does not cut the gradient. The 2 and the signs are at
+    # the points, so that it forms no other [n, m] matrix either.
     x, y = primals
     dx, dy = tangents
-    xc, yc = centred(x, y)
-    rows = jnp.sum(xc * dx, axis=1)[:, None] - jnp.matmul(dx, yc.T, precision=HIGHEST)
-    cols = jnp.sum(yc * dy, axis=1)[None, :] - jnp.matmul(xc, dy.T, precision=HIGHEST)
-    return _squared_distances(x, y), 2 * (rows + cols)
+    xc, yc = (2 * z for z in centred(x, y))
+    rows = jnp.sum(xc * dx, axis=1)[:, None] + jnp.matmul(dx, -yc.T, precision=HIGHEST)
+    cols = jnp.sum(yc * dy, axis=1)[None, :] + jnp.matmul(-xc, dy.T, precision=HIGHEST)
+    return _squared_distances(x, y), rows + cols
 
 
 def squared_euclidean(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:

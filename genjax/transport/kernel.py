@@ -23,6 +23,8 @@ LARGEST = 1e13  # about e^30
 HOPELESS = 0.5  # marginal error, after two sweeps, at which a warm start is given up
 CHECK = 8  # sweeps between looks at the rate
 GROWTH = 3.0  # of the error over CHECK sweeps, beyond which relaxation is reduced
+SMOOTH = 0.03  # of the scale: the least epsilon for a sample, or without annealing
+SAMPLE = 1024  # rows, in blocks, for the stages above it where the kernel is not stored
 EASE = 4.0  # the spectral gap is taken as EASE epsilon / scale until the rate has been seen
 
 
@@ -51,11 +53,13 @@ class _Stage(NamedTuple):
     cautious: Array  # plain sweeps only: the last attempt left the numbers
     omega: Array
     done: Array
+    closing: Array  # no sweeps: only the potentials that are still missing
 
 
 class _Sweep(NamedTuple):
     u: Array
     v: Array
+    reach: Array  # the largest of v and 1 / v
     error: Array
     mark: Array
     omega: Array
@@ -87,12 +91,13 @@ def solve(
         goal = jnp.where(last, problem.goal, jnp.maximum(LOOSE, problem.goal))
         h = state.g + level * log_b
         kernel, peak = passes.build(blocks, h, level) if stored else (rows, jnp.zeros_like(a_rows))
+        step, part = _sample(a_rows, ~last & (level > SMOOTH * problem.scale))
 
         def products(u: Array, v: Array, omega: Array) -> tuple[Array, Array]:
             if stored:
                 u, cols = passes.kernel_products(kernel, a_rows, u, v, omega)
                 return u, cols * v
-            return _streamed_products(blocks, rows, a_rows, u, h, v, level, omega)
+            return _streamed_products(blocks, rows, part, u, h, v, level, omega, step)
 
         def rows_potential(u: Array) -> Array:
             return blocks.join(level * jnp.log(u) - peak if stored else level * u)
@@ -106,7 +111,7 @@ def solve(
             u, cols = products(s.u, s.v, omega)
             error = jnp.sum(jnp.abs(cols - b))
             done = plain & (error <= goal)
-            held = done | (b == 0)
+            held = done | state.closing | (b == 0)
             v = passes.relaxed(s.v, jnp.where(held, 1, cols / jnp.where(held, 1, b)), omega)
             v = jnp.where(held, s.v, v)
             look = s.steps % CHECK == CHECK - 1
@@ -115,20 +120,30 @@ def solve(
                 early = s.steps < CHECK
                 omega = jnp.where(look, _faster(s.omega, error / s.mark, early), omega)
             mark = jnp.where(look | (s.steps < 2), error, s.mark)
-            return _Sweep(u, v, error, mark, omega, done, s.steps + 1)
+            reach = jnp.max(jnp.maximum(v, 1 / v))
+            return _Sweep(u, v, reach, error, mark, omega, done, s.steps + 1)
 
         def going(s: _Sweep) -> Array:
-            tame = (jnp.max(s.v) < LARGEST) & (jnp.min(s.v) > 1 / LARGEST)
             hopeless = state.trial & (s.steps == 2) & (s.error > HOPELESS)
             # A loose stage ends on any sweep, the last one on a plain one.
             short = ~last & (s.error <= goal)
             left = s.steps + state.count < problem.limit
-            return ~s.done & ~short & ~hopeless & tame & left
+            going_on = ~s.done & ~short & ~hopeless & (s.reach < LARGEST) & left
+            # Without the kernel one more sweep makes the rows exact.
+            return jnp.where(state.closing, s.steps < (0 if stored else 1), going_on)
+
+        def log_step() -> tuple[Array, Array]:
+            # At the end only columns of zero weight are missing, which took no part, and the rows
+            # where there are no sweeps left.
+            f = passes.row_update(blocks, state.g, b, level) if stored else rows_potential(s.u)
+            g = passes.col_update(blocks, f, a if stored else blocks.join(part), level)
+            return f, jnp.where((b == 0) != state.closing, state.g, g)
 
         zero, infinite = jnp.zeros_like(level), jnp.full_like(level, jnp.inf)
         first = _Sweep(
             u=jnp.ones_like(a_rows),
             v=jnp.ones_like(b),
+            reach=zero + 1,
             error=infinite,
             mark=infinite,
             omega=state.omega,
@@ -136,12 +151,12 @@ def solve(
             steps=jnp.zeros_like(state.count),
         )
         s = jax.lax.while_loop(going, sweep, first)
-        tame = (jnp.max(s.v) < LARGEST) & (jnp.min(s.v) > 1 / LARGEST)
-        sound = jnp.isfinite(s.error) & jnp.isfinite(jnp.max(s.v)) & (jnp.min(s.v) > 0)
+        tame = s.reach < LARGEST
+        sound = jnp.isfinite(s.error) & jnp.isfinite(s.reach)
         f, g = jax.lax.cond(
-            sound,
+            sound & ~state.closing,
             lambda: (rows_potential(s.u), state.g + level * jnp.log(s.v)),
-            lambda: _log_step(blocks, state.g, a, b, level),
+            log_step,
         )
         useless = state.trial & (s.steps == 2) & (s.error > HOPELESS)
         again = ~tame | useless
@@ -154,22 +169,27 @@ def solve(
         slope = (below - level) / jnp.where(state.stages > 0, level - state.level_before, 1)
         ahead = g + slope * (g - state.before)
         onward = tame & ~last & (state.stages > 0)
+        done = state.closing | (last & s.done)
+        taken = jnp.where(state.closing, state.count, state.count + s.steps)
+        missing = jnp.where(done, jnp.any(b == 0), taken >= problem.limit)
+        closing = missing & ~state.closing
         return _Stage(
             f=f,
             g=jnp.where(onward, ahead, g),
             before=g,
-            level=below,
+            level=jnp.where(closing, epsilon, below),
             level_before=level,
             stages=jnp.where(again, 0, state.stages + 1),
-            count=state.count + s.steps,
+            count=taken,
             trial=useless & (above < start),
             cautious=~sound,
             omega=jnp.where(tame | useless | ~sound, first_omega(below), s.omega),
-            done=last & s.done,
+            done=done,
+            closing=closing,
         )
 
     def unfinished(state: _Stage) -> Array:
-        return ~state.done & (state.count < problem.limit)
+        return state.closing | (~state.done & (state.count < problem.limit))
 
     no = epsilon > jnp.inf
     count = jnp.zeros((), jnp.int32)
@@ -185,20 +205,10 @@ def solve(
         cautious=no,
         omega=first_omega(epsilon if anneal is not True else start),
         done=no,
+        closing=problem.limit <= 0,
     )
     state = jax.lax.while_loop(unfinished, stage, first)
-    f, g = jax.lax.cond(
-        state.done,
-        lambda: (state.f, state.g),
-        lambda: (passes.row_update(blocks, state.g, b, epsilon), state.g),  # out of sweeps
-    )
-    # Columns of zero weight took no part: their potential is read off the rows.
-    g = jax.lax.cond(
-        jnp.any(b == 0),
-        lambda: jnp.where(b == 0, passes.col_update(blocks, f, a, epsilon), g),
-        lambda: g,
-    )
-    return f, g, state.count
+    return state.f, state.g, state.count
 
 
 def _faster(omega: Array, decay: Array, early: Array) -> Array:
@@ -218,14 +228,6 @@ def _faster(omega: Array, decay: Array, early: Array) -> Array:
     return jnp.where(decay < GROWTH, new, 1 + 0.7 * (omega - 1))
 
 
-def _log_step(blocks: Blocks, g: Array, a: Array, b: Array, epsilon: Array) -> tuple[Array, Array]:
-    """One iteration in the log domain."""
-    f = passes.row_update(blocks, g, b, epsilon)
-    new = passes.col_update(blocks, f, a, epsilon)
-    g = jnp.where(b == 0, g, new)
-    return f, g
-
-
 def scan_updates(
     blocks: Blocks, f: Array, g: Array, a: Array, b: Array, epsilon: Array, length: int, same: bool
 ) -> tuple[Array, Array]:
@@ -242,18 +244,32 @@ def scan_updates(
     return jax.lax.scan(body, (f, f if same else g), None, length=length)[0]
 
 
-def _streamed_products(blocks, rows, a_rows, f, h, v, epsilon, omega):
+def _sample(a_rows: Array, wanted: Array) -> tuple[Array, Array]:
+    """Every how many blocks make a sample, or 1 if it is not wanted, and the weights in it."""
+    count, size = a_rows.shape
+    step = max(count * size // SAMPLE, 1)
+    total = jnp.sum(a_rows[::step])
+    some = (jnp.arange(count) % step == 0)[:, None]
+    wanted = wanted & (total > 0)
+    part = jnp.where(wanted, jnp.where(some, a_rows / jnp.where(wanted, total, 1), 0), a_rows)
+    return jnp.where(wanted, step, 1), part
+
+
+def _streamed_products(blocks, rows, a_rows, f, h, v, epsilon, omega, step):
     """A sweep that forms each block of the kernel and lets it go: u holds f / epsilon here."""
     h = h + epsilon * jnp.log(v)
 
-    def body(cols, block):
-        rows, a, f = block
-        kernel, peak = passes.row_kernel(blocks.cost(rows), h, epsilon)
+    def body(k, state):
+        k, (cols, f) = k * step, state
+        some, a, old = (jax.lax.dynamic_index_in_dim(z, k, 0, False) for z in (rows, a_rows, f))
+        kernel, peak = passes.row_kernel(blocks.cost(some), h, epsilon)
         new = -(peak / epsilon + jnp.log(jnp.sum(kernel, axis=1)))
-        f = jnp.where(omega == 1, new, f + omega * (new - f))
-        return cols + (a * jnp.exp(f + peak / epsilon)) @ kernel, f
+        new = jnp.where(omega == 1, new, old + omega * (new - old))
+        cols = cols + (a * jnp.exp(new + peak / epsilon)) @ kernel
+        return cols, jax.lax.dynamic_update_index_in_dim(f, new, k, 0)
 
-    cols, f = passes.scan(body, jnp.zeros_like(v), (rows, a_rows, f), blocks.count)
+    count = (blocks.count + step - 1) // step
+    cols, f = jax.lax.fori_loop(0, count, body, (jnp.zeros_like(v), f))
     return f, cols
 
 

@@ -18,9 +18,9 @@ from genjax.transport.costs import DIRECT_DIMS, cosine, euclidean, squared_eucli
 
 # Costs that are cheap to form again, block by block.
 COSTS = (squared_euclidean, euclidean, cosine)
-# With FINE points on both sides, annealing is done on a sample of COARSE, or a quarter.
+# With FINE points on both sides, annealing is done on a sample of COARSE, or a quarter. (Where the
+# kernel is not stored `kernel.solve` takes a sample by itself.)
 FINE, COARSE = 512, 2048
-SMOOTH = 0.03  # of the cost's scale: the least epsilon for the sample, or without annealing
 
 
 class Options(NamedTuple):
@@ -57,11 +57,9 @@ def _moments(options: Options, arrays: tuple[Array, ...]) -> tuple[Array, Array]
         sample = arrays[0]
     elif options.cost_fn is squared_euclidean:
         x, y = arrays
-
-        def spread(z, centre):
-            return jnp.mean(jnp.sum(jnp.square(z - jnp.mean(centre, 0, keepdims=True)), axis=1))
-
-        scale, size = spread(x, x) + spread(y, y), spread(x, y) + spread(y, y)
+        centre, other = (jnp.mean(z, axis=0, keepdims=True) for z in arrays)
+        scale = jnp.sum(jnp.square(x - centre)) / len(x) + jnp.sum(jnp.square(y - other)) / len(y)
+        size = scale + jnp.sum(jnp.square(centre - other))
         # Differences lose nothing but the last digit of a cost that is small where the plan is.
         return scale, size - scale / 2 if x.shape[1] <= DIRECT_DIMS else size
     else:
@@ -112,7 +110,7 @@ def _potentials(
     # Potentials are rounded too: leave room for both below the tolerance.
     room = rounding + tiny * scale / (4 * epsilon)
     goal = jnp.maximum(0.95 * options.tolerance - room, 0.3 * options.tolerance)
-    smooth = SMOOTH * scale
+    smooth = kernel.SMOOTH * scale
     sound = jnp.isfinite(scale) & jnp.isfinite(jnp.sum(a) + jnp.sum(b)) & (epsilon > 0)
     sound = sound & (jnp.minimum(jnp.min(a), jnp.min(b)) >= 0)
     problem = kernel.Problem(
@@ -142,7 +140,7 @@ def _potentials(
         cold = (epsilon < smooth) & ~near
         g, before = jax.lax.cond(
             cold,
-            lambda: _coarse(options, problem, smooth),
+            lambda: _coarse(problem, smooth),
             lambda: (g, jnp.zeros((), jnp.int32)),
         )
         problem = problem._replace(start=jnp.where(cold, smooth, epsilon))
@@ -163,38 +161,39 @@ def _potentials(
 def _thinnable(options: Options, parts: blocks.Blocks) -> bool:
     """Whether a sample of the points can be annealed in place of all of them."""
     plain = options.cost_fn is None or options.cost_fn in COSTS
-    return plain and min(parts.n, parts.m) >= FINE
+    return options.chunk_size is None and plain and min(parts.n, parts.m) >= FINE
 
 
-def _coarse(options: Options, problem: kernel.Problem, level: Array) -> tuple[Array, Array]:
+def _coarse(problem: kernel.Problem, level: Array) -> tuple[Array, Array]:
     """Anneal every k-th point down to an epsilon at which a sample tells the potential of all.
 
     Returns the potential extended to all of y, and the number of sweeps.
     """
-    parts, a, b = problem.blocks, problem.a, problem.b
-    step = max(4, min(parts.n, parts.m) // COARSE)
-
-    def thin(weights: Array) -> Array:
-        some = weights[::step]
-        total = jnp.sum(some)
-        return jnp.where(total > 0, some / jnp.where(total > 0, total, 1), 1 / some.size)
-
+    parts = problem.blocks
+    rows, cols = (slice(None, None, max(4, size // COARSE)) for size in (parts.n, parts.m))
     if parts.cost_fn is None:
-        arrays, tall = (parts.arrays[0][::step, ::step],), (parts.arrays[0][::step],)
+        tall = (parts.arrays[0][rows],)
+        arrays = (tall[0][:, cols],)
     else:
         x, y = parts.arrays
-        arrays, tall = (x[::step], y[::step]), (x[::step], y)
+        tall, arrays = (x[rows], y), (x[rows], y[cols])
     small = problem._replace(
         blocks=blocks.make(arrays, parts.cost_fn, None),
-        a=thin(a),
-        b=thin(b),
+        a=_thin(problem.a, rows),
+        b=_thin(problem.b, cols),
         epsilon=level,
         goal=jnp.maximum(problem.goal, kernel.LOOSE),
     )
     start = jnp.zeros_like(small.b)
     f, _, count = kernel.solve(small, start, anneal=True, relaxation=None, stored=True)
-    wide = blocks.make(tall, parts.cost_fn, options.chunk_size)
+    wide = blocks.make(tall, parts.cost_fn, None)
     return blocks.col_update(wide, f, small.a, level), count
+
+
+def _thin(weights: Array, every: slice) -> Array:
+    some = weights[every]
+    total = jnp.sum(some)
+    return jnp.where(total > 0, some / jnp.where(total > 0, total, 1), 1 / some.size)
 
 
 def _solve(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax.transport import sinkhorn, sinkhorn_divergence, squared_euclidean
+from genjax.transport import blocks, sinkhorn, sinkhorn_divergence, squared_euclidean
 from tests.transport.reference import clouds
 
 MEASURE = """
@@ -43,7 +43,8 @@ def test_chunks_give_the_same_answer():
     x, y = clouds(40, 33, 2)
     rng = np.random.default_rng(0)
     a, b = (jnp.asarray(rng.dirichlet(np.ones(k)), jnp.float32) for k in (40, 33))
-    a = (a.at[4].set(0) / (1 - a[4])).at[4].set(0)
+    a = a.at[4].set(0) / (1 - a[4])
+    b = b.at[7].set(0) / (1 - b[7])
 
     def run(x, y, a, b, epsilon, **options):
         result = sinkhorn(x, y, epsilon=epsilon, a=a, b=b, tolerance=1e-4, **options)
@@ -136,6 +137,51 @@ def test_large_clouds_in_the_default_blocks():
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", ["sorted", "weighted", "no weight in the sample"])
+def test_large_clouds_are_annealed_on_a_sample_of_blocks(case):
+    x, y = clouds(2100, 300, 2)
+    epsilon, k = 0.02, 200
+    x = x[jnp.argsort(x[:, 0])]  # a sample of neighbours would be far off
+    a = None
+    if case == "weighted":
+        a = jnp.asarray(np.random.default_rng(1).dirichlet(np.ones(2100)), jnp.float32)
+    elif case != "sorted":
+        size = blocks.rows(2100, 300, k)
+        a = (np.arange(2100) // size % 2).astype(np.float32)
+        a = jnp.asarray(a / a.sum())
+    value, result = jax.jit(lambda x: _both(sinkhorn(x, y, epsilon=epsilon, a=a, chunk_size=k)))(x)
+    dense = jax.jit(lambda x: sinkhorn(x, y, epsilon=epsilon, a=a, tolerance=1e-4))(x)
+    assert result.converged
+    assert result.num_iterations < 100
+    np.testing.assert_allclose(value, dense.value, rtol=1e-4)
+    np.testing.assert_allclose(jnp.sum(result.plan(), axis=1), result.a, rtol=1e-3, atol=1e-7)
+
+
+def test_a_sample_of_each_side_where_one_is_much_larger():
+    x, y = clouds(10_400, 520, 2)
+    one, other = (
+        jax.jit(lambda x, k=k: sinkhorn(x, y, epsilon=0.05, chunk_size=k))(x) for k in (None, 512)
+    )
+    assert one.converged
+    assert other.converged
+    np.testing.assert_allclose(one.value, other.value, rtol=1e-5)
+
+
+def _both(result):
+    return result.value, result
+
+
+def test_chunks_that_run_out_of_sweeps_have_exact_rows():
+    x, y = clouds(2100, 300, 2)
+    for sweeps in (1, 3, 12):
+        result = jax.jit(
+            lambda x, k=sweeps: sinkhorn(x, y, epsilon=0.01, max_iterations=k, chunk_size=200)
+        )(x)
+        assert not result.converged
+        assert result.num_iterations == sweeps
+        np.testing.assert_allclose(jnp.sum(result.plan(), axis=1), result.a, rtol=1e-3)
+
+
 def test_bad_input(unchecked):
     x, y = clouds(4, 3, 2)
     with pytest.raises(ValueError, match="chunk_size needs gradient 'envelope', got 'unroll'"):
@@ -162,9 +208,9 @@ def measure(n, chunk_size, tolerance):
 def test_memory_at_16384_points():
     start, dense, value, error, norm = measure(16384, None, 1e-3)
     chunked_start, peak, chunked_value, chunked_error, chunked_norm = measure(16384, 256, 1e-3)
-    # Compilation takes 0.4 GiB whatever the size: what is compared is the solve's own memory.
-    assert peak - chunked_start < (dense - start) / 4
-    assert peak < 0.5
+    # jax takes 0.2 GiB, and compilation 0.15 whatever the size: these aside it is a hundredth.
+    assert peak - chunked_start < (dense - start) / 25
+    assert peak < 0.27 * dense
     assert max(error, chunked_error) < 1e-3
     np.testing.assert_allclose(chunked_value, value, rtol=1e-4)
     np.testing.assert_allclose(chunked_norm, norm, rtol=1e-3)
