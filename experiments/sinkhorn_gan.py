@@ -54,7 +54,7 @@ class Config(_run.RunConfig):
     variant: Literal["fixed", "learned", "otgan"] | None = None
     """The loss, see above (default: learned for images, fixed in the plane)."""
     steps: int | None = None  # type: ignore[assignment]
-    """Updates of the generator (default: 1,000 for images, 7,000 in the plane)."""
+    """Updates of the generator (default: 1,500 for images, 10,000 in the plane)."""
     batch_size: int | None = None  # type: ignore[assignment]
     """Examples, and samples, in one update (default: 512 for images, 256 in the plane)."""
     steps_per_call: int = 50
@@ -85,7 +85,7 @@ class Config(_run.RunConfig):
 
 IMAGES = {
     "variant": "learned",
-    "steps": 1000,
+    "steps": 1500,
     "batch_size": 512,
     "epsilon": 0.01,
     "latent_dim": 16,
@@ -94,7 +94,7 @@ IMAGES = {
 }
 PLANE = {
     "variant": "fixed",
-    "steps": 7000,
+    "steps": 10_000,
     "batch_size": 256,
     "epsilon": 0.0015,
     "latent_dim": 2,
