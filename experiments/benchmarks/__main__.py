@@ -47,13 +47,13 @@ PATHS = {
 }
 SMALL = {"n": (256,), "eps": (0.1, 0.01), "repeats": 3}
 PEERS_OF_OT = {"peers": ("ott", "ott-momentum", "ott-anderson", "pot", "geomloss"), "seconds": 8.0}
-LARGE = {"n": (4096,), "eps": (0.1, 0.01), "peers": ("ott",), "seconds": 30.0}
+LARGE = {"n": (4096,), "peers": ("ott", "ott-momentum", "geomloss"), "seconds": 20.0, "repeats": 3}
 TWO = {"n": (256, 1024), "eps": (0.01,), "peers": ("ott", "ott-momentum", "geomloss")}
 JOBS: dict[str, Job] = {
     "ceilings": Job("_ceilings", {}, {"rounds": 5}),
     "sinkhorn_256": Job("sinkhorn", {"n": (256,), **PEERS_OF_OT}, SMALL),
     "sinkhorn_1024": Job("sinkhorn", {"n": (1024,), **PEERS_OF_OT}, SMALL | {"d": (2,)}),
-    "sinkhorn_4096": Job("sinkhorn", LARGE, {"n": (2048,), "d": (2,), "repeats": 2}),
+    "sinkhorn_4096": Job("sinkhorn", LARGE, SMALL | {"n": (2048,), "d": (2,)}),
     "sinkhorn_divergence": Job("sinkhorn", {"problem": "divergence", **TWO}, SMALL),
     "vae": Job("vae", {}, {"rounds": 3, "steps": 20}),
     "wgan_gp": Job("wgan_gp", {}, {"rounds": 3, "width": 16}),

@@ -30,10 +30,10 @@ def summary(rows: Sequence[Row]) -> str:
 
 def _peer(row: Row) -> str:
     if row.ratio is None:
-        return ""
+        return f"{row.side} {row.note}" if row.ms is not None and row.note else ""
     text = f"{row.side} {number(row.ratio)}"
     if row.target is not None:
-        text += f" ({row.target:g})"
+        text += f" ({row.target:.3g})"
     return f"**{text}**" if row.met is False else text
 
 

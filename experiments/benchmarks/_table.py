@@ -41,7 +41,7 @@ class Row:
     work: dict[str, float] = dataclasses.field(default_factory=dict)
     """What one unit needs at least: flops, bytes read, exps."""
     note: str = ""
-    """Why there is no time."""
+    """Why there is no time, or no ratio."""
 
     @property
     def met(self) -> bool | None:
@@ -60,10 +60,15 @@ def make_rows(
     work: Mapping[str, float] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """Make the rows of one case; `targets` for each peer or one for all, `notes` of the absent."""
+    """Make the rows of one case; `targets` for each peer or one for all, `notes` of the absent.
+
+    A side with a check that is not finite has found no answer: its time is not compared.
+    """
     rows = []
     for side, t in times.items():
         own = side == OURS
+        found = dict((checks or {}).get(side, {}))
+        failed = not all(math.isfinite(x) for x in found.values())
         target = targets.get(side) if isinstance(targets, Mapping) else targets
         rows.append(
             Row(
@@ -75,10 +80,11 @@ def make_rows(
                 high=t.quartiles[1],
                 first_ms=t.first,
                 peak_mb=t.peak_mb,
-                ratio=None if own else ratio(t, times[OURS]),
-                target=None if own else target,
-                checks=dict((checks or {}).get(side, {})),
+                ratio=None if own or failed else ratio(t, times[OURS]),
+                target=None if own or failed else target,
+                checks=found,
                 work=dict(work or {}) if own else {},
+                note="diverged" if failed else "",
             )
         )
     return rows + [Row(workload, case, side, note=why) for side, why in (notes or {}).items()]
@@ -112,8 +118,8 @@ def show(rows: Sequence[Row]) -> list[Row]:
     """Print rows a line each, and return them."""
     for row in rows:
         text = f"{row.workload} {row.case}".strip()
-        time = f"{number(row.ms):>9} ms" if row.ms is not None else row.note
-        line = f"{text:<34} {row.side:<15} {time}"
+        time = f"{number(row.ms):>9} ms  " if row.ms is not None else ""
+        line = f"{text:<34} {row.side:<15} {time}{row.note}".rstrip()
         if row.ratio is not None:
             line += f"  ratio {number(row.ratio)}"
         if row.target is not None:
@@ -145,10 +151,10 @@ def read(path: Path) -> list[Row]:
 
 
 def number(x: float | None) -> str:
-    """Three figures, no exponent where it can be helped."""
+    """Three figures, an exponent only where a table would be too wide without."""
     if x is None or not math.isfinite(x):
         return "" if x is None else str(x)
-    if x and abs(x) < 1e-3:
+    if x and not 1e-3 <= abs(x) < 1e12:
         return f"{x:.1e}"
     digits = max(0, 2 - math.floor(math.log10(abs(x)))) if x else 0
     return f"{x:,.{min(digits, 4)}f}"
@@ -177,7 +183,7 @@ def markdown(rows: Sequence[Row], ceilings: Mapping[str, float]) -> str:
             "" if spread is None else f"{100 * spread:.0f}%",
             number(row.first_ms),
             "" if row.peak_mb is None else f"{row.peak_mb:,.0f}",
-            number(row.ratio),
+            number(row.ratio) if row.ratio is not None else row.note,
             number(row.target),
             {True: "yes", False: "**no**", None: ""}[row.met],
             "" if least is None else f"{100 * least / row.ms:.0f}%",

@@ -112,6 +112,20 @@ def test_the_summary_has_a_line_for_each_case():
     assert lines[2:] == ["| vae n=4 | 3.00 | **torch 2.50 (3)** |"]
 
 
+def test_a_peer_that_diverged_is_not_compared(capsys):
+    sides = {"genjax": 2.0, "ott": 9.0, "pot": 9.0}
+    times = {name: _timing.Times([ms], 7.0, None) for name, ms in sides.items()}
+    checks = {"genjax": {"error": 1e-4}, "ott": {"value": float("-inf"), "error": 3e300}}
+    found = _table.make_rows("sinkhorn", times, targets=3.0, checks=checks)
+    own, ott, pot = _table.show(found)
+    assert (ott.ms, ott.ratio, ott.target, ott.met) == (9.0, None, None, None)
+    assert (own.note, ott.note, pot.note, pot.met) == ("", "diverged", "", True)
+    assert "diverged  value -inf  error 3.0e+300" in capsys.readouterr().out
+    assert "| diverged |" in _table.markdown(found, {}).splitlines()[3]
+    lines = _summary.summary(found).splitlines()
+    assert lines[2:] == ["| sinkhorn | 2.00 | ott diverged, pot 4.50 (3) |"]
+
+
 def test_a_peer_that_is_missing_is_named(capsys):
     def missing():
         raise ModuleNotFoundError("No module named 'peer'", name="peer")
