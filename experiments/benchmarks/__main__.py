@@ -47,7 +47,12 @@ PATHS = {
 }
 SMALL = {"n": (256,), "eps": (0.1, 0.01), "repeats": 3}
 PEERS_OF_OT = {"peers": ("ott", "ott-momentum", "ott-anderson", "pot", "geomloss"), "seconds": 8.0}
-LARGE = {"n": (4096,), "peers": ("ott", "ott-momentum", "geomloss"), "seconds": 20.0, "repeats": 3}
+LARGE = {
+    "n": (4096,),
+    "peers": ("ott", "ott-momentum", "ott-anderson", "geomloss"),
+    "repeats": 3,
+    "seconds": 20.0,
+}
 TWO = {"n": (256, 1024), "eps": (0.01,), "peers": ("ott", "ott-momentum", "geomloss")}
 JOBS: dict[str, Job] = {
     "ceilings": Job("_ceilings", {}, {"rounds": 5}),

@@ -62,13 +62,16 @@ def make_rows(
 ) -> list[Row]:
     """Make the rows of one case; `targets` for each peer or one for all, `notes` of the absent.
 
-    A side with a check that is not finite has found no answer: its time is not compared.
+    A peer with a check that is not finite has found no answer: its time is not compared. Raises
+    FloatingPointError where genjax has.
     """
     rows = []
     for side, t in times.items():
         own = side == OURS
         found = dict((checks or {}).get(side, {}))
         failed = not all(math.isfinite(x) for x in found.values())
+        if own and failed:
+            raise FloatingPointError(f"{workload} {case}: genjax found no answer, {found}")
         target = targets.get(side) if isinstance(targets, Mapping) else targets
         rows.append(
             Row(

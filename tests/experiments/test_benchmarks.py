@@ -124,6 +124,8 @@ def test_a_peer_that_diverged_is_not_compared(capsys):
     assert "| diverged |" in _table.markdown(found, {}).splitlines()[3]
     lines = _summary.summary(found).splitlines()
     assert lines[2:] == ["| sinkhorn | 2.00 | ott diverged, pot 4.50 (3) |"]
+    with pytest.raises(FloatingPointError, match=r"n=4: genjax found no answer.*nan"):
+        _table.make_rows("sinkhorn", times, case="n=4", checks={"genjax": {"error": float("nan")}})
 
 
 def test_a_peer_that_is_missing_is_named(capsys):
