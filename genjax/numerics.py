@@ -1,4 +1,4 @@
-"""Numerics that every family needs: reductions, safe roots, broadcasting, accumulation.
+"""Numerics that every family needs: reductions, safe roots, broadcasting, squared distances.
 
 Losses, statistics and sums are taken in float32 at least (float64 stays float64), whatever the
 dtype of the network's output.
@@ -9,13 +9,19 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
+
+from genjax import checks
 
 HIGHEST = jax.lax.Precision.HIGHEST
 LOG_2PI = math.log(2 * math.pi)
+# Up to this dimension squared distances are summed one coordinate at a time, which loses nothing
+# where points are close; above it |x|^2 + |y|^2 - 2 <x, y> is a product of matrices.
+DIRECT_DIMS = 8
 
 
-def at_least_float32(x: Array) -> Array:
+def at_least_float32(x: ArrayLike) -> Array:
     """Cast to float32 what is narrower or not floating; float64 stays as it is."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -68,3 +74,65 @@ def safe_norm(
 def event_norm(x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
     """Euclidean norm of each example over its whole event; gradient 0 at 0."""
     return safe_norm(x, axis=tuple(range(1, x.ndim))) if x.ndim > 1 else jnp.abs(x)
+
+
+def centred(*points: ArrayLike) -> tuple[Array, ...]:
+    """Subtract the mean of the first `[n, d]` from all of them, in float32 at least.
+
+    Distances stay, their rounding shrinks; no gradient flows through the mean.
+    """
+    arrays = [at_least_float32(x) for x in points]
+    mean = jax.lax.stop_gradient(jnp.mean(arrays[0], axis=0, keepdims=True))
+    return tuple(x - mean for x in arrays)
+
+
+def squared_distances(
+    x: Float[Array, "n d"],
+    y: Float[Array, "m d"],
+    *,
+    norms: tuple[Float[Array, " n"], Float[Array, " m"]] | None = None,
+) -> Float[Array, "n m"]:
+    """|x_i - y_j|^2, never negative, in float32 at least and HIGHEST precision.
+
+    Up to `DIRECT_DIMS` dimensions coordinate by coordinate, above as a product of matrices around
+    the mean of y. With `norms`, the squared norms of x and y that a caller of many blocks takes
+    once, always as a product, of points that the caller has centred. Gradients are exact, also
+    where rounding took a distance to 0. Raises ValueError unless x is [n, d] and y [m, d].
+    """
+    checks.rank("x", x, 2)
+    checks.rank("y", y, 2)
+    checks.same_event(x=x, y=y)
+    x, y = at_least_float32(x), at_least_float32(y)
+    dtype = jnp.promote_types(x.dtype, y.dtype)
+    x, y = x.astype(dtype), y.astype(dtype)
+    return _squared_distances(x, y) if norms is None else _by_products(x, y, *norms)
+
+
+def _by_products(x: Array, y: Array, norms_x: Array, norms_y: Array) -> Array:
+    products = jnp.matmul(x, y.T, precision=HIGHEST)
+    # Rounding may take a vanishing distance below 0.
+    return jnp.maximum(norms_x[:, None] + norms_y[None, :] - 2 * products, 0)
+
+
+@jax.custom_jvp
+def _squared_distances(x: Array, y: Array) -> Array:
+    if x.shape[1] <= DIRECT_DIMS:
+        total = jnp.zeros((x.shape[0], y.shape[0]), x.dtype)
+        for k in range(x.shape[1]):
+            total = total + jnp.square(x[:, k, None] - y[None, :, k])
+        return total
+    y, x = centred(y, x)
+    return _by_products(x, y, jnp.sum(x * x, axis=1), jnp.sum(y * y, axis=1))
+
+
+@_squared_distances.defjvp
+def _squared_distances_jvp(primals, tangents):
+    # d|x_i - y_j|^2 = 2 <x_i - y_j, dx_i - dy_j>, as products of matrices: the reverse pass forms
+    # no [n, m, d] array, and the clip at 0 does not cut the gradient. The 2 and the signs are at
+    # the points, so that it forms no other [n, m] matrix either.
+    x, y = primals
+    dx, dy = tangents
+    yc, xc = (2 * z for z in centred(y, x))
+    rows = jnp.sum(xc * dx, axis=1)[:, None] + jnp.matmul(dx, -yc.T, precision=HIGHEST)
+    cols = jnp.sum(yc * dy, axis=1)[None, :] + jnp.matmul(-xc, dy.T, precision=HIGHEST)
+    return _squared_distances(x, y), rows + cols

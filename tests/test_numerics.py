@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 
 from genjax import numerics
@@ -65,3 +66,44 @@ def test_safe_sqrt_and_norms_at_zero_nan_and_elsewhere(compiled):
     np.testing.assert_allclose(numerics.safe_norm(x), np.sqrt((np.asarray(x) ** 2).sum()), 1e-6)
     assert numerics.safe_norm(x, axis=-1, keepdims=True).shape == (4, 3, 1)
     np.testing.assert_array_equal(numerics.event_norm(jnp.array([-2.0, 0.0])), [2, 0])
+
+
+DIMS = [2, numerics.DIRECT_DIMS + 1]  # coordinate by coordinate, and as a matrix product
+
+
+@pytest.mark.parametrize("d", DIMS)
+def test_squared_distances_against_scipy_near_and_far_from_the_origin(d, compiled):
+    x, y = (jnp.asarray(RNG.normal(size=(n, d)), jnp.float32) for n in (7, 5))
+    want = cdist(np.asarray(x, np.float64), np.asarray(y, np.float64), "sqeuclidean")
+    f = compiled(numerics.squared_distances)
+    np.testing.assert_allclose(f(x, y), want, rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(f(x + 1000, y + 1000), want, rtol=1e-3)
+    assert bool(jnp.all(f(x, x) >= 0))
+    norms = [jnp.sum(z**2, axis=1) for z in (x, y)]
+    np.testing.assert_allclose(f(x, y, norms=tuple(norms)), want, rtol=2e-6, atol=2e-6)
+    assert f(x.astype(jnp.bfloat16), y).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("d", DIMS)
+def test_squared_distances_have_exact_gradients_where_points_coincide_too(d, compiled):
+    x, y = (jnp.asarray(RNG.normal(size=(n, d)), jnp.float32) for n in (4, 3))
+    y = y.at[0].set(x[0])
+    weight = jnp.asarray(RNG.normal(size=(4, 3)), jnp.float32)
+    total = lambda x, y: jnp.sum(weight * numerics.squared_distances(x, y))  # noqa: E731
+    by_x, by_y = compiled(jax.grad(total, argnums=(0, 1)))(x, y)
+    gaps = 2 * np.asarray(weight)[..., None] * np.asarray(x[:, None] - y[None, :])
+    np.testing.assert_allclose(by_x, gaps.sum(1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(by_y, -gaps.sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_squared_distances_refuse_other_shapes(unchecked):
+    with pytest.raises(ValueError, match="events"):
+        numerics.squared_distances(jnp.zeros((3, 2)), jnp.zeros((3, 4)))
+    with pytest.raises(ValueError, match="x must have rank 2"):
+        numerics.squared_distances(jnp.zeros(3), jnp.zeros((3, 4)))
+
+
+def test_centred_takes_the_mean_of_the_first():
+    x, y = numerics.centred(jnp.asarray(X[0]), jnp.asarray(X[1]))
+    np.testing.assert_allclose(x, X[0] - X[0].mean(0), atol=1e-6)
+    np.testing.assert_allclose(y, X[1] - X[0].mean(0), atol=1e-6)

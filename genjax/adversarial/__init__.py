@@ -1,14 +1,5 @@
 """Adversarial objectives as pure functions: f-divergence bounds, Wasserstein duals, penalties."""
 
-from genjax.adversarial.divergences import (
-    F_DIVERGENCES as F_DIVERGENCES,  # name -> generator, conjugate, domain, activation, optimum
-)
-from genjax.adversarial.divergences import (
-    FDivergence as FDivergence,  # one entry of the table
-)
-from genjax.adversarial.divergences import (
-    f_divergence as f_divergence,  # D_f(P || Q) from samples, where both densities are known
-)
 from genjax.adversarial.objectives import (
     AdversarialLosses as AdversarialLosses,  # critic, generator, bound
 )
@@ -28,3 +19,12 @@ from genjax.adversarial.penalties import clip_weights as clip_weights  # WGAN
 from genjax.adversarial.penalties import gradient_penalty as gradient_penalty  # WGAN-GP, WGAN-LP
 from genjax.adversarial.penalties import r1_penalty as r1_penalty  # |grad|^2 at real examples
 from genjax.adversarial.penalties import r2_penalty as r2_penalty  # |grad|^2 at generated ones
+from genjax.divergences import (
+    F_DIVERGENCES as F_DIVERGENCES,  # name -> generator, conjugate, domain, activation, optimum
+)
+from genjax.divergences import (
+    FDivergence as FDivergence,  # one entry of the table
+)
+from genjax.divergences import (
+    f_divergence as f_divergence,  # D_f(P || Q) from samples, where both densities are known
+)

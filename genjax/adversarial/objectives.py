@@ -12,7 +12,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
 
 from genjax import checks
-from genjax.adversarial.divergences import F_DIVERGENCES, FDivergence
+from genjax.divergences import F_DIVERGENCES, FDivergence
 from genjax.numerics import at_least_float32, masked_mean
 
 Mask: TypeAlias = Bool[Array, " batch"]

@@ -109,7 +109,7 @@ def sample_pairs(
     if coupling is None:
         return Pairs(x0, x1)
     n = x1.shape[0]
-    cost = _squared_distances(x0.reshape(n, -1), x1.reshape(n, -1))
+    cost = numerics.squared_distances(x0.reshape(n, -1), x1.reshape(n, -1))
     apart = None
     if label is not None:
         checks.shape("label", label, (n,))
@@ -124,14 +124,6 @@ def sample_pairs(
     mass = matched if apart is None else jnp.where(apart, 0, matched)
     logits = jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1)), -jnp.inf)
     return Pairs(x0[jax.random.categorical(key_pair, logits, axis=0)], x1)
-
-
-def _squared_distances(x: Array, y: Array) -> Float[Array, "n m"]:
-    """|x_i - y_j|^2, by the inner products in full precision."""
-    x, y = numerics.at_least_float32(x), numerics.at_least_float32(y)
-    inner = jnp.matmul(x, y.T, precision=numerics.HIGHEST)
-    square = jnp.sum(x**2, axis=1)[:, None] + jnp.sum(y**2, axis=1)[None, :] - 2 * inner
-    return jnp.maximum(square, 0)
 
 
 def flow_matching_loss(

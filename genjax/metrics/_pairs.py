@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from genjax import checks
-from genjax.numerics import HIGHEST, at_least_float32
+from genjax.numerics import squared_distances
 
 Features: TypeAlias = Float[Array, "n d"] | Float[np.ndarray, "n d"]
 MoreFeatures: TypeAlias = Float[Array, "m d"] | Float[np.ndarray, "m d"]
@@ -70,32 +70,9 @@ def in_float64(function: Callable) -> Callable:
     return wide
 
 
-def centred(*features: Any) -> tuple[Array, ...]:
-    """Take the first one's mean from all: no distance changes, and a common offset costs no digits.
-
-    No gradient flows through the mean, to which distances are blind.
-    """
-    arrays = [at_least_float32(jnp.asarray(x)) for x in features]
-    mean = jax.lax.stop_gradient(jnp.mean(arrays[0], axis=0, keepdims=True))
-    return tuple(x - mean for x in arrays)
-
-
 def squared_norms(x: Features) -> Float[Array, " n"]:
     """|x_i|^2."""
     return jnp.sum(jnp.asarray(x) ** 2, axis=1)
-
-
-def squared_distances(
-    x: Features, y: MoreFeatures, norms: tuple[Array, Array] | None = None
-) -> Float[Array, "n m"]:
-    """|x_i - y_j|^2 as |x|^2 + |y|^2 - 2 x.y, never below 0. Wants points around the origin.
-
-    `norms`: the squared norms of x and y, where a caller takes them once for many blocks.
-    """
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    of_x, of_y = (squared_norms(x), squared_norms(y)) if norms is None else norms
-    products = jnp.dot(x, y.T, precision=HIGHEST)
-    return jnp.maximum(of_x[:, None] + of_y[None, :] - 2 * products, 0)
 
 
 def _even_blocks(size: int, most: int) -> tuple[int, int]:
@@ -177,7 +154,7 @@ def kth_neighbour(x: Float[Array, "n d"], k: int) -> Float[Array, " n"]:
 
     def update(best: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         i, j = pair
-        distances = squared_distances(blocks[i], blocks[j], (norms[i], norms[j]))
+        distances = squared_distances(blocks[i], blocks[j], norms=(norms[i], norms[j]))
         distances = jnp.where((i == j) & itself, jnp.inf, distances)
         best = nearer(best, i, distances, 1)
         return nearer(best, j, jnp.where(i == j, jnp.inf, distances), 0), None

@@ -12,15 +12,13 @@ from genjax import checks
 from genjax.metrics._pairs import (
     Features,
     MoreFeatures,
-    centred,
     check_features,
     kth_neighbour,
     map_row_blocks,
     nan_unless_finite,
-    squared_distances,
     squared_norms,
 )
-from genjax.numerics import at_least_float32
+from genjax.numerics import at_least_float32, centred, squared_distances
 from genjax.typing import PRNGKey
 
 
@@ -53,7 +51,7 @@ def precision_recall(real: Features, fake: MoreFeatures, *, k: int = 3) -> Preci
     norms_y = squared_norms(y)
 
     def block(rows: Array, index: Array) -> tuple[Array, Array]:
-        distances = squared_distances(rows, y, (squared_norms(rows), norms_y))
+        distances = squared_distances(rows, y, norms=(squared_norms(rows), norms_y))
         # A filling row reaches nothing: its radius is below every distance.
         radius = radii_x.at[index].get(mode="fill", fill_value=-1)
         hit = jnp.any(distances <= radius[:, None], axis=0)
@@ -82,7 +80,7 @@ def density_coverage(real: Features, fake: MoreFeatures, *, k: int = 5) -> Densi
 
     def block(rows: Array, index: Array) -> tuple[Array, Array]:
         radius = radii.at[index].get(mode="fill", fill_value=-1)
-        inside = squared_distances(rows, y, (squared_norms(rows), norms_y)) <= radius[:, None]
+        inside = squared_distances(rows, y, norms=(squared_norms(rows), norms_y)) <= radius[:, None]
         return jnp.sum(inside, dtype=x.dtype), jnp.any(inside, axis=1)
 
     (counts, covered), _ = map_row_blocks(block, x, y.shape[0])
@@ -96,7 +94,7 @@ def nearest_distance(x: Float[Array, "n d"], to: Float[Array, "m d"]) -> Float[A
     norms = squared_norms(to)
 
     def block(rows: Array, index: Array) -> Array:
-        return jnp.min(squared_distances(rows, to, (squared_norms(rows), norms)), axis=1)
+        return jnp.min(squared_distances(rows, to, norms=(squared_norms(rows), norms)), axis=1)
 
     blocks, _ = map_row_blocks(block, x, to.shape[0])
     return blocks.reshape(-1)[: x.shape[0]]

@@ -13,14 +13,12 @@ from genjax.metrics._pairs import (
     MoreFeatures,
     Scalar,
     block_pairs,
-    centred,
     check_features,
     in_float64,
     map_row_blocks,
-    squared_distances,
     widest,
 )
-from genjax.numerics import HIGHEST, at_least_float32, safe_sqrt
+from genjax.numerics import HIGHEST, at_least_float32, safe_sqrt, squared_distances
 from genjax.typing import PRNGKey
 
 # (x [n, d], y [m, d]) -> k(x_i, y_j) [n, m]
@@ -128,7 +126,6 @@ def median_distance(x: Array, y: Array) -> Array:
     few = [v[:: -(-v.shape[0] // 1000)] for v in (x, y)]
     pooled = jnp.concatenate(few)
     rows, columns = jnp.triu_indices(pooled.shape[0], 1)
-    (pooled,) = centred(pooled)
     return jnp.median(safe_sqrt(squared_distances(pooled, pooled)[rows, columns]))
 
 
@@ -199,27 +196,21 @@ def polynomial_kernel(degree: int = 3, offset: float | int = 1.0) -> KernelFn:
     )
 
 
-def _apart(x: Array, y: Array) -> Array:
-    """Squared distances around the mean of y, which every block of x shares."""
-    y, x = centred(y, x)
-    return squared_distances(x, y)
-
-
 def gaussian_kernel(bandwidth: float | int | Float[Array, ""]) -> KernelFn:
     """exp(-|x - y|^2 / (2 bandwidth^2))."""
-    return lambda x, y: jnp.exp(-_apart(x, y) / (2 * bandwidth**2))
+    return lambda x, y: jnp.exp(-squared_distances(x, y) / (2 * bandwidth**2))
 
 
 def laplacian_kernel(bandwidth: float | int | Float[Array, ""]) -> KernelFn:
     """exp(-|x - y| / bandwidth), Euclidean norm."""
-    return lambda x, y: jnp.exp(-safe_sqrt(_apart(x, y)) / bandwidth)
+    return lambda x, y: jnp.exp(-safe_sqrt(squared_distances(x, y)) / bandwidth)
 
 
 def rational_quadratic_kernel(
     bandwidth: float | int | Float[Array, ""], alpha: float | int = 1.0
 ) -> KernelFn:
     """(1 + |x - y|^2 / (2 alpha bandwidth^2))^-alpha."""
-    return lambda x, y: (1 + _apart(x, y) / (2 * alpha * bandwidth**2)) ** -alpha
+    return lambda x, y: (1 + squared_distances(x, y) / (2 * alpha * bandwidth**2)) ** -alpha
 
 
 KERNELS: dict[str, Callable[..., KernelFn]] = {

@@ -12,14 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from genjax import checks
+from genjax.likelihoods import gaussian_log_prob, standard_normal_log_prob
 from genjax.numerics import at_least_float32, log_mean_exp
 from genjax.typing import EncoderFn, LogLikelihoodFn, PRNGKey
-from genjax.variational.gaussian import (
-    gaussian_kl,
-    gaussian_log_prob,
-    gaussian_sample,
-    standard_normal_log_prob,
-)
+from genjax.variational.gaussian import gaussian_kl, gaussian_sample
 
 Bound = tuple[Float[Array, " batch"], dict[str, Float[Array, " batch"]]]
 ESTIMATORS = ("plain", "dreg", "stl")

@@ -1,4 +1,4 @@
-"""Diagonal Gaussians: divergences, reparameterised samples and log densities.
+"""Diagonal Gaussians: divergences and reparameterised samples.
 
 A Gaussian is given by its mean and the logarithm of its variance, both `[batch, *event]`.
 """
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from genjax import checks
-from genjax.numerics import LOG_2PI, at_least_float32, sum_event
+from genjax.numerics import at_least_float32, sum_event
 from genjax.typing import PRNGKey
 
 
@@ -59,26 +59,3 @@ def gaussian_sample(
     checks.same_shape(mean=mean, log_var=log_var)
     mean, log_var = at_least_float32(mean), at_least_float32(log_var)
     return mean + jnp.exp(0.5 * log_var) * jax.random.normal(key, mean.shape, mean.dtype)
-
-
-def gaussian_log_prob(
-    x: Float[Array, "batch *event"],
-    mean: Float[Array, "batch *event"],
-    log_var: Float[Array, "batch *event"],
-) -> Float[Array, " batch"]:
-    """Log density of a diagonal Gaussian, in nats, summed over the event.
-
-    log N(x; m, s^2) = -1/2 sum [ (x - m)^2 / s^2 + log s^2 + log 2 pi ].
-
-    Raises ValueError where the shapes differ.
-    """
-    checks.same_shape(x=x, mean=mean, log_var=log_var)
-    x, mean, log_var = at_least_float32(x), at_least_float32(mean), at_least_float32(log_var)
-    distance = jnp.square((x - mean) * jnp.exp(-0.5 * log_var))
-    return -0.5 * sum_event(distance + log_var + LOG_2PI)
-
-
-def standard_normal_log_prob(x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
-    """Log density of the standard normal, -1/2 sum (x^2 + log 2 pi), in nats over the event."""
-    checks.min_rank("x", x, 1)
-    return -0.5 * sum_event(jnp.square(at_least_float32(x)) + LOG_2PI)

@@ -57,7 +57,7 @@ def _entry(*, dual: str, domain: tuple[float, float], **functions: Elementwise) 
     """Build an entry whose functions take anything that converts to a floating array."""
 
     def lift(function: Elementwise) -> Elementwise:
-        return lambda x: function(at_least_float32(jnp.asarray(x)))
+        return lambda x: function(at_least_float32(x))
 
     lifted = {name: lift(function) for name, function in functions.items()}
     return FDivergence(dual=dual, domain=domain, **lifted)

@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 from scipy import special, stats
 
-from genjax.variational import (
+from genjax.likelihoods import (
     bernoulli_log_likelihood,
     categorical_log_likelihood,
     gaussian_log_likelihood,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax.adversarial import F_DIVERGENCES, f_divergence
+from genjax.divergences import F_DIVERGENCES, f_divergence
 from tests.adversarial.references import NAMES, load
 
 REFERENCE = load("fdiv_generators_conjugates")["expected"]

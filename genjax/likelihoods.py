@@ -1,7 +1,7 @@
 """Log-likelihoods log p(x | parameters) in nats, summed over the event: `[batch]`.
 
 Discrete ones take whole numbers 0 .. levels - 1; their values are log probabilities, those of the
-Gaussian log densities.
+Gaussians log densities.
 """
 
 import jax
@@ -9,12 +9,34 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from genjax import checks
-from genjax.numerics import at_least_float32, sum_event
-from genjax.variational.gaussian import gaussian_log_prob
+from genjax.numerics import LOG_2PI, at_least_float32, sum_event
 
 Levels = Int[Array, "batch *event"] | UInt[Array, "batch *event"]
 # PixelCNN++: below this scale (in units of [-1, 1]) a logistic is narrower than any bin.
 MIN_LOG_SCALE = -7.0
+
+
+def gaussian_log_prob(
+    x: Float[Array, "batch *event"],
+    mean: Float[Array, "batch *event"],
+    log_var: Float[Array, "batch *event"],
+) -> Float[Array, " batch"]:
+    """Log density of a diagonal Gaussian, in nats, summed over the event.
+
+    log N(x; m, s^2) = -1/2 sum [ (x - m)^2 / s^2 + log s^2 + log 2 pi ].
+
+    Raises ValueError where the shapes differ.
+    """
+    checks.same_shape(x=x, mean=mean, log_var=log_var)
+    x, mean, log_var = at_least_float32(x), at_least_float32(mean), at_least_float32(log_var)
+    distance = jnp.square((x - mean) * jnp.exp(-0.5 * log_var))
+    return -0.5 * sum_event(distance + log_var + LOG_2PI)
+
+
+def standard_normal_log_prob(x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
+    """Log density of the standard normal, -1/2 sum (x^2 + log 2 pi), in nats over the event."""
+    checks.min_rank("x", x, 1)
+    return -0.5 * sum_event(jnp.square(at_least_float32(x)) + LOG_2PI)
 
 
 def gaussian_log_likelihood(
@@ -29,7 +51,7 @@ def gaussian_log_likelihood(
     Raises ValueError where x and mean differ in shape or `log_var` does not broadcast.
     """
     checks.same_shape(x=x, mean=mean)
-    log_var = at_least_float32(jnp.asarray(log_var))
+    log_var = at_least_float32(log_var)
     try:
         log_var = jnp.broadcast_to(log_var, x.shape)
     except ValueError:
