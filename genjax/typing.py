@@ -6,7 +6,7 @@ A network is a plain callable; the aliases below say what each family calls it w
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from jaxtyping import Array, Float, Key, PyTree, UInt32
+from jaxtyping import Array, Key, PyTree, UInt32
 
 PRNGKey: TypeAlias = Key[Array, ""] | UInt32[Array, "2"]
 Params: TypeAlias = PyTree[Any]
@@ -25,7 +25,8 @@ DenoiserFn: TypeAlias = Callable[[Array, Array], Array]
 VelocityFn: TypeAlias = Callable[[Array, Array], Array]
 # (x [n, d], y [m, d]) -> cost [n, m]
 CostFn: TypeAlias = Callable[[Array, Array], Array]
-# (params, key, batch) -> (losses [batch], aux: named per-example terms [batch])
-LossFn: TypeAlias = Callable[
-    [Params, Array, Batch], tuple[Float[Array, " batch"], dict[str, Array]]
-]
+# (params, key, batch) -> (losses [batch], aux: named per-example terms [batch]), and with a carry
+# (params, key, batch, carry) -> (losses, aux, seen), see `genjax.training.train_step`
+LossFn: TypeAlias = Callable[..., tuple[Any, ...]]
+# (carry, params, seen) -> carry
+AbsorbFn: TypeAlias = Callable[[Any, Params, Any], Any]

@@ -15,7 +15,7 @@ import numpy as np
 from genjax import checks
 from genjax.training.checkpoint import Checkpoints, leaf_name
 from genjax.training.record import EVALUATION, MetricsLog
-from genjax.training.step import first_bad_term
+from genjax.training.update import first_bad_term
 from genjax.typing import Batch
 
 Numbers = Mapping[str, Any]

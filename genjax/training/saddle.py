@@ -1,6 +1,7 @@
 """Two players: a critic and a generator, each with its own loss and optimiser, in one step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,30 +12,31 @@ from jax.sharding import Mesh
 
 from genjax import checks
 from genjax.training import parallel
-from genjax.training.state import check_player, ema_init, ema_read, ema_update, own
-from genjax.training.step import (
-    Metrics,
-    all_finite,
-    apply_update,
-    compile_step,
-    reduce_terms,
-    with_norm,
+from genjax.training.state import (
+    check_arrays,
+    check_player,
+    copy_leaves,
+    ema_init,
+    ema_read,
+    ema_update,
 )
-from genjax.typing import Batch, Params
+from genjax.training.step import compile_step
+from genjax.training.update import (
+    Metrics,
+    Player,
+    Rule,
+    all_finite,
+    cast_floating,
+    step_key,
+    update,
+)
+from genjax.typing import AbsorbFn, Batch, Params
 
-# (critic params, generator params, key, batch) -> (a loss [] or losses [batch], named terms)
-SaddleLoss = Callable[[Params, Params, Any, Batch], tuple[Any, dict[str, Any]]]
+# (critic params, generator params, key, batch) -> (a loss [] or losses [batch], named terms), and
+# with a carry (..., batch, carry) -> (loss, terms, seen)
+SaddleLoss = Callable[..., tuple[Any, ...]]
 # Folded into the key of a step, it gives the key of that step's data (`train_scan`).
 DATA = 0x64617461
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Player:
-    """What one player carries."""
-
-    params: Any
-    opt_state: Any
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +44,8 @@ class Player:
 class SaddleState:
     """Two players, the updates of the generator so far, the run's key, averages of the generator.
 
-    As in TrainState the key is never advanced, and `ema` maps a decay to uncorrected averages.
+    As in TrainState the key is never advanced, `ema` maps a decay to uncorrected averages, and
+    `carry` is what no gradient moves (one for both players), see `saddle_step`.
     """
 
     step: Any
@@ -50,6 +53,7 @@ class SaddleState:
     generator: Player
     key: Any
     ema: Any = dataclasses.field(default_factory=dict)
+    carry: Any = None
 
     @property
     def params(self) -> dict[str, Params]:
@@ -73,17 +77,20 @@ def init_saddle_state(
     key: Any,
     *,
     ema_decays: Sequence[float] = (),
+    carry: Any = None,
 ) -> SaddleState:
     """Build the state at step 0; raises as `init_state` does. All arrays are copied."""
     check_player("critic_optimizer", critic_optimizer, critic_params)
     check_player("generator_optimizer", generator_optimizer, generator_params)
-    return own(
+    check_arrays("carry", carry)
+    return copy_leaves(
         SaddleState(
             step=jnp.zeros((), jnp.int32),
             critic=Player(critic_params, critic_optimizer.init(critic_params)),
             generator=Player(generator_params, generator_optimizer.init(generator_params)),
             key=key,
             ema=ema_init(generator_params, ema_decays),
+            carry=carry,
         )
     )
 
@@ -98,9 +105,13 @@ def saddle_step(
     *,
     n_critic: int = 1,
     project: Callable[[Params], Params] | None = None,
+    critic_absorb: AbsorbFn | None = None,
+    generator_absorb: AbsorbFn | None = None,
     simultaneous: bool = False,
     unroll: bool = True,
     axis_name: str | None = None,
+    accumulate: int = 1,
+    compute_dtype: Any = None,
 ) -> tuple[SaddleState, Metrics]:
     """Do n_critic updates of the critic in one scan, then one of the generator.
 
@@ -108,60 +119,80 @@ def saddle_step(
     small: a scalar, or one per example (the mean is taken). Every leaf of `batch` is
     [n_critic, batch, ...]: critic update i sees part i and fold_in(key, i), the generator the
     last part and fold_in(key, n_critic), where key = fold_in(state.key, state.step). project: a
-    pure function of the critic's parameters after each of its updates (weight clipping, a power
-    iteration). simultaneous: the generator answers the critic as it was before the step (f-GAN's
-    Algorithm 1) and not the updated one. unroll: write the critic's updates out one after another,
-    which compiles longer; inside a loop XLA on CPU takes 4 times as long for the gradient of a
-    convolution. axis_name: as in `train_step`; the average over devices
-    is right for losses that are means over examples.
+    pure function of the critic's parameters after each of its updates (weight clipping).
+    simultaneous: the generator answers the parameters of the critic as they were before the step
+    (f-GAN's Algorithm 1), not the updated ones. unroll: write the critic's updates out one after
+    another, which compiles longer; inside a loop XLA on CPU takes 4 times as long for the gradient
+    of a convolution. axis_name, accumulate, compute_dtype: as in `train_step`, for both players;
+    a loss that is a scalar is averaged over devices and parts, which is right for means over
+    examples only.
+
+    Where the state has a carry, both losses get it as their last argument and return a third
+    value, `seen`. One carry goes through all updates in their order: each loss sees it as the
+    update before left it. After every update of the critic it becomes
+    critic_absorb(carry, critic's new params after `project`, seen), after the generator's
+    generator_absorb(carry, generator's new params, seen); averages, defaults and errors are those
+    of `train_step`, so that a player whose loss returns None for `seen` leaves the carry alone.
 
     Metrics are scalars: "critic/..." (means over its updates) and "generator/...", each with
     loss, its terms and grad_norm; and finite. Raises ValueError by name for a bad n_critic or
     batch.
     """
     checks.integer("n_critic", n_critic, 1)
-    _check_parts(batch, n_critic)
-    key = jax.random.fold_in(state.key, state.step)
-    if axis_name is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    checks.integer("accumulate", accumulate, 1)
+    _check_parts(batch, n_critic, accumulate)
+    key = step_key(state, axis_name)
+    options = {"axis_name": axis_name, "accumulate": accumulate, "compute_dtype": compute_dtype}
+    rule = functools.partial(Rule, per_example=False, **options)
 
-    def update_critic(critic: Player, given: Any) -> tuple[Player, Metrics]:
-        i, part = given
-
-        def loss(params: Params) -> Any:
-            at = jax.random.fold_in(key, i)
-            return reduce_terms(*critic_loss(params, state.generator.params, at, part))
-
-        critic, terms = _update(loss, critic_optimizer, critic, axis_name)
-        if project is not None:
-            critic = Player(project(critic.params), critic.opt_state)
-        return critic, terms
-
-    indices = jnp.arange(n_critic)
-    if n_critic == 1:
-        critic, terms = update_critic(state.critic, (indices[0], _part(batch, 0)))
-    else:
-        critic, terms = jax.lax.scan(
-            update_critic, state.critic, (indices, batch), unroll=n_critic if unroll else 1
-        )
-        terms = jax.tree.map(lambda x: jnp.mean(x, axis=0), terms)
-    opponent = state.critic if simultaneous else critic
-
-    def loss(params: Params) -> Any:
-        at = jax.random.fold_in(key, n_critic)
-        return reduce_terms(*generator_loss(opponent.params, params, at, _part(batch, -1)))
-
-    generator, own_terms = _update(loss, generator_optimizer, state.generator, axis_name)
-    metrics = {f"critic/{name}": x for name, x in terms.items()}
-    metrics |= {f"generator/{name}": x for name, x in own_terms.items()}
-    metrics["finite"] = all_finite(metrics)
-    state = state.replace(
-        step=state.step + 1,
-        critic=critic,
-        generator=generator,
-        ema=ema_update(state.ema, generator.params),
+    generator = _fixed(state.generator, compute_dtype)
+    critic_rule = rule(
+        "critic_loss",
+        lambda params, *given: critic_loss(params, generator, *given),
+        critic_optimizer,
+        critic_absorb,
+        project,
     )
-    return state, metrics
+    critic, carry, terms = _update_critic(critic_rule, state, key, batch, n_critic, unroll)
+
+    opponent = _fixed(state.critic if simultaneous else critic, compute_dtype)
+    generator_rule = rule(
+        "generator_loss",
+        lambda params, *given: generator_loss(opponent, params, *given),
+        generator_optimizer,
+        generator_absorb,
+    )
+    at = jax.random.fold_in(key, n_critic)
+    player, carry, answer = update(generator_rule, state.generator, carry, at, _part(batch, -1))
+
+    metrics = {f"critic/{name}": x for name, x in terms.items()}
+    metrics |= {f"generator/{name}": x for name, x in answer.items()}
+    metrics["finite"] = all_finite(metrics)
+    ema = ema_update(state.ema, player.params)
+    return SaddleState(state.step + 1, critic, player, state.key, ema, carry), metrics
+
+
+def _update_critic(
+    rule: Rule, state: SaddleState, key: Any, batch: Batch, n_critic: int, unroll: bool
+) -> tuple[Player, Any, Metrics]:
+    """Do the critic's updates, one for each part of the batch; the means of their metrics."""
+
+    def once(before: tuple[Player, Any], given: Any) -> tuple[tuple[Player, Any], Metrics]:
+        i, part = given
+        critic, carry, terms = update(rule, *before, jax.random.fold_in(key, i), part)
+        return (critic, carry), terms
+
+    start, indices = (state.critic, state.carry), jnp.arange(n_critic)
+    if n_critic == 1:
+        end, terms = once(start, (indices[0], _part(batch, 0)))
+        return *end, terms
+    end, terms = jax.lax.scan(once, start, (indices, batch), unroll=n_critic if unroll else 1)
+    return *end, jax.tree.map(lambda x: jnp.mean(x, axis=0), terms)
+
+
+def _fixed(player: Player, compute_dtype: Any) -> Params:
+    """The parameters of the player who does not move, as the loss computes with them."""
+    return player.params if compute_dtype is None else cast_floating(player.params, compute_dtype)
 
 
 def make_saddle_step(
@@ -172,34 +203,45 @@ def make_saddle_step(
     *,
     n_critic: int = 1,
     project: Callable[[Params], Params] | None = None,
+    critic_absorb: AbsorbFn | None = None,
+    generator_absorb: AbsorbFn | None = None,
     simultaneous: bool = False,
     unroll: bool = True,
     mesh: Mesh | None = None,
     pmap: bool = False,
     steps_per_call: int = 1,
+    accumulate: int = 1,
+    compute_dtype: Any = None,
 ) -> Callable[[SaddleState, Batch], tuple[SaddleState, Metrics]]:
     """Compile `saddle_step` as `make_train_step` does; the batch is split along its axis 1.
 
     With steps_per_call > 1 the leaves of the batch are [steps, n_critic, batch, ...].
     """
     checks.integer("n_critic", n_critic, 1)
-
-    def step(state: SaddleState, batch: Batch) -> tuple[SaddleState, Metrics]:
-        return saddle_step(
-            critic_loss,
-            generator_loss,
-            critic_optimizer,
-            generator_optimizer,
-            state,
-            batch,
-            n_critic=n_critic,
-            project=project,
-            simultaneous=simultaneous,
-            unroll=unroll,
-            axis_name=parallel.AXIS if pmap else None,
-        )
-
-    return compile_step(step, mesh=mesh, pmap=pmap, steps_per_call=steps_per_call, batch_axis=1)
+    step = functools.partial(
+        saddle_step,
+        critic_loss,
+        generator_loss,
+        critic_optimizer,
+        generator_optimizer,
+        n_critic=n_critic,
+        project=project,
+        critic_absorb=critic_absorb,
+        generator_absorb=generator_absorb,
+        simultaneous=simultaneous,
+        unroll=unroll,
+        axis_name=parallel.AXIS if pmap else None,
+        accumulate=accumulate,
+        compute_dtype=compute_dtype,
+    )
+    return compile_step(
+        step,
+        mesh=mesh,
+        pmap=pmap,
+        steps_per_call=steps_per_call,
+        accumulate=accumulate,
+        batch_axis=1,
+    )
 
 
 def critic_batches(batches: Callable[[int], Batch], n_critic: int) -> Callable[[int], Batch]:
@@ -235,21 +277,11 @@ def train_scan(
     return jax.lax.scan(body, state, None, length=steps)
 
 
-def _update(
-    loss: Callable[[Params], Any], optimizer: Any, player: Player, axis_name: str | None
-) -> tuple[Player, Metrics]:
-    grads, terms = jax.grad(loss, has_aux=True)(player.params)
-    if axis_name is not None:
-        grads, terms = jax.lax.pmean((grads, terms), axis_name)
-    grads, terms["grad_norm"] = with_norm(grads)
-    return Player(*apply_update(optimizer, grads, player.opt_state, player.params)), terms
-
-
 def _part(batch: Batch, i: int) -> Batch:
     return jax.tree.map(lambda x: x[i], batch)
 
 
-def _check_parts(batch: Batch, n_critic: int) -> None:
+def _check_parts(batch: Batch, n_critic: int, accumulate: int) -> None:
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
         if jnp.ndim(x) < 2 or jnp.shape(x)[0] != n_critic:
             name = jax.tree_util.keystr(path)
@@ -257,4 +289,4 @@ def _check_parts(batch: Batch, n_critic: int) -> None:
                 f"batch{name} must be [n_critic, batch, ...] with n_critic = {n_critic}, "
                 f"got shape {jnp.shape(x)}"
             )
-    parallel.check_batch(batch, 1, axis=1)
+    parallel.check_batch(batch, 1, axis=1, accumulate=accumulate)

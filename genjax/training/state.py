@@ -21,6 +21,8 @@ class TrainState:
 
     step: int32 [], updates done. params, opt_state: pytrees. key: the run's PRNG key, never
     advanced: step n draws from fold_in(key, n). ema: decay (as text) -> uncorrected averages.
+    carry: what no gradient moves and the next step needs (running averages, power vectors, a frozen
+    reference), a pytree of arrays, or None; see `train_step`.
     """
 
     step: Any
@@ -28,6 +30,7 @@ class TrainState:
     opt_state: Any
     key: Any
     ema: Any = dataclasses.field(default_factory=dict)
+    carry: Any = None
 
     def ema_params(self, decay: float) -> Params:
         """Read the bias-corrected average of the parameters, see `ema_read`."""
@@ -39,24 +42,31 @@ class TrainState:
 
 
 def init_state(
-    params: Params, optimizer: Any, key: Any, *, ema_decays: Sequence[float] = ()
+    params: Params,
+    optimizer: Any,
+    key: Any,
+    *,
+    ema_decays: Sequence[float] = (),
+    carry: Any = None,
 ) -> TrainState:
-    """Build the state at step 0: optimiser state, and one zero average for each decay.
+    """Build the state at step 0: optimiser state, one zero average for each decay, the carry.
 
     `optimizer` is an optax transformation (`init` and `update`). All arrays are copied, so that
     the caller's own parameters outlive a compiled step that donates its state. Raises ValueError
     for a decay outside [0, 1), parameters without an array, and TypeError for an optimiser
-    without `init` and `update`.
+    without `init` and `update`, and for leaves that are not arrays.
     """
     check_player("optimizer", optimizer, params)
+    check_arrays("carry", carry)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         key=key,
         ema=ema_init(params, ema_decays),
+        carry=carry,
     )
-    return own(state)
+    return copy_leaves(state)
 
 
 def check_player(name: str, optimizer: Any, params: Params) -> None:
@@ -66,15 +76,19 @@ def check_player(name: str, optimizer: Any, params: Params) -> None:
             f"{name} must be an optax transformation (with init and update), "
             f"got {type(optimizer).__name__}"
         )
-    leaves = jax.tree.leaves(params)
-    if not leaves:
+    if not jax.tree.leaves(params):
         raise ValueError("params must hold at least one array, got an empty tree")
-    for leaf in leaves:
+    check_arrays("params", params)
+
+
+def check_arrays(name: str, tree: Any) -> None:
+    """Raise TypeError unless every leaf is an array or a number."""
+    for leaf in jax.tree.leaves(tree):
         if not isinstance(leaf, int | float) and not hasattr(leaf, "dtype"):
-            raise TypeError(f"params must be a tree of arrays, got a {type(leaf).__name__} in it")
+            raise TypeError(f"{name} must be a tree of arrays, got a {type(leaf).__name__} in it")
 
 
-def own(tree: Any) -> Any:
+def copy_leaves(tree: Any) -> Any:
     """Copy every leaf into an array of its own, of a fixed (not weak) type.
 
     A buffer that is shared (parameters kept by the caller or inside the optimiser's state) cannot

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from genjax.training import data_mesh, init_state, make_train_step, train_step
-from genjax.training.step import first_bad_term
+from genjax.training.update import first_bad_term
 
 from .problem import make_batch, make_params, noisy_loss, plain_loss, stack
 

@@ -1,0 +1,218 @@
+"""One update of one set of parameters: gradient of a mean loss, optimiser, carry.
+
+`train_step` does one of these, `saddle_step` several: the options of both mean the same.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from genjax.numerics import at_least_float32
+from genjax.typing import AbsorbFn, Batch, Params
+
+Metrics = dict[str, Any]
+RESERVED = ("loss", "grad_norm", "finite")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """Parameters and the state of their optimiser."""
+
+    params: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How a player is updated; the options are those of `train_step` and `saddle_step`.
+
+    name: what errors call the loss. per_example: whether the loss must be one number per example.
+    project: applied to the parameters after the optimiser.
+    """
+
+    name: str
+    loss_fn: Callable[..., Any]
+    optimizer: Any
+    absorb: AbsorbFn | None = None
+    project: Callable[[Params], Params] | None = None
+    per_example: bool = True
+    axis_name: str | None = None
+    accumulate: int = 1
+    compute_dtype: Any = None
+
+
+def update(
+    rule: Rule, player: Player, carry: Any, key: Any, batch: Batch
+) -> tuple[Player, Any, Metrics]:
+    """Do one update: (player, carry, metrics), the metrics with grad_norm and without finite."""
+    grads, metrics, seen = _gradient(rule, player.params, carry, key, batch)
+    if rule.axis_name is not None:
+        grads, metrics, seen = jax.lax.pmean((grads, metrics, seen), rule.axis_name)
+    grads, metrics["grad_norm"] = with_norm(grads)
+    params, opt_state = apply_update(rule.optimizer, grads, player.opt_state, player.params)
+    params = params if rule.project is None else rule.project(params)
+    return Player(params, opt_state), absorbed(rule.absorb, carry, params, seen), metrics
+
+
+def absorbed(absorb: AbsorbFn | None, carry: Any, params: Params, seen: Any) -> Any:
+    """The next carry, of the structure, shapes and types of this one; raises ValueError if not.
+
+    Without `absorb` what was seen takes the carry's place, or the carry stays where that is None.
+    """
+    if absorb is not None:
+        if carry is None:
+            raise ValueError("absorb needs a state with a carry, got carry = None")
+        new = absorb(carry, params, seen)
+    else:
+        new = carry if seen is None else seen
+    old, found = jax.eval_shape(lambda *x: x, carry, new)
+    source = "the loss (seen)" if absorb is None else "absorb"
+    if jax.tree.structure(old) != jax.tree.structure(found):
+        was, now = _leaf_names(old), _leaf_names(found)
+        raise ValueError(
+            f"the carry must keep its structure: it lacks {sorted(was - now)} and has "
+            f"{sorted(now - was)} that is new; {source} gave {jax.tree.structure(found)}, "
+            f"expected {jax.tree.structure(old)}"
+        )
+
+    def keep(path: Any, x: Any, old: Any, found: Any) -> Any:
+        # Averages are float32 at least: as the new carry they return to its own types.
+        averaged = absorb is None and jnp.issubdtype(old.dtype, jnp.inexact)
+        if found.shape != old.shape or (found.dtype != old.dtype and not averaged):
+            raise ValueError(
+                f"carry{jax.tree_util.keystr(path)} must stay {old.dtype} {list(old.shape)}, "
+                f"{source} gave {found.dtype} {list(found.shape)}"
+            )
+        # A weak type, as of a Python number, would compile the step again.
+        same = getattr(x, "dtype", None) == old.dtype and not getattr(x, "weak_type", False)
+        return x if same else jnp.asarray(x, old.dtype)
+
+    return jax.tree_util.tree_map_with_path(keep, new, old, found)
+
+
+def _leaf_names(tree: Any) -> set[str]:
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {f"carry{jax.tree_util.keystr(path)}" for path, _ in paths}
+
+
+def _gradient(
+    rule: Rule, params: Params, carry: Any, key: Any, batch: Batch
+) -> tuple[Params, Metrics, Any]:
+    """Gradient of the mean loss, metrics and what was seen, in one part or the mean of several."""
+
+    def part(key: Any, batch: Batch) -> tuple[Params, Metrics, Any]:
+        def mean(p: Params) -> tuple[Any, tuple[Metrics, Any]]:
+            return _mean_loss(rule, p, carry, key, batch)
+
+        grads, (metrics, seen) = jax.grad(mean, has_aux=True)(params)
+        return grads, metrics, seen
+
+    if rule.accumulate == 1:
+        return part(key, batch)
+
+    def add(total: Any, given: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, part(*given)), None
+
+    # Part i takes every accumulate-th example, so that each device keeps the examples it holds.
+    parts = jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(-1, rule.accumulate, *x.shape[1:]), 0, 1), batch
+    )
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rule.accumulate))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(part, keys[0], jax.tree.map(lambda x: x[0], parts)),
+    )
+    total, _ = jax.lax.scan(add, zeros, (keys, parts))
+    return jax.tree.map(lambda x: x / rule.accumulate, total)
+
+
+def _mean_loss(
+    rule: Rule, params: Params, carry: Any, key: Any, batch: Batch
+) -> tuple[Any, tuple[Metrics, Any]]:
+    """Call the loss and reduce it to (mean over the examples, (metrics, seen))."""
+    if rule.compute_dtype is not None:
+        params, batch = cast_floating((params, batch), rule.compute_dtype)
+    result = rule.loss_fn(params, key, batch, *(() if carry is None else (carry,)))
+    expected = ("losses", "aux") if carry is None else ("losses", "aux", "seen")
+    count = len(result) if isinstance(result, tuple | list) else 1
+    if count != len(expected):
+        raise ValueError(
+            f"{rule.name} must return ({', '.join(expected)}) where state.carry is "
+            f"{'None' if carry is None else 'given'}, got {count} values"
+        )
+    losses, aux, *rest = result
+    if rule.per_example and jnp.ndim(losses) != 1:
+        raise ValueError(
+            f"{rule.name} must return one loss per example, [batch], got shape {jnp.shape(losses)}"
+        )
+    seen = jax.tree_util.tree_map_with_path(_seen_leaf, rest[0] if rest else None)
+    loss, metrics = reduce_terms(losses, aux)
+    return loss, (metrics, seen)
+
+
+def _seen_leaf(path: Any, x: Any) -> Any:
+    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        raise ValueError(
+            f"seen{jax.tree_util.keystr(path)} must be floating, because it is averaged over "
+            f"devices and parts, got {jnp.result_type(x)}: keep counts and keys in absorb"
+        )
+    return at_least_float32(x)
+
+
+def reduce_terms(losses: Any, aux: Metrics) -> tuple[Any, Metrics]:
+    """Take the means of the losses and of each term, in float32 at least."""
+    for name in RESERVED:
+        if name in aux:
+            raise ValueError(f"aux of a loss must not use the name {name!r}: the step reports it")
+    loss = jnp.mean(at_least_float32(losses))
+    terms = {name: jnp.mean(at_least_float32(term)) for name, term in aux.items()}
+    return loss, {"loss": loss, **terms}
+
+
+def cast_floating(tree: Any, dtype: Any) -> Any:
+    """Cast the floating leaves of a tree, leave the others (integers, keys)."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x, tree
+    )
+
+
+def apply_update(
+    optimizer: Any, grads: Params, opt_state: Any, params: Params
+) -> tuple[Params, Any]:
+    """Do what optax's update and apply_updates do; parameters keep their types."""
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates), opt_state
+
+
+def with_norm(grads: Params) -> tuple[Params, Any]:
+    """Return the gradients and their norm, taken before anything else reads them.
+
+    Left to itself, XLA on CPU mixes the sums into the update, which then costs 5% of a step of a
+    small network.
+    """
+    squares = [jnp.sum(jnp.square(at_least_float32(x))) for x in jax.tree.leaves(grads)]
+    return jax.lax.optimization_barrier((grads, jnp.sqrt(sum(squares))))
+
+
+def all_finite(tree: Any) -> Any:
+    """Whether every number in the tree is finite, bool []."""
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]).all()
+
+
+def first_bad_term(metrics: Metrics) -> str | None:
+    """Name the first metric that is not finite: the aux terms, then the loss, then the gradient."""
+    terms = [name for name in metrics if name not in RESERVED]
+    for name in [*terms, "loss", "grad_norm"]:
+        if name in metrics and not bool(jnp.all(jnp.isfinite(metrics[name]))):
+            return name
+    return None
+
+
+def step_key(state: Any, axis_name: str | None) -> Any:
+    """The key of this step, and of this device where an axis is named."""
+    key = jax.random.fold_in(state.key, state.step)
+    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
