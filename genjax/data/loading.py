@@ -10,10 +10,12 @@ import numpy as np
 from genjax import checks
 from genjax.data.images import IMAGES, ImageRecords, known_to_tfds, open_images
 from genjax.data.pipeline import check_arrays
+from genjax.data.scaling import Scaling
 from genjax.data.synthetic import DENSITIES
 
 # How many fixed samples a 2-D density has in each split.
 DENSITY_SPLITS = {"train": 10_000, "test": 5_000}
+KINDS = ("points", "images", "tokens")
 IN_MEMORY_LIMIT = 4 * 2**30
 _CHUNK = 8192
 
@@ -21,14 +23,30 @@ _CHUNK = 8192
 class DataSpec(NamedTuple):
     """What a model must know of its data.
 
-    shape: of one example. levels: number of integer levels, None for continuous data. classes:
-    number of labels, None without.
+    kind: "points", float32 [n, d]; "images", integers [n, height, width, channels] in
+    0..levels-1; or "tokens", integers [n, length] in 0..levels-1, symbols without an order.
+    shape: of one example. levels: number of grey levels of images, vocabulary size of tokens, None
+    for points. classes: number of labels, None without.
     """
 
     name: str
+    kind: str
     shape: tuple[int, ...]
     levels: int | None
     classes: int | None
+
+    def scaling(self, low: float = -1.0, high: float = 1.0) -> Scaling | None:
+        """The map of an image's levels onto [low, high); None for points and tokens.
+
+        Points are numbers already, tokens have no order that a number could keep. Raises
+        ValueError for an unknown kind and for images without levels.
+        """
+        checks.one_of("kind", self.kind, KINDS)
+        if self.kind != "images":
+            return None
+        if self.levels is None:
+            raise ValueError(f"images must have levels, got levels=None for {self.name!r}")
+        return Scaling(self.levels, low, high)
 
 
 def load(
@@ -53,9 +71,9 @@ def load(
         checks.one_of("split", split, DENSITY_SPLITS)
         key = jax.random.key(list(DENSITY_SPLITS).index(split), impl="threefry2x32")
         x = np.asarray(DENSITIES[name].sample(key, DENSITY_SPLITS[split]))
-        return {"x": x}, DataSpec(name, (2,), None, None)
+        return {"x": x}, DataSpec(name, "points", (2,), None, None)
     records, shape, classes = open_images(name, split, data_dir)
-    spec = DataSpec(name, shape, 17 if name == "digits" else 256, classes)
+    spec = DataSpec(name, "images", shape, 17 if name == "digits" else 256, classes)
     if not in_memory:
         return records, spec
     size = len(records) * int(np.prod(shape))

@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 
-from genjax.data import batch_at, load, stream
+from genjax.data import DataSpec, Scaling, batch_at, load, stream
 from genjax.data.preparing import tensorflow_stand_in
 
 PREPARE_TWICE = """
@@ -50,7 +50,7 @@ def test_digits_are_the_fixed_split(data_dir):
     order = np.random.default_rng(0).permutation(1797)
     for split, rows in (("train", order[:1437]), ("test", order[1437:])):
         arrays, spec = load("digits", split, data_dir=data_dir)
-        assert spec == ("digits", (8, 8, 1), 17, 10)
+        assert spec == ("digits", "images", (8, 8, 1), 17, 10)
         assert arrays["x"].dtype == np.uint8
         assert arrays["label"].dtype == np.int32
         np.testing.assert_array_equal(arrays["x"][..., 0], digits.images[rows])
@@ -119,7 +119,7 @@ def test_images_on_disk(tmp_path, name, version, shape, labelled):
     images = write_images(tmp_path, name, version, shape, labelled)
     for split, rows in (("train", range(8)), ("test", range(8, 12)), ("train[2:5]", range(2, 5))):
         arrays, spec = load(name, split, data_dir=tmp_path)
-        assert spec == (name, shape, 256, 10 if labelled else None)
+        assert spec == (name, "images", shape, 256, 10 if labelled else None)
         np.testing.assert_array_equal(arrays["x"], images[list(rows)])
         if labelled:
             np.testing.assert_array_equal(arrays["label"], np.array(rows) % 10)
@@ -212,7 +212,7 @@ def test_unknown_names(data_dir, name, split, message):
 
 def test_densities_are_fixed_samples():
     (train, spec), (test, _) = load("8gaussians", "train"), load("8gaussians", "test")
-    assert spec == ("8gaussians", (2,), None, None)
+    assert spec == ("8gaussians", "points", (2,), None, None)
     assert (train["x"].shape, test["x"].shape) == ((10_000, 2), (5_000, 2))
     assert train["x"].dtype == np.float32
     np.testing.assert_array_equal(train["x"], load("8gaussians", "train")[0]["x"])
@@ -235,3 +235,15 @@ def test_command_prepares(data_dir, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["genjax.data", "digit"])
     with pytest.raises(ValueError, match="did you mean 'digits'"):
         runpy.run_module("genjax.data", run_name="__main__")
+
+
+def test_only_the_levels_of_images_become_numbers():
+    images = DataSpec("digits", "images", (8, 8, 1), 17, 10)
+    assert images.scaling() == Scaling(17, -1.0, 1.0)
+    assert images.scaling(0.0, 17.0) == Scaling(17, 0.0, 17.0)
+    assert DataSpec("8gaussians", "points", (2,), None, None).scaling() is None
+    assert DataSpec("pydoc", "tokens", (128,), 1024, None).scaling() is None
+    with pytest.raises(ValueError, match="images must have levels, got levels=None for 'scans'"):
+        images._replace(name="scans", levels=None).scaling()
+    with pytest.raises(ValueError, match=r"kind must be one of .*'tokens'.*got 'image'"):
+        images._replace(kind="image").scaling()

@@ -13,7 +13,7 @@ from experiments import continuous_flow, flow, flow_matching
 from genjax.data import DataSpec
 
 QUICK = {"devices": 1, "progress": False, "log_every": 10}
-DIGITS = DataSpec("digits", (8, 8, 1), 17, 10)
+DIGITS = DataSpec("digits", "images", (8, 8, 1), 17, 10)
 SMALL = flow.Config(
     model="spline",
     layers=2,

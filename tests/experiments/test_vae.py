@@ -27,7 +27,7 @@ SHORT = vae.Config(
     devices=1,
     progress=False,
 )
-SPEC = DataSpec("digits", (8, 8, 1), 17, 10)
+SPEC = DataSpec("digits", "images", (8, 8, 1), 17, 10)
 X = jnp.array(np.random.default_rng(0).integers(17, size=(4, 8, 8, 1)), jnp.int32)
 
 
@@ -103,7 +103,7 @@ def test_variants_have_a_loss_per_example_and_a_gradient(changes, key):
 @pytest.mark.parametrize("network", ["mlp", "conv"])
 def test_mnist_shapes(network, key):
     config = dataclasses.replace(SHORT, network=network)
-    model = vae.build(config, DataSpec("mnist", (28, 28, 1), 256, 10))
+    model = vae.build(config, DataSpec("mnist", "images", (28, 28, 1), 256, 10))
     batch = {"x": jax.ShapeDtypeStruct((5, 28, 28, 1), jnp.uint8)}
     params = jax.eval_shape(model.init, key)
     losses, _ = jax.eval_shape(vae.make_loss(config, model), params, key, batch)
