@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FAMILIES = ("transport", "variational", "adversarial", "diffusion", "flows")
-GROUND = ("typing", "numerics", "checks", "likelihoods", "divergences")
+GROUND = ("typing", "numerics", "checks", "randomness", "likelihoods", "divergences")
 HEAVY = (
     "flax",
     "optax",

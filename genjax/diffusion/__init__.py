@@ -21,7 +21,6 @@ from genjax.diffusion.likelihood import log_likelihood as log_likelihood
 from genjax.diffusion.mixture import GaussianMixture as GaussianMixture
 from genjax.diffusion.mixture import mixture_denoiser as mixture_denoiser
 from genjax.diffusion.mixture import mixture_log_prob as mixture_log_prob
-from genjax.diffusion.samplers import indexed_normal as indexed_normal
 from genjax.diffusion.samplers import initial_noise as initial_noise
 from genjax.diffusion.samplers import sample as sample
 from genjax.diffusion.samplers import sample_adaptive as sample_adaptive
@@ -45,5 +44,6 @@ from genjax.diffusion.steps import heun_step as heun_step
 from genjax.diffusion.steps import predictor_corrector_step as predictor_corrector_step
 from genjax.diffusion.times import discrete_times as discrete_times
 from genjax.diffusion.times import edm_times as edm_times
-from genjax.diffusion.times import low_discrepancy as low_discrepancy
 from genjax.diffusion.times import uniform_times as uniform_times
+from genjax.randomness import indexed_normal as indexed_normal
+from genjax.randomness import low_discrepancy as low_discrepancy

@@ -8,8 +8,8 @@ from genjax import checks
 from genjax.diffusion.denoising import check_times, same_shape
 from genjax.diffusion.discrete import posterior
 from genjax.diffusion.schedules import Process, Scalar
-from genjax.diffusion.times import low_discrepancy
 from genjax.numerics import at_least_float32, expand_to, sum_event
+from genjax.randomness import low_discrepancy
 from genjax.typing import DenoiserFn, PRNGKey
 
 

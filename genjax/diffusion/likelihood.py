@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from genjax import checks
-from genjax.diffusion.samplers import Index, at_one_time
+from genjax.diffusion.samplers import at_one_time
 from genjax.diffusion.schedules import Process
 from genjax.numerics import LOG_2PI, at_least_float32, sum_event
+from genjax.randomness import Index, indexed_rademacher
 from genjax.typing import DenoiserFn, PRNGKey
 
 # y [batch, *event] -> (value, trace of its Jacobian [batch])
@@ -67,7 +68,9 @@ def log_likelihood(
     dims = y[0].size
     trace = _exact_trace
     if key is not None:
-        trace = _probed_trace(_probes(key, num_probes, y, first_index))
+        shape = (y.shape[0], num_probes, *y.shape[1:])
+        probes = indexed_rademacher(key, shape, first_index, y.dtype)
+        trace = _probed_trace(jnp.moveaxis(probes, 1, 0))
     denoise_at = at_one_time(denoise)
     low, high = (jnp.log(process.noise_ratio(t)).astype(y.dtype) for t in _ends(process))
 
@@ -92,16 +95,6 @@ def log_likelihood(
 
 def _ends(process: Process) -> tuple:
     return process.t_min, process.t_max
-
-
-def _probes(key: PRNGKey, num_probes: int, y: Array, first_index: Index) -> Array:
-    rows = jnp.asarray(first_index, jnp.uint32) + jnp.arange(y.shape[0], dtype=jnp.uint32)
-
-    def row(index: Array) -> Array:
-        shape = (num_probes, *y.shape[1:])
-        return jax.random.rademacher(jax.random.fold_in(key, index), shape, y.dtype)
-
-    return jnp.moveaxis(jax.vmap(row)(rows), 1, 0)
 
 
 def _runge_kutta(

@@ -9,26 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from genjax import checks
 from genjax.diffusion.denoising import check_times, same_shape
 from genjax.diffusion.schedules import Process
 from genjax.diffusion.steps import DenoiseAt, Move, StepFn, dpm_solver_step, heun_step
 from genjax.numerics import at_least_float32
+from genjax.randomness import Index, indexed_normal
 from genjax.typing import DenoiserFn, PRNGKey
-
-Index = int | Int[Array, ""]
-
-
-def indexed_normal(
-    key: PRNGKey, shape: Sequence[int], first_index: Index = 0, dtype: jnp.dtype | None = None
-) -> Float[Array, "batch *event"]:
-    """Standard normals [batch, *event]: row i depends on (key, first_index + i) alone."""
-    rows = jnp.asarray(first_index, jnp.uint32) + jnp.arange(shape[0], dtype=jnp.uint32)
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    dtype = jnp.zeros(()).dtype if dtype is None else dtype
-    return jax.vmap(lambda k: jax.random.normal(k, tuple(shape[1:]), dtype))(keys)
 
 
 def initial_noise(

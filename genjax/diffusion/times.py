@@ -5,24 +5,15 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from genjax import checks
 from genjax.diffusion.schedules import Process, Scalar
+from genjax.randomness import low_discrepancy
 from genjax.typing import PRNGKey
 
 # (key, batch size) -> times [batch]
 TimesFn: TypeAlias = Callable[[PRNGKey, int], Array]
-
-
-def low_discrepancy(key: PRNGKey, num: int) -> Float[Array, " num"]:
-    """num points (u + i / n) mod 1: each uniform on [0, 1), together evenly spread.
-
-    One uniform shift serves the whole batch (Kingma et al. 2021, App. I), which cuts the variance
-    of a loss over times.
-    """
-    checks.integer("num", num, 1)
-    return (jax.random.uniform(key) + jnp.arange(num) / num) % 1.0
 
 
 def uniform_times(process: Process, *, spread: bool = True) -> TimesFn:

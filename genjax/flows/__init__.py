@@ -38,7 +38,6 @@ from genjax.flows.bijections import (
 from genjax.flows.continuous import (
     continuous_flow,
     divergence,
-    rademacher,
     solve,
     solve_with_log_det,
 )
@@ -63,6 +62,7 @@ from genjax.flows.matching import (
     sample_pairs,
     vp_path,
 )
+from genjax.randomness import rademacher
 
 __all__ = [
     "Base",

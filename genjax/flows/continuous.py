@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from genjax import checks, numerics
 from genjax.flows.bijections.base import Bijection, Number, zero_log_det
-from genjax.typing import Params, PRNGKey
+from genjax.typing import Params
 
 # (params, x [batch, *event], t [batch]) -> dx/dt [batch, *event], each example for itself
 FieldFn: TypeAlias = Callable[[Params, Array, Array], Array]
@@ -38,11 +38,6 @@ METHODS = {
     ),
 }
 ADAPTIVE = ("dopri5", "tsit5")
-
-
-def rademacher(key: PRNGKey, like: Float[Array, "batch *event"]) -> Float[Array, "batch *event"]:
-    """Draw signs +-1 in the shape of `like`: the probe of least variance for a trace."""
-    return jax.random.rademacher(key, like.shape).astype(like.dtype)
 
 
 def _of_shape(v: Array, x: Array) -> Array:
