@@ -24,6 +24,7 @@ from genjax.diffusion.mixture import mixture_log_prob as mixture_log_prob
 from genjax.diffusion.samplers import initial_noise as initial_noise
 from genjax.diffusion.samplers import sample as sample
 from genjax.diffusion.samplers import sample_adaptive as sample_adaptive
+from genjax.diffusion.samplers import scan_steps as scan_steps
 from genjax.diffusion.samplers import trajectory as trajectory
 from genjax.diffusion.schedules import EDM as EDM
 from genjax.diffusion.schedules import Cosine as Cosine

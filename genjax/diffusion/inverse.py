@@ -37,7 +37,7 @@ def replacement(
     def replaced(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:
         checks.shape("x", x, known.shape)
         moved, denoised = step(denoise, x, move)
-        noise = move.draw(REPLACEMENT_DRAW)
+        noise = move.normal(REPLACEMENT_DRAW, x)
         noised = move.process.alpha(move.s) * known + move.process.sigma(move.s) * noise
         return jnp.where(mask, noised, moved), jnp.where(mask, known, denoised)
 

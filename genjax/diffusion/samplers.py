@@ -4,12 +4,13 @@ Sample i is a function of (key, i): every draw folds the step and the sample's i
 so that a batch, its chunks and its shards agree.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from genjax import checks
 from genjax.diffusion.denoising import check_times, same_shape
@@ -51,7 +52,7 @@ def sample(
     `functools.partial`, for example partial(ddim_step, eta=1.0). Raises where times do not
     decrease within [0, t_max], are too few, or the denoiser changes the shape.
     """
-    return _fold(denoise, key, shape, process, times, step, x_init, first_index, False)
+    return _sample(denoise, key, shape, process, times, step, x_init, first_index, False)
 
 
 def trajectory(
@@ -66,10 +67,10 @@ def trajectory(
     first_index: Index = 0,
 ) -> Float[Array, "steps_plus_one batch *event"]:
     """The states of `sample` at every time, the start first."""
-    return _fold(denoise, key, shape, process, times, step, x_init, first_index, True)
+    return _sample(denoise, key, shape, process, times, step, x_init, first_index, True)
 
 
-def _fold(
+def _sample(
     denoise: DenoiserFn,
     key: PRNGKey,
     shape: Sequence[int],
@@ -87,25 +88,47 @@ def _fold(
         x_init = initial_noise(key, shape, process=process, first_index=first_index)
     checks.shape("x_init", x_init, shape)
     x_init = at_least_float32(x_init)
-    times = times.astype(x_init.dtype)
-    denoise_at = at_one_time(denoise)
+    denoising_step = functools.partial(step, at_one_time(denoise))
+    options = {"process": process, "first_index": first_index, "keep": keep}
+    return scan_steps(denoising_step, key, x_init, times.astype(x_init.dtype), **options)
+
+
+def scan_steps(
+    step: Callable[[PyTree, Move], tuple[PyTree, PyTree]],
+    key: PRNGKey,
+    x: PyTree,
+    times: Float[Array, " steps_plus_one"],
+    *,
+    process: Any = None,
+    first_index: Index = 0,
+    keep: bool = False,
+) -> PyTree:
+    """Fold `step` over `times` in the one scan that every sampler is.
+
+    step(x, move) -> (x at s, estimate of x_0), which the next step is given as
+    `move.denoised_before`. x is a pytree of arrays [batch, ...] of floats, tokens or masks; both
+    values have its structure and shapes, and its dtype, which floats are cast to (else scan raises
+    TypeError). Step k has the key fold_in(key, k + 1); fold_in(key, 0) is the start's. With `keep`
+    the states at every time, the start first.
+    """
+
+    def cast(new: Array, old: Array) -> Array:
+        return new.astype(old.dtype) if jnp.issubdtype(old.dtype, jnp.floating) else new
 
     def body(carry: tuple, now: tuple) -> tuple:
-        x, previous = carry
-        t, s, number = now
+        (x, before), (t, s, number) = carry, now
         step_key = jax.random.fold_in(key, number + 1)
-
-        def draw(n: int) -> Array:
-            return indexed_normal(jax.random.fold_in(step_key, n), shape, first_index, x.dtype)
-
-        moved, denoised = step(denoise_at, x, Move(t, s, process, draw, *previous))
-        moved = moved.astype(x.dtype)
+        value = step(x, Move(t, s, process, step_key, first_index, *before))
+        moved, denoised = jax.tree.map(cast, value, (x, x))
         return (moved, (denoised, t)), (moved if keep else None)
 
-    start = (x_init, (jnp.zeros_like(x_init), times[0]))
+    x = jax.tree.map(jnp.asarray, x)
+    start = (x, (jax.tree.map(jnp.zeros_like, x), times[0]))
     numbers = jnp.arange(times.shape[0] - 1)
-    (x, _), states = jax.lax.scan(body, start, (times[:-1], times[1:], numbers))
-    return jnp.concatenate([x_init[None], states]) if keep else x
+    (end, _), states = jax.lax.scan(body, start, (times[:-1], times[1:], numbers))
+    if not keep:
+        return end
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), x, states)
 
 
 def at_one_time(denoise: DenoiserFn) -> DenoiseAt:

@@ -7,30 +7,49 @@ denoised mean, without noise.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from genjax.diffusion.discrete import posterior
-from genjax.diffusion.schedules import Process, Scalar
+from genjax.diffusion.schedules import Scalar
+from genjax.randomness import Index, indexed_keys, indexed_normal
+from genjax.typing import PRNGKey
 
 # The denoiser at one time for the whole batch: (x [batch, *event], t []) -> [batch, *event].
 DenoiseAt: TypeAlias = Callable[[Array, Array], Array]
-# n -> the n-th standard normal of this step, shaped like x.
-Draw: TypeAlias = Callable[[int], Array]
 
 
 class Move(NamedTuple):
-    """What a step knows besides x: from t to s, the process, the noise, the step before."""
+    """What a step knows besides x at time t.
+
+    t, s: the times before and after. process: the noise schedule, as the caller of the scan gave
+    it. step_key: the key of this step, whatever the batch. first_index: the index of row 0.
+    denoised_before, t_before: the second value that the step before returned (zeros at the first
+    step), and its time.
+    """
 
     t: Array
     s: Array
-    process: Process
-    draw: Draw
-    denoised_before: Array
+    process: Any
+    step_key: PRNGKey
+    first_index: Index
+    denoised_before: Any
     t_before: Array
+
+    def key(self, n: int) -> PRNGKey:
+        """The key of this step's n-th draw; `row_keys` and `normal` make rows independent."""
+        return jax.random.fold_in(self.step_key, n)
+
+    def row_keys(self, n: int, num: int) -> Array:
+        """One key for each of `num` rows: that of row i depends on its index alone."""
+        return indexed_keys(self.key(n), num, self.first_index)
+
+    def normal(self, n: int, like: Array) -> Array:
+        """The n-th standard normal of this step, in the shape and dtype of `like`."""
+        return indexed_normal(self.key(n), like.shape, self.first_index, like.dtype)
 
 
 # (denoise, x at t, move) -> (x at s, denoised mean at t)
@@ -48,7 +67,7 @@ def euler_maruyama_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Ar
     denoised = denoise(x, t)
     shrink = (next_level / level) ** 2
     noise = jnp.where(next_level > 0, level * jnp.sqrt(1 - shrink), 0.0)
-    y = y + (shrink - 1) * (y - denoised) + noise * move.draw(0)
+    y = y + (shrink - 1) * (y - denoised) + noise * move.normal(0, x)
     return process.alpha(s) * y, denoised
 
 
@@ -72,7 +91,7 @@ def ancestral_step(
     shrink = jnp.where(last, 1.0, moments.variance / moments.forward_variance)
     variance = jnp.where(last, 0.0, moments.forward_variance * shrink ** (1 - mix))
     mean = moments.x0_coef * denoised + moments.xt_coef * x
-    return mean + jnp.sqrt(variance) * move.draw(0), denoised
+    return mean + jnp.sqrt(variance) * move.normal(0, x), denoised
 
 
 def ddpm_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:
@@ -100,7 +119,7 @@ def ddim_step(
     kept = jnp.sqrt(jnp.maximum(process.variance(s) - added, 0.0))
     x = process.alpha(s) * denoised + kept * eps
     if not (isinstance(eta, int | float) and eta == 0):
-        x = x + jnp.sqrt(added) * move.draw(0)
+        x = x + jnp.sqrt(added) * move.normal(0, x)
     return x, denoised
 
 
@@ -140,7 +159,7 @@ def heun_step(
         gamma = jnp.where(inside, jnp.minimum(churn, math.sqrt(2) - 1), 0.0)
         raised = jnp.minimum(level * (1 + gamma), process.noise_ratio(process.t_max))
         added = jnp.maximum(raised**2 - level**2, 0.0)
-        y = y + noise_scale * jnp.sqrt(added) * move.draw(0)
+        y = y + noise_scale * jnp.sqrt(added) * move.normal(0, x)
         t = jnp.where(raised > level, process.time_of_noise_ratio(raised), t)
         level = jnp.where(raised > level, raised, level)
     denoised = denoise(process.alpha(t) * y, t)
@@ -197,7 +216,7 @@ def predictor_corrector_step(
         for n in range(corrections):
             mean = process.alpha(s) * denoise(moved, s)
             score = (mean - moved) / process.variance(s)
-            moved = moved + size * score + jnp.sqrt(2 * size) * move.draw(n + 1)
+            moved = moved + size * score + jnp.sqrt(2 * size) * move.normal(n + 1, x)
         return moved
 
     return jax.lax.cond(s > 0, corrected, lambda: x), denoised

@@ -6,6 +6,7 @@ from scipy.stats import norm
 
 from genjax import diffusion as gd
 from tests.diffusion.oracles import reference
+from tests.diffusion.test_samplers import move_with_noise
 
 
 def test_discretised_decoder(x64, compiled):
@@ -49,7 +50,7 @@ def test_interpolated_variance(x64):
             gd.ancestral_step(
                 lambda x, t: 0 * x,
                 jnp.ones((1, 1)),
-                gd.Move(t, s, process, lambda _, z=z: jnp.full((1, 1), z), t, t),
+                move_with_noise(jnp.full((1, 1), z), t, s, process),
                 mix=mix,
             )[0]
             for z in (1.0, 0.0)

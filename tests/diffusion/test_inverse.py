@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from genjax import diffusion as gd
+from tests.diffusion.test_samplers import move_with_noise
 
 NUM = 4000
 PROCESS = gd.EDM(t_min=0.005, t_max=20.0)
@@ -158,7 +159,7 @@ def test_posterior_sampling_step_is_algorithm_1(compiled, x64):
     """One step by hand: D = c x, A linear, gradient of |y - A c x|^2 in closed form."""
     x, t, s = jnp.array([[0.3, -0.2, 0.9]]), jnp.array(2.0), jnp.array(1.0)
     c, scale = 0.7, 0.3
-    move = gd.Move(t, s, gd.EDM(), lambda n: 0 * x, x, t)
+    move = move_with_noise(0 * x, t, s, gd.EDM())
     guided = gd.posterior_sampling(
         lambda x: x @ OPERATOR.T, jnp.array(OBSERVED)[None], step=gd.ddim_step, scale=scale
     )

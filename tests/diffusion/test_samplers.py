@@ -24,6 +24,17 @@ STEPS = {
 }
 
 
+def move_with_noise(noise, t, s, process, *before):
+    """A move whose normals are all `noise`."""
+
+    class Given(gd.Move):
+        def normal(self, n, like):
+            return noise
+
+    before = before or (jnp.zeros_like(noise), t)
+    return Given(t, s, process, jax.random.key(0), 0, *before)
+
+
 def replay(step, denoise, process, times, noise):
     """Run the steps with given noises: noise[0] is the start, noise[k + 1] that of step k."""
 
@@ -34,7 +45,7 @@ def replay(step, denoise, process, times, noise):
         def at(x, t):
             return denoise(x, jnp.full(x.shape[:1], t))
 
-        moved, denoised = step(at, x, gd.Move(t, s, process, lambda _: z, *before))
+        moved, denoised = step(at, x, move_with_noise(z, t, s, process, *before))
         return (moved, (denoised, t)), moved
 
     start = process.sigma(times[0]) * noise[0]
@@ -218,6 +229,84 @@ def test_sample_i_depends_on_the_key_and_i_alone(name, key):
     for f in found:
         np.testing.assert_allclose(f[3], f[4], rtol=3e-7)
     assert np.unique(whole[:, 0]).size == 64
+
+
+def test_a_key_draws_the_samples_it_always_drew():
+    """Numbers stored before a step was given a key in place of normals."""
+    process = gd.VariancePreserving(t_min=0.01)
+    mixture = gd.GaussianMixture(*(jnp.float32(v) for v in vars(fixture_mixture()).values()))
+    denoise = gd.mixture_denoiser(mixture, process=process)
+    known = jnp.array([[0.5, -0.5]] * 3)
+    steps = STEPS | {"replacement": gd.replacement(known, jnp.array([[True, False]] * 3))}
+    stored = reference("sampler_draws")["expected"]
+    assert set(stored) == set(steps)
+
+    @jax.jit
+    def run(key):
+        options = {"process": process, "times": jnp.array([1.0, 0.7, 0.4, 0.1, 0.0])}
+        draw = partial(gd.sample, denoise, key, (3, 2), first_index=5, **options)
+        return {name: draw(step=step) for name, step in steps.items()}
+
+    for name, x in run(jax.random.key(11)).items():
+        np.testing.assert_allclose(x, np.float32(stored[name]), atol=1e-5, err_msg=name)
+
+
+TRANSITIONS = np.array([[0.6, 0.3, 0.1], [0.05, 0.8, 0.15], [0.5, 0.0, 0.5]], np.float32)
+
+
+def categorical_step(tokens, move):
+    """Each token takes a step of a Markov chain; the second value is the tokens before it."""
+    keys = move.row_keys(0, tokens.shape[0])
+    return jax.vmap(jax.random.categorical)(keys, jnp.log(TRANSITIONS)[tokens]), tokens
+
+
+def test_tokens_are_sampled_by_the_same_scan(compiled, key):
+    """After N steps the law of a token is a row of the N-th power of the transition matrix."""
+    times, start = jnp.linspace(1.0, 0.0, 4), jnp.zeros((4000, 5), jnp.int32)
+    end = compiled(lambda key: gd.scan_steps(categorical_step, key, start, times))(key)
+    assert end.dtype == jnp.int32
+    law = np.linalg.matrix_power(TRANSITIONS.astype(np.float64), 3)[0]
+    error = np.bincount(np.asarray(end).ravel(), minlength=3) / end.size - law
+    assert np.all(np.abs(error) < 4 * np.sqrt(law * (1 - law) / end.size))
+
+
+def test_token_i_depends_on_the_key_and_i_alone(key):
+    """In a batch of 64 and of 1; in a state of several parts; along the trajectory."""
+    times = jnp.linspace(1.0, 0.0, 5)
+    start = jax.random.randint(jax.random.key(1), (64, 7), 0, 3)
+    whole = gd.scan_steps(categorical_step, key, start, times)
+    for i in (0, 1, 37):
+        one = gd.scan_steps(categorical_step, key, start[i : i + 1], times, first_index=i)
+        np.testing.assert_array_equal(one[0], whole[i])
+    assert np.unique(np.asarray(whole), axis=0).shape[0] > 50
+
+    def step(state, move):
+        tokens, _ = categorical_step(state["tokens"], move)
+        moved = state["moved"] | (tokens != state["tokens"])
+        return {"tokens": tokens, "moved": moved}, state
+
+    parts = {"tokens": start, "moved": jnp.zeros((64, 7), bool)}
+    states = gd.scan_steps(step, key, parts, times, keep=True)
+    np.testing.assert_array_equal(states["tokens"][0], start)
+    np.testing.assert_array_equal(states["tokens"][-1], whole)
+    moved = np.any(np.diff(np.asarray(states["tokens"]), axis=0) != 0, axis=0)
+    np.testing.assert_array_equal(states["moved"][-1], moved)
+
+
+def test_a_step_is_given_the_second_value_of_the_one_before(key):
+    """x' = x + (x before), from 1 and 0: the Fibonacci numbers."""
+    times = jnp.linspace(1.0, 0.0, 8)
+    states = gd.scan_steps(
+        lambda x, move: (x + move.denoised_before, x), key, jnp.ones((1, 1), int), times, keep=True
+    )
+    np.testing.assert_array_equal(states[:, 0, 0], [1, 1, 2, 3, 5, 8, 13, 21])
+
+
+def test_a_step_keeps_the_state_as_it_is(key):
+    start, times = jnp.zeros((2, 3), jnp.int32), jnp.array([1.0, 0.0])
+    for step in (lambda x, m: (x + 0.5, x), lambda x, m: (x, x[:, :2])):
+        with pytest.raises(TypeError, match=r"carry.* type int32\[2,3\]"):
+            gd.scan_steps(step, key, start, times)
 
 
 def test_eight_devices_draw_the_same_samples(key):
