@@ -49,7 +49,7 @@ class Checkpoints:
         checks.integer("keep", keep, 1)
         checks.one_of("mode", mode, ("min", "max"))
         self.folder, self.keep, self.best, self.mode = Path(folder).absolute(), keep, best, mode
-        self._manager: Any = None
+        self._writer: Any = None
         self._saved: int | None = None
 
     def steps(self) -> list[int]:
@@ -70,37 +70,40 @@ class Checkpoints:
         numbers = None if metrics is None else {k: float(v) for k, v in metrics.items()}
         if self.best is not None and self.best not in (numbers or {}):
             numbers = None  # not a candidate for the best
+        self.wait()
         try:
-            self._open().save(
-                step,
+            if self._writer is None:
+                self._remove_partial()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            self._writer.save(
+                self.folder / str(step),
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(tree),
                     record=ocp.args.JsonSave({"leaves": _record(tree), "metrics": numbers}),
                 ),
-                metrics=numbers,
-                force=True,
             )
         except Exception as error:
             raise self._failed(step, error) from error
         self._saved = step
 
     def wait(self) -> None:
-        """Wait until what was begun is on the disk."""
-        if self._manager is not None:
+        """Wait until what was begun is on the disk, then remove what need not stay."""
+        if self._writer is not None:
             try:
-                self._manager.wait_until_finished()
-                self._manager.check_for_errors()
+                self._writer.wait_until_finished()
             except Exception as error:
                 raise self._failed(self._saved, error) from error
+            self._prune()
 
     def close(self) -> None:
         """Wait, then let orbax's threads end."""
         try:
             self.wait()
         finally:
-            if self._manager is not None:
-                manager, self._manager = self._manager, None
-                manager.close()
+            if self._writer is not None:
+                writer, self._writer = self._writer, None
+                writer.close()
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """Read the newest whole checkpoint: (step, state), or None where there are none at all.
@@ -130,16 +133,8 @@ class Checkpoints:
         if self.best is None:
             raise ValueError("best must name a metric when the Checkpoints are made, got None")
         self.wait()
-        scores = {}
-        for step in self.steps():
-            try:
-                scores[step] = float(self._read_record(step)["metrics"][self.best])
-            except Exception:  # damaged, or saved without an evaluation
-                continue
-        if not scores:
-            return None
-        step = (min if self.mode == "min" else max)(scores, key=lambda s: scores[s])
-        return step, self.read(step, like)
+        step = self._best_step()
+        return None if step is None else (step, self.read(step, like))
 
     def read(self, step: int, like: Any) -> Any:
         """Read one checkpoint into the structure and devices of `like`; checks every array."""
@@ -164,55 +159,31 @@ class Checkpoints:
                 raise CheckpointError(f"{name} is damaged: the checksum of {leaf} does not agree")
         return from_host(tree, like)
 
-    def _open(self) -> Any:
-        if self._manager is None:
-            try:
-                self._manager = self._manage()
-            except Exception:
-                # What orbax notes beside a state may be damaged where the state is whole.
-                self._rewrite_notes()
-                self._manager = self._manage()
-        return self._manager
-
-    def _manage(self) -> Any:
-        ocp = _orbax()
-
-        policies = ocp.checkpoint_managers
-        keep: list[Any] = [policies.LatestN(self.keep)]
-        if self.best is not None:
-            keep.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[self.best],
-                    reverse=self.mode == "min",
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        return ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=True,
-            ),
-        )
-
-    def _rewrite_notes(self) -> None:
-        """Write orbax's notes on every checkpoint anew, from our own record."""
-        for step in self.steps() if jax.process_index() == 0 else []:
-            metrics = None
+    def _best_step(self) -> int | None:
+        scores = {}
+        for step in self.steps() if self.best is not None else []:
+            # Left out where it is damaged, or was saved without an evaluation.
             with contextlib.suppress(Exception):
-                metrics = {k: float(v) for k, v in self._read_record(step)["metrics"].items()}
-            with contextlib.suppress(OSError):
-                notes = self.folder / str(step) / "_CHECKPOINT_METADATA"
-                notes.write_text(json.dumps({"metrics": metrics}))
+                scores[step] = float(self._read_record(step)["metrics"][self.best])
+        pick = min if self.mode == "min" else max
+        return pick(scores, key=lambda step: scores[step], default=None)
+
+    def _prune(self) -> None:
+        """Remove all but the newest and the best; the first process does it for all."""
+        for step in self.steps()[: -self.keep] if jax.process_index() == 0 else []:
+            if step != self._best_step():
+                shutil.rmtree(self.folder / str(step), ignore_errors=True)
+
+    def _remove_partial(self) -> None:
+        """Remove what a killed or failed save left half written."""
+        for path in self.folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else []:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _read_record(self, step: int) -> Any:
-        ocp = _orbax()
-
         path = self.folder / str(step) / "record"
         if not path.is_dir():
             raise FileNotFoundError("it has no record of its contents")
-        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path)
+        return json.loads((path / "metadata").read_text())
 
     def _move_aside(self, step: int) -> Path:
         """Rename a damaged checkpoint to a name that nothing takes for a step."""
@@ -227,11 +198,10 @@ class Checkpoints:
 
     def _failed(self, step: int | None, error: Exception) -> CheckpointError:
         """Clear away what is half written (the disk may be full) and say what still stands."""
-        manager, self._manager, self._saved = self._manager, None, None
+        writer, self._writer, self._saved = self._writer, None, None
         with contextlib.suppress(Exception):
-            manager.close()
-        for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)
+            writer.close()
+        self._remove_partial()
         whole = [s for s in self.steps() if s != step]
         kept = f"the newest whole one is step {whole[-1]}" if whole else "there is no earlier one"
         return CheckpointError(
