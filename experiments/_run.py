@@ -200,7 +200,7 @@ def fit(
             state,
             timed,
             batches,
-            steps=config.steps,
+            num_steps=config.steps,
             folder=run.folder,
             checkpoints=run.checkpoints,
             save_every=config.save_every,

@@ -176,7 +176,7 @@ def fit_by_training(config: Config, name: str) -> tuple[float, float, float]:
             critic.init(key, jnp.zeros((1, 1))), generator, *optimizers, key, ema_decays=(0.99,)
         )
         data = lambda key: sample_mixture(key, n_critic * n).reshape(n_critic, n, 1)  # noqa: E731
-        state, metrics = train_scan(step, state, data, steps=config.steps)
+        state, metrics = train_scan(step, state, data, num_steps=config.steps)
         last = max(1, config.steps // 10)
         return state.ema_params(0.99), jnp.mean(metrics["critic/bound"][-last:])
 

@@ -167,7 +167,7 @@ def make_train(config: Config, density: GaussianMixture, name: str) -> Callable[
             key_run,
         )
         sample = lambda key: density.sample(key, n_critic * n).reshape(n_critic, n, 2)  # noqa: E731
-        state, _ = train_scan(step, state, sample, steps=config.steps)
+        state, _ = train_scan(step, state, sample, num_steps=config.steps)
         samples = generate(state.generator.params, key_z, config.num_samples)
         near = (samples, jnp.asarray(density.means, jnp.float32), density.std)
         return {

@@ -41,7 +41,7 @@ def fit(
     step_fn: Callable[[Any, Batch], tuple[Any, Numbers]],
     batches: Callable[[int], Batch],
     *,
-    steps: int,
+    num_steps: int,
     folder: str | os.PathLike,
     checkpoints: Checkpoints | None = None,
     save_every: int = 1000,
@@ -53,11 +53,11 @@ def fit(
     progress: bool = True,
     max_seconds: float | int = 0.0,
 ) -> Any:
-    """Train from `state.step` to `steps` and return the last state.
+    """Train from `state.step` to `num_steps` and return the last state.
 
     batches(n) is the batch of step n, so that nothing of the data needs saving. With
     steps_per_call = k, step_fn takes k batches stacked; calls end at multiples of k, so that a
-    resumed run makes the same calls. Metrics are read while the next call is under way and go to
+    resumed run makes the same calls. Metrics are read while the next call runs and go to
     metrics.jsonl in `folder`. evaluate(state) gives numbers every `evaluate_every` steps, logged
     under "eval/" and saved with the checkpoint. The last state is always saved.
 
@@ -70,34 +70,16 @@ def fit(
     """
     for name, value in {"save_every": save_every, "log_every": log_every}.items():
         checks.integer(name, value, 1)
-    checks.integer("steps", steps, 0)
+    checks.integer("num_steps", num_steps, 0)
     checks.integer("steps_per_call", steps_per_call, 1)
     checks.integer("evaluate_every", evaluate_every, 0)
     checks.at_least("max_seconds", max_seconds, 0)
-    step, first = int(state.step), jax.process_index() == 0
-    log = MetricsLog(folder, start=step, tensorboard=tensorboard) if first else None
-    report = _Report(log, log_every, batches, checkpoints)
-    budget = _Budget(max_seconds)
-    bar = _Bar(steps, step, progress and first)
-    # Emulated devices abort when calls pile up.
-    block = jax.default_backend() == "cpu" and jax.device_count() > 1
-
-    def save(scores: Numbers | None = None) -> None:
-        report.finish()
-        if checkpoints is not None:
-            _check_parameters(state, step)
-            try:
-                if log is not None:
-                    log.flush()  # a resumed run writes no line from before its checkpoint again
-            finally:
-                checkpoints.save(step, state, scores)
-
-    def stop_if_asked() -> None:
-        name = signals.received()
-        if name is not None:
-            save()
-            place = f"at step {step} of {steps}"
-            raise Stopped(f"stopped by {name} {place}, the state is saved: resume to go on")
+    first = jax.process_index() == 0
+    log = MetricsLog(folder, start=int(state.step), tensorboard=tensorboard) if first else None
+    run = _Training(state, step_fn, batches, num_steps, steps_per_call, log, log_every, checkpoints)
+    # Emulated devices abort when calls pile up, and calls in flight would outlast a budget.
+    block = bool(max_seconds) or (jax.default_backend() == "cpu" and jax.device_count() > 1)
+    budget, bar = _Budget(max_seconds), _Bar(num_steps, run.step, progress and first)
 
     with contextlib.ExitStack() as closing:
         if checkpoints is not None:
@@ -106,77 +88,102 @@ def fit(
             closing.enter_context(log)
         closing.callback(bar.close)
         signals = closing.enter_context(_Signals())
-        while step < steps:
-            count = min(steps, (step // steps_per_call + 1) * steps_per_call) - step
-            try:
-                batch = _load(batches, step, count if steps_per_call > 1 else None)
-            except Exception as error:
-                save()
-                if checkpoints is not None:
-                    error.add_note(f"the state of step {step} is saved: mend this, then resume")
-                raise
-            state, metrics = step_fn(state, batch)
-            if block or max_seconds:  # calls in flight would outlast the budget
-                jax.block_until_ready(state)
-            bar.show(report.finish())
-            report.pending = (step, count, metrics)
-            before, step = step, step + count
-            bar.update(count)
-
+        while run.step < num_steps:
+            bar.show(run.advance(block))
+            bar.update(run.step - run.before)
             scores = None
-            if evaluate is not None and _due(evaluate_every, before, step):
-                report.finish()
-                scores = {EVALUATION + k: float(v) for k, v in evaluate(state).items()}
-                if log is not None:
-                    log.write(step, scores)
+            if evaluate is not None and run.reached(evaluate_every):
+                scores = run.evaluate(evaluate)
             over = budget.is_over()
             best = checkpoints is not None and scores is not None and checkpoints.best in scores
-            if best or over or step == steps or _due(save_every, before, step):
-                save(scores)
-            stop_if_asked()
+            if best or over or run.step == num_steps or run.reached(save_every):
+                run.save(scores)
+            run.stop_if(signals.received())
             if over:
                 break
-        report.finish()
-        return state
+        run.read_metrics()
+        return run.state
 
 
-def _due(every: int, before: int, step: int) -> bool:
-    """Whether a multiple of `every` was reached on the way from `before` to `step`."""
-    return every > 0 and step // every > before // every
-
-
-def _load(batches: Callable[[int], Batch], step: int, count: int | None) -> Batch:
-    """Load the batch of one step, or stack those of several."""
-    if count is None:
-        return batches(step)
-    return jax.tree.map(lambda *x: np.stack(x), *[batches(step + i) for i in range(count)])
-
-
-def _check_parameters(state: Any, step: int) -> None:
-    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
-        if not np.isfinite(np.asarray(x, dtype=np.float64)).all():
-            raise NonFiniteError(
-                f"parameter {leaf_name(path)} is not finite after {step} steps, though the loss "
-                "and its gradient were: look at the optimiser; this state is not saved"
-            )
-
-
-class _Report:
-    """Metrics on their way to the log, one call late, so that the device need not wait."""
+class _Training:
+    """The state on its way from step to step, with the metrics of the call that is under way."""
 
     def __init__(
         self,
+        state: Any,
+        step_fn: Callable[[Any, Batch], tuple[Any, Numbers]],
+        batches: Callable[[int], Batch],
+        num_steps: int,
+        steps_per_call: int,
         log: MetricsLog | None,
         log_every: int,
-        batches: Callable[[int], Batch],
         checkpoints: Checkpoints | None,
     ):
-        self.log, self.log_every = log, log_every
-        self.batches, self.checkpoints = batches, checkpoints
-        self.pending: tuple[int, int, Any] | None = None
+        self.state, self.step_fn, self.batches = state, step_fn, batches
+        self.num_steps, self.steps_per_call = num_steps, steps_per_call
+        self.log, self.log_every, self.checkpoints = log, log_every, checkpoints
+        self.step = self.before = int(state.step)  # after the last call, and before it
+        self.pending: tuple[int, int, Any] | None = None  # first step, number of steps, metrics
 
-    def finish(self) -> Numbers:
-        """Read the pending metrics, write them, raise where they are not finite."""
+    def advance(self, block: bool) -> Numbers:
+        """Make one call, and read the metrics of the call before it."""
+        count = min(self.num_steps, (self.step // self.steps_per_call + 1) * self.steps_per_call)
+        count -= self.step
+        try:
+            parts = [self.batches(self.step + i) for i in range(count)]
+        except Exception as error:
+            self.save()
+            if self.checkpoints is not None:
+                error.add_note(f"the state of step {self.step} is saved: mend this, then resume")
+            raise
+        several = self.steps_per_call > 1
+        batch = jax.tree.map(lambda *x: np.stack(x), *parts) if several else parts[0]
+        self.state, metrics = self.step_fn(self.state, batch)
+        if block:
+            jax.block_until_ready(self.state)
+        row = self.read_metrics()
+        self.pending = (self.step, count, metrics)
+        self.before, self.step = self.step, self.step + count
+        return row
+
+    def reached(self, every: int) -> bool:
+        """Whether the last call reached a multiple of `every`; never where that is 0."""
+        return every > 0 and self.step // every > self.before // every
+
+    def evaluate(self, evaluate: Callable[[Any], Numbers]) -> Numbers:
+        """Evaluate the state and log the scores."""
+        self.read_metrics()
+        scores = {EVALUATION + name: float(x) for name, x in evaluate(self.state).items()}
+        if self.log is not None:
+            self.log.write(self.step, scores)
+        return scores
+
+    def save(self, scores: Numbers | None = None) -> None:
+        """Save the state, once its metrics and parameters are known to be finite."""
+        self.read_metrics()
+        if self.checkpoints is None:
+            return
+        for path, x in jax.tree_util.tree_leaves_with_path(self.state.params):
+            if not np.isfinite(np.asarray(x, dtype=np.float64)).all():
+                raise NonFiniteError(
+                    f"parameter {leaf_name(path)} is not finite after {self.step} steps, though "
+                    "the loss and its gradient were: look at the optimiser; this state is not saved"
+                )
+        try:
+            if self.log is not None:
+                self.log.flush()  # a resumed run writes no line from before its checkpoint again
+        finally:
+            self.checkpoints.save(self.step, self.state, scores)
+
+    def stop_if(self, signal_name: str | None) -> None:
+        """Save and raise Stopped where a signal came."""
+        if signal_name is not None:
+            self.save()
+            place = f"at step {self.step} of {self.num_steps}"
+            raise Stopped(f"stopped by {signal_name} {place}, the state is saved: resume to go on")
+
+    def read_metrics(self) -> Numbers:
+        """Read the metrics of the last call, write them, raise where they are not finite."""
         if self.pending is None:
             return {}
         (step, count, metrics), self.pending = self.pending, None
@@ -195,8 +202,7 @@ class _Report:
     def _explain(self, step: int, row: Numbers) -> str:
         term = first_bad_term(dict(row)) or "a term"
         text = f"{term} is not finite ({row.get(term)}) at step {step}"
-        leaves = jax.tree_util.tree_leaves_with_path(self.batches(step))
-        for path, x in leaves:
+        for path, x in jax.tree_util.tree_leaves_with_path(self.batches(step)):
             x = np.asarray(x)
             if x.dtype.kind == "f" and not np.isfinite(x).all():
                 text += f"; its batch is not finite in {leaf_name(path) or 'its array'!r}"
@@ -269,12 +275,12 @@ class _Signals:
 class _Bar:
     """A tqdm bar with the metrics; nothing where standard error is not a terminal."""
 
-    def __init__(self, steps: int, step: int, wanted: bool):
+    def __init__(self, num_steps: int, step: int, wanted: bool):
         self._bar: Any = None
         if wanted and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=steps, initial=step, dynamic_ncols=True)
+            self._bar = tqdm(total=num_steps, initial=step, dynamic_ncols=True)
 
     def show(self, row: Numbers) -> None:
         if self._bar is not None and row:

@@ -260,21 +260,21 @@ def train_scan(
     state: Any,
     sample: Callable[[Any], Batch],
     *,
-    steps: int,
+    num_steps: int,
 ) -> tuple[Any, Metrics]:
-    """Train for `steps` updates in one scan: a pure function, so that vmap over keys trains many.
+    """Train for `num_steps` updates in one scan: pure, so that vmap over keys trains many runs.
 
     step(state, batch) is a pure train step (a `functools.partial` of `train_step` or
     `saddle_step`), sample(key) -> batch draws the data of one step; for `saddle_step` its leaves
-    begin with n_critic. Returns the last state and the metrics stacked [steps].
+    begin with n_critic. Returns the last state and the metrics stacked [num_steps].
     """
-    checks.integer("steps", steps, 1)
+    checks.integer("num_steps", num_steps, 1)
 
     def body(state: Any, _: None) -> tuple[Any, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         return step(state, sample(jax.random.fold_in(key, DATA)))
 
-    return jax.lax.scan(body, state, None, length=steps)
+    return jax.lax.scan(body, state, None, length=num_steps)
 
 
 def _part(batch: Batch, i: int) -> Batch:

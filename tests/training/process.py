@@ -26,7 +26,7 @@ def main(folder, steps):
     state = found[1] if found else state
     step = make_train_step(noisy_loss, sgd)
     state = fit(
-        state, step, share, steps=steps, folder=folder, checkpoints=checkpoints, save_every=2
+        state, step, share, num_steps=steps, folder=folder, checkpoints=checkpoints, save_every=2
     )
     checkpoints.close()
     leaves = jax.tree.leaves(to_host((state.params, state.ema)))

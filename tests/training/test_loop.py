@@ -35,7 +35,7 @@ def make_step(steps_per_call=1, optimizer=ADAM):
 
 
 def train(folder, batches=make_batch, steps_per_call=1, **options):
-    options = {"steps": 7, "save_every": 2, **options}
+    options = {"num_steps": 7, "save_every": 2, **options}
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
         return fit(
@@ -130,7 +130,7 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
             state,
             make_step(optimizer=broken),
             make_batch,
-            steps=1,
+            num_steps=1,
             folder=tmp_path,
             checkpoints=checkpoints,
         )
@@ -151,14 +151,14 @@ def test_a_signal_saves_and_stops(tmp_path, name):
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
     step, state = Checkpoints(tmp_path / "checkpoints").restore(start())
     assert step == 4
-    resumed = fit(state, make_step(), make_batch, steps=7, folder=tmp_path)
+    resumed = fit(state, make_step(), make_batch, num_steps=7, folder=tmp_path)
     equal(resumed, train(tmp_path / "whole"))
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(7))
 
 
 def test_nothing_left_to_do(tmp_path):
     state = start()
-    assert fit(state, make_step(), make_batch, steps=0, folder=tmp_path) is state
+    assert fit(state, make_step(), make_batch, num_steps=0, folder=tmp_path) is state
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 3])
@@ -167,7 +167,7 @@ def test_a_budget_ends_training_after_a_call(tmp_path, steps_per_call):
         time.sleep(0.05 if int(state.step) else 1.0)  # the first call is not counted
         return make_step(steps_per_call)(state, batch)
 
-    options = {"steps": 10**6, "save_every": 10**6, "max_seconds": 0.3}
+    options = {"num_steps": 10**6, "save_every": 10**6, "max_seconds": 0.3}
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     options |= {"folder": tmp_path, "checkpoints": checkpoints, "steps_per_call": steps_per_call}
     state = fit(start(), slow, make_batch, **options)
@@ -176,7 +176,7 @@ def test_a_budget_ends_training_after_a_call(tmp_path, steps_per_call):
     assert 2 <= calls <= 8
     assert calls == int(calls)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [done]  # the last state is saved
-    same = fit(start(), make_step(), make_batch, steps=done, folder=tmp_path / "whole")
+    same = fit(start(), make_step(), make_batch, num_steps=done, folder=tmp_path / "whole")
     close(state, same)
 
 
@@ -196,7 +196,7 @@ def test_log_drops_what_is_written_again_and_torn_lines(tmp_path):
 
 
 def test_tensorboard(tmp_path, monkeypatch):
-    train(tmp_path, steps=2, tensorboard=True)
+    train(tmp_path, num_steps=2, tensorboard=True)
     assert list((tmp_path / "tensorboard").glob("events.*"))
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
     with pytest.raises(ImportError, match="tensorboardX is not installed: install the extra"):
@@ -206,8 +206,8 @@ def test_tensorboard(tmp_path, monkeypatch):
 def test_bad_input(tmp_path, unchecked):
     for name in ("save_every", "steps_per_call", "log_every"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            fit(start(), make_step(), make_batch, folder=tmp_path, **{"steps": 3, name: 0})
-    with pytest.raises(TypeError, match=r"steps must be an integer, got 2\.5"):
-        fit(start(), make_step(), make_batch, folder=tmp_path, steps=2.5)
+            fit(start(), make_step(), make_batch, folder=tmp_path, **{"num_steps": 3, name: 0})
+    with pytest.raises(TypeError, match=r"num_steps must be an integer, got 2\.5"):
+        fit(start(), make_step(), make_batch, folder=tmp_path, num_steps=2.5)
     with pytest.raises(ValueError, match="max_seconds must be at least 0, got -1"):
-        fit(start(), make_step(), make_batch, folder=tmp_path, steps=2, max_seconds=-1.0)
+        fit(start(), make_step(), make_batch, folder=tmp_path, num_steps=2, max_seconds=-1.0)

@@ -144,7 +144,7 @@ def test_sixty_four_seeds_in_one_call():
             step,
             start(key, optimizers),
             lambda key: {"x": 2 + jax.random.normal(key, (2, 32, 2))},
-            steps=60,
+            num_steps=60,
         )
 
     keys = jax.random.split(jax.random.key(1), 64)
@@ -165,7 +165,7 @@ def test_data_and_noise_of_a_scan_differ():
 
     step = functools.partial(saddle_step, loss, generator_loss, CRITIC, GENERATOR)
     sample = lambda key: {"x": jax.random.normal(key, (1, 16, 2))}  # noqa: E731
-    _, metrics = train_scan(step, start(), sample, steps=3)
+    _, metrics = train_scan(step, start(), sample, num_steps=3)
     distance = np.asarray(metrics["critic/loss"])
     assert (distance > 0.5).all()
     assert len(np.unique(distance)) == 3
