@@ -113,7 +113,7 @@ def main(config: Config) -> dict[str, Any]:
 def build(config: Config, network: VelocityMLP, spec: DataSpec) -> Flow:
     """The flow with exact trace, as densities and samples need it."""
     bijection = flows.continuous_flow(
-        network.apply, steps=2 * config.solver_steps, method=config.method
+        network.apply, num_steps=2 * config.solver_steps, method=config.method
     )
     base = flows.normal(spec.shape)
 
@@ -145,7 +145,7 @@ def make_loss(config: Config, network: VelocityMLP, spec: DataSpec) -> Callable[
             x,
             probe=probe,
             times=(1.0, 0.0),
-            steps=config.solver_steps,
+            num_steps=config.solver_steps,
             method=config.method,
             gradient=config.gradient,
         )

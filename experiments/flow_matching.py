@@ -133,8 +133,10 @@ def main(config: Config) -> dict[str, Any]:
             trained[method] = params
             export_npz(run.folder / f"{method}.npz", params)
             field = velocity(network, params, label)
-            run_many = jax.jit(lambda x, f=field: flows.integrate(f, x, steps=config.sample_steps))
-            run_once = jax.jit(lambda x, f=field: flows.integrate(f, x, steps=1))
+            run_many = jax.jit(
+                lambda x, f=field: flows.integrate(f, x, num_steps=config.sample_steps)
+            )
+            run_once = jax.jit(lambda x, f=field: flows.integrate(f, x, num_steps=1))
             all_many, all_once = [run_many(x) for x in noises], [run_once(x) for x in noises]
             many, once = all_many[0], all_once[0]
             far = mean_distance(keys["draw"], real, all_many)
@@ -205,7 +207,7 @@ def leave_samples(
     @jax.jit
     def sample(params: Any) -> jax.Array:
         noise = jax.random.normal(jax.random.key(config.seed + 1), (count, *spec.shape))
-        x = flows.integrate(velocity(network, params, label), noise, steps=config.sample_steps)
+        x = flows.integrate(velocity(network, params, label), noise, num_steps=config.sample_steps)
         return x if spec.levels is None else Scaling(spec.levels).to_levels(x)
 
     _, cost = _samples.save_samples(run, lambda: sample(params), evaluations=config.sample_steps)
@@ -302,7 +304,7 @@ def pairs_of(
     def part(inputs: Any) -> flows.Pairs:
         x0, label = inputs
         field = velocity(network, params, label)
-        return flows.reflow_pairs(field, x0, steps=config.sample_steps)
+        return flows.reflow_pairs(field, x0, num_steps=config.sample_steps)
 
     split = lambda a: a.reshape(-1, min(count, 4096), *a.shape[1:])  # noqa: E731
     inputs = (split(x0), None if label is None else split(label))

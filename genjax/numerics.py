@@ -21,7 +21,7 @@ LOG_2PI = math.log(2 * math.pi)
 DIRECT_DIMS = 8
 
 
-def at_least_float32(x: ArrayLike) -> Array:
+def at_least_float32(x: ArrayLike) -> Float[Array, "..."]:
     """Cast to float32 what is narrower or not floating; float64 stays as it is."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -32,7 +32,7 @@ def sum_event(x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
     return jnp.sum(at_least_float32(x), axis=tuple(range(1, x.ndim)))
 
 
-def expand_to(x: Float[Array, " batch"], like: Array) -> Array:
+def expand_to(x: Float[Array, " batch"], like: Array) -> Float[Array, "batch ..."]:
     """Reshape `[batch]` to `[batch, 1, ..., 1]`, the rank of `like`, so that it broadcasts."""
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 

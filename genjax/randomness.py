@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from genjax import checks
 from genjax.typing import PRNGKey
@@ -17,7 +17,9 @@ from genjax.typing import PRNGKey
 Index: TypeAlias = int | Int[Array, ""]
 
 
-def indexed_keys(key: PRNGKey, num: int, first_index: Index = 0) -> Array:
+def indexed_keys(
+    key: PRNGKey, num: int, first_index: Index = 0
+) -> Key[Array, " num"] | UInt32[Array, "num 2"]:
     """One key for each of `num` rows: `fold_in(key, first_index + i)`."""
     rows = jnp.asarray(first_index, jnp.uint32) + jnp.arange(num, dtype=jnp.uint32)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)

@@ -22,6 +22,7 @@ import pytest
 from genjax.numerics import masked_mean
 
 FAMILIES = ("transport", "variational", "adversarial", "diffusion", "flows")
+GROUND = ("numerics", "checks", "ode", "randomness", "likelihoods", "divergences")
 
 
 def public_functions(packages: tuple[str, ...] = FAMILIES) -> dict[str, Any]:

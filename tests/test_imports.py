@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+import genjax
+
 ROOT = pathlib.Path(__file__).parents[1]
 FAMILIES = ("transport", "variational", "adversarial", "diffusion", "flows")
-GROUND = ("typing", "numerics", "checks", "randomness", "likelihoods", "divergences")
+GROUND = ("typing", "numerics", "checks", "randomness", "ode", "likelihoods", "divergences")
 HEAVY = (
     "flax",
     "optax",
@@ -33,11 +35,13 @@ import jax
 start = time.perf_counter()
 import genjax
 seconds = time.perf_counter() - start
+listed = dir(genjax)
+rooms = sorted(name for name in sys.modules if name.startswith("genjax."))
 loaded = {}
 for family in sys.argv[1].split(","):
-    importlib.import_module("genjax." + family)
+    assert getattr(genjax, family) is importlib.import_module("genjax." + family)
     loaded[family] = sorted({name.split(".")[0] for name in sys.modules})
-print(json.dumps({"seconds": seconds, "loaded": loaded}))
+print(json.dumps({"seconds": seconds, "listed": listed, "rooms": rooms, "loaded": loaded}))
 """
 
 
@@ -62,6 +66,16 @@ def test_a_family_loads_jax_and_nothing_heavy(family, probe):
 
 def test_import_genjax_costs_nothing_beside_jax(probe):
     assert probe["seconds"] < 0.1
+
+
+def test_rooms_are_attributes_that_load_when_they_are_named(probe):
+    assert probe["rooms"] == []
+    folders = {path.stem for path in (ROOT / "genjax").iterdir() if path.stem[0] != "_"}
+    assert folders <= set(probe["listed"])
+    assert "__version__" in probe["listed"]
+    assert genjax.ode is sys.modules["genjax.ode"]
+    with pytest.raises(AttributeError, match="module 'genjax' has no attribute 'transports'"):
+        _ = genjax.transports
 
 
 def imports(path):

@@ -106,7 +106,7 @@ CASES = {
         extremes=(0.1, 5.0),
     ),
     "flow_matching_loss": Case(lambda k, x, y: flows.flow_matching_loss(network, k, x, y), (X, Y)),
-    "curvature": Case(lambda k, x: flows.curvature(network, x, steps=3), (X,)),
+    "curvature": Case(lambda k, x: flows.curvature(network, x, num_steps=3), (X,)),
     "log_prob": Case(lambda k, x: flows.log_prob(FLOW, flows.normal((3,)), FLOW_PARAMS, x), (X,)),
 }
 
@@ -208,8 +208,9 @@ def test_docstring(name):
 
 
 def test_every_public_function_says_what_it_returns():
-    for function in laws.public_functions().values():
-        laws.check_annotations(function)
+    for function in laws.public_functions((*laws.FAMILIES, *laws.GROUND)).values():
+        if function.__module__.startswith("genjax."):
+            laws.check_annotations(function)
 
 
 Batch = Float[Array, "batch d"]

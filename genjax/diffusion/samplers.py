@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from genjax import checks
+from genjax import checks, ode
 from genjax.diffusion.denoising import check_times, same_shape
 from genjax.diffusion.schedules import Process
 from genjax.diffusion.steps import DenoiseAt, Move, StepFn, dpm_solver_step, heun_step
@@ -172,10 +172,6 @@ def sample_adaptive(
     dy/du = y - D, y = x / alpha, u = log(sigma / alpha), from t_max to t_min, then the denoised
     mean. Every sample has its own step sizes. Needs the extra `ode`.
     """
-    import diffrax
-
-    checks.positive("rtol", rtol)
-    checks.positive("atol", atol)
     if x_init is None:
         x_init = initial_noise(key, shape, process=process, first_index=first_index)
     checks.shape("x_init", x_init, tuple(shape))
@@ -188,17 +184,10 @@ def sample_adaptive(
         return denoise_at((process.alpha(t) * y)[None], t)[0]
 
     def solve(y: Array) -> Array:
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda u, y, _: y - denoised(u, y)),
-            diffrax.Dopri5(),
-            start,
-            stop,
-            None,
-            y,
-            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
-            max_steps=max_steps,
-        )
-        assert solution.ys is not None
-        return denoised(stop, solution.ys[0])
+        end = ode.solve(
+            lambda _, y, u: y - denoised(u, y), None, y, (start, stop), method="dopri5",
+            rtol=rtol, atol=atol, max_steps=max_steps,
+        )  # fmt: skip
+        return denoised(stop, end)
 
     return jax.vmap(solve)(x_init / process.alpha(process.t_max))

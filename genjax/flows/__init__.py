@@ -35,12 +35,7 @@ from genjax.flows.bijections import (
     squeeze,
     standardise,
 )
-from genjax.flows.continuous import (
-    continuous_flow,
-    divergence,
-    solve,
-    solve_with_log_det,
-)
+from genjax.flows.continuous import continuous_flow, solve, solve_with_log_det
 from genjax.flows.density import (
     Base,
     denoise,
@@ -62,6 +57,7 @@ from genjax.flows.matching import (
     sample_pairs,
     vp_path,
 )
+from genjax.ode import divergence
 from genjax.randomness import rademacher
 
 __all__ = [

@@ -157,7 +157,7 @@ def integrate(
     x0: Float[Array, "batch *event"],
     *,
     times: tuple[Number, Number] = (0.0, 1.0),
-    steps: int = 100,
+    num_steps: int = 100,
     method: str = "euler",
 ) -> Float[Array, "batch *event"]:
     """Follow the velocity from times[0] to times[1]: samples, when x0 is noise at time 0.
@@ -165,7 +165,7 @@ def integrate(
     The same methods as `continuous.solve`.
     """
     return continuous.solve(
-        lambda _, x, t: velocity_fn(x, t), None, x0, times=times, steps=steps, method=method
+        lambda _, x, t: velocity_fn(x, t), None, x0, times=times, num_steps=num_steps, method=method
     )
 
 
@@ -173,7 +173,7 @@ def reflow_pairs(
     velocity_fn: VelocityFn,
     x0: Float[Array, "batch *event"],
     *,
-    steps: int = 100,
+    num_steps: int = 100,
     method: str = "euler",
 ) -> Pairs:
     """Pair each noise with the end of its own path, (x0, ODE(x0)): data for one more round.
@@ -181,26 +181,28 @@ def reflow_pairs(
     Liu, Gong and Liu (2023), algorithm 1. No gradient flows into the pairs.
     """
     x0 = jax.lax.stop_gradient(x0)
-    return Pairs(x0, jax.lax.stop_gradient(integrate(velocity_fn, x0, steps=steps, method=method)))
+    return Pairs(
+        x0, jax.lax.stop_gradient(integrate(velocity_fn, x0, num_steps=num_steps, method=method))
+    )
 
 
 def curvature(
-    velocity_fn: VelocityFn, x0: Float[Array, "batch *event"], *, steps: int = 100
+    velocity_fn: VelocityFn, x0: Float[Array, "batch *event"], *, num_steps: int = 100
 ) -> Float[Array, " batch"]:
     """Integral over t of |(X_1 - X_0) - v(X_t, t)|^2 along each path: 0 where it is straight.
 
     The straightness S of Liu et al. (2023), section 3.2, by Euler steps.
     """
-    checks.integer("steps", steps, 1)
+    checks.integer("num_steps", num_steps, 1)
     checks.min_rank("x0", x0, 1)
-    h = 1 / steps
+    h = 1 / num_steps
 
     def step(x: Array, i: Array) -> tuple[Array, Array]:
         v = velocity_fn(x, jnp.full(x.shape[:1], i * h, x.dtype))
         checks.shape("what velocity_fn returns", v, x.shape)
         return x + h * v, v
 
-    x1, velocities = jax.lax.scan(step, x0, jnp.arange(steps))
+    x1, velocities = jax.lax.scan(step, x0, jnp.arange(num_steps))
     x0, x1, velocities = (numerics.at_least_float32(a) for a in (x0, x1, velocities))
     gaps = jnp.square((x1 - x0)[None] - velocities)
     return jnp.mean(jnp.sum(gaps.reshape(*gaps.shape[:2], -1), axis=-1), axis=0)

@@ -153,7 +153,7 @@ def _plain(bijection, *shape, uniform=False):
 
 
 def _continuous(key):
-    return Entry(flows.continuous_flow(field, steps=24), dense(key, (3, 8, 2)), points(key, 2))
+    return Entry(flows.continuous_flow(field, num_steps=24), dense(key, (3, 8, 2)), points(key, 2))
 
 
 TABLE: dict[str, Callable[[jax.Array], Entry]] = {

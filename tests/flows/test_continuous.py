@@ -64,7 +64,7 @@ def test_methods_converge_at_their_order(method, order, x64):
     @jax.jit
     def ends():
         return [
-            flows.solve_with_log_det(field, params, x, steps=n, method=m)
+            flows.solve_with_log_det(field, params, x, num_steps=n, method=m)
             for n, m in ((10, method), (20, method), (200, "rk4"))
         ]
 
@@ -73,7 +73,7 @@ def test_methods_converge_at_their_order(method, order, x64):
         errors = [float(jnp.max(jnp.abs(e[i] - exact[i]))) for e in (coarse, fine)]
         assert abs(np.log2(errors[0] / errors[1]) - order) < 0.35
     np.testing.assert_allclose(
-        flows.solve(field, params, x, steps=20, method=method), fine[0], rtol=1e-13
+        flows.solve(field, params, x, num_steps=20, method=method), fine[0], rtol=1e-13
     )
 
 
@@ -86,7 +86,7 @@ def test_gradients_agree(hutchinson, x64):
 
     def loss(params, x, gradient="backprop", method="rk4"):
         end, log_det = flows.solve_with_log_det(
-            field, params, x, steps=16, probe=probe, gradient=gradient, method=method,
+            field, params, x, num_steps=16, probe=probe, gradient=gradient, method=method,
             rtol=1e-9, atol=1e-9,
         )  # fmt: skip
         return jnp.mean(jnp.sum(end**2, axis=1)) + jnp.mean(jnp.sin(log_det))
@@ -117,7 +117,7 @@ def test_bad_input_is_named(unchecked):
         ("did you mean 'rk4'", lambda: flows.solve(linear, params, x, method="rk45")),
         ("field", lambda: flows.divergence(lambda x: x[:, :1], x)),
         ("field", lambda: flows.divergence(lambda x: x[:, :1], x, x)),
-        ("steps", lambda: flows.solve(linear, params, x, steps=0)),
+        ("num_steps", lambda: flows.solve(linear, params, x, num_steps=0)),
         ("times", lambda: flows.continuous_flow(linear, times=(1.0, 1.0))),
         ("gradient", lambda: flows.solve_with_log_det(linear, params, x, gradient="reverse")),
         ("probe", lambda: flows.solve_with_log_det(linear, params, x, probe=jnp.ones((2, 3)))),

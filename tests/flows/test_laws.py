@@ -104,7 +104,7 @@ def _densities(d):
     # Milder than in the table, so that the grid resolves every ridge.
     trees = jax.tree.map(lambda leaf: 0.3 * leaf, trees)
     yield "autoregressive", flows.chain(parts), trees
-    yield "continuous", flows.continuous_flow(field, steps=12), dense(keys[5], (d + 1, 8, d))
+    yield "continuous", flows.continuous_flow(field, num_steps=12), dense(keys[5], (d + 1, 8, d))
     scale = {"shift": jnp.full(d, 0.3), "log_scale": jnp.full(d, 0.4)}
     yield "actnorm", flows.actnorm(), scale
     if d == 2:

@@ -77,10 +77,12 @@ def test_euler_steps_along_the_exact_velocity_equal_the_reference(compiled, x64)
             v = exact_velocity(jnp.asarray(row["x"]), jnp.full(3, row["t"]))
             np.testing.assert_allclose(v, row["v"], rtol=1e-7)
     z = jnp.asarray(REF["inputs"]["z"])
-    coarse = compiled(lambda z: flows.integrate(exact_velocity, z, steps=10))(z)
+    coarse = compiled(lambda z: flows.integrate(exact_velocity, z, num_steps=10))(z)
     np.testing.assert_allclose(coarse, expected["euler10_endpoint"], rtol=1e-8)
     # Midpoint steps never ask for the velocity at t = 1, where it is 0 / 0.
-    fine = compiled(lambda z: flows.integrate(exact_velocity, z, steps=400, method="midpoint"))(z)
+    fine = compiled(lambda z: flows.integrate(exact_velocity, z, num_steps=400, method="midpoint"))(
+        z
+    )
     np.testing.assert_allclose(fine, expected["ode_endpoint"], atol=1e-4)
 
 
@@ -156,10 +158,10 @@ def test_straight_paths_have_no_curvature_and_reflow_keeps_the_ends(compiled):
         return jnp.stack([-x[:, 1], x[:, 0]], axis=1)
 
     # x(t) rotates: |x1 - x0 - v|^2 averages to |x0|^2 (1 - |x1 - x0|^2 / |x0|^2).
-    bent = compiled(lambda x: flows.curvature(turning, x, steps=2000))(x0)
+    bent = compiled(lambda x: flows.curvature(turning, x, num_steps=2000))(x0)
     square = np.sum(np.asarray(x0) ** 2, 1)
     np.testing.assert_allclose(bent, square * (1 - (2 - 2 * np.cos(1))), rtol=2e-3)
-    pairs = flows.reflow_pairs(turning, x0, steps=20, method="rk4")
+    pairs = flows.reflow_pairs(turning, x0, num_steps=20, method="rk4")
     np.testing.assert_array_equal(pairs.x0, x0)
     turn = np.asarray([[np.cos(1), np.sin(1)], [-np.sin(1), np.cos(1)]])
     np.testing.assert_allclose(pairs.x1, x0 @ turn, atol=1e-5)
@@ -193,7 +195,7 @@ def test_bad_input_is_named(unchecked):
         ("t must have shape", lambda: flows.interpolate(flows.ot_path(), x, x, x[:1, 0])),
         ("sigma_min", lambda: flows.ot_path(-0.1)),
         ("beta_min", lambda: flows.vp_path(0.0)),
-        ("steps", lambda: flows.curvature(lambda x, t: x, x, steps=0)),
+        ("num_steps", lambda: flows.curvature(lambda x, t: x, x, num_steps=0)),
     ]
     for match, call in cases:
         with pytest.raises(ValueError, match=match):

@@ -93,8 +93,8 @@ def _solve_ridge(target: Array, slope: Array, b: Array) -> Float[Array, " batch"
         return low, high, jnp.where(usable, newton, (low + high) / 2)
 
     reach = jnp.abs(c)
-    steps = 60 if fixed.dtype == jnp.float64 else 40
-    _, _, a = jax.lax.fori_loop(0, steps, step, (fixed - reach, fixed + reach, fixed))
+    num_steps = 60 if fixed.dtype == jnp.float64 else 40
+    _, _, a = jax.lax.fori_loop(0, num_steps, step, (fixed - reach, fixed + reach, fixed))
     a = jax.lax.stop_gradient(a)
     derivative = residual(a)[1]
     return a - (a + slope * jnp.tanh(a + b) - target) / derivative
