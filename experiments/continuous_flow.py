@@ -22,7 +22,7 @@ from experiments.flow import Flow, draw, draw_density
 from genjax import flows
 from genjax.data import DENSITIES, DataSpec, Scaling, load
 from genjax.metrics import test_log_likelihood
-from genjax.networks.velocity import VelocityMLP
+from genjax.networks import TimeMLP
 from genjax.training import export_npz, init_state, make_train_step
 
 # Evaluations of the field in one step; the others choose their steps as they go.
@@ -65,7 +65,7 @@ def main(config: Config) -> dict[str, Any]:
     """Train, evaluate, draw; returns the summary."""
     train, spec = load(config.dataset, "train", data_dir=config.data_dir)
     test, _ = load(config.dataset, "test", data_dir=config.data_dir)
-    network = VelocityMLP(config.width, config.depth)
+    network = TimeMLP(config.width, config.depth)
     key_init, key_run, key_test, key_draw = jax.random.split(jax.random.key(config.seed), 4)
     rate = optax.cosine_decay_schedule(config.learning_rate, config.steps, 0.01)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
@@ -110,7 +110,7 @@ def main(config: Config) -> dict[str, Any]:
         return _run.finish(run, summary)
 
 
-def build(config: Config, network: VelocityMLP, spec: DataSpec) -> Flow:
+def build(config: Config, network: TimeMLP, spec: DataSpec) -> Flow:
     """The flow with exact trace, as densities and samples need it."""
     bijection = flows.continuous_flow(
         network.apply, num_steps=2 * config.solver_steps, method=config.method
@@ -129,7 +129,7 @@ def build(config: Config, network: VelocityMLP, spec: DataSpec) -> Flow:
     return Flow(network.init, log_prob, sample, scaling, passes)
 
 
-def make_loss(config: Config, network: VelocityMLP, spec: DataSpec) -> Callable[..., Any]:
+def make_loss(config: Config, network: TimeMLP, spec: DataSpec) -> Callable[..., Any]:
     """Negative log-likelihood as loss(params, key, batch) -> (losses, aux)."""
     base = flows.normal(spec.shape)
 

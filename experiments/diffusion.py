@@ -29,7 +29,7 @@ import optax
 from experiments import _diffusion, _pictures, _run, _samples
 from genjax import diffusion as gd
 from genjax.data import DataSpec, Scaling, load
-from genjax.networks import MLPDenoiser, UNet
+from genjax.networks import TimeMLP, UNet
 from genjax.training import Checkpoints, TrainState, init_state, make_train_step
 
 PROCESSES: dict[str, Callable[[], gd.Process]] = {
@@ -220,13 +220,11 @@ def build(config: Config, spec: DataSpec, x: np.ndarray) -> Model:
         network = UNet(
             channels=config.channels,
             attention=config.attention,
-            num_classes=spec.classes,
+            classes=spec.classes,
             dropout=config.dropout,
         )
     else:
-        network = MLPDenoiser(
-            config.width, config.depth, num_classes=spec.classes, dropout=config.dropout
-        )
+        network = TimeMLP(config.width, config.depth, "layer", spec.classes, dropout=config.dropout)
     process = PROCESSES[config.process]()
     scale = float((y - shift).std())
     return Model(process, network, spec, config.prediction, scale, np.asarray(shift, np.float32))

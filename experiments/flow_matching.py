@@ -31,7 +31,7 @@ from experiments import _pictures, _run, _samples
 from genjax import checks, flows
 from genjax.data import DENSITIES, DataSpec, Scaling, load
 from genjax.metrics import sliced_wasserstein
-from genjax.networks.velocity import VelocityMLP
+from genjax.networks import TimeMLP
 from genjax.training import export_npz, init_state, make_train_step
 from genjax.transport import sinkhorn_from_cost
 
@@ -98,10 +98,10 @@ def main(config: Config) -> dict[str, Any]:
         raise ValueError(f"conditional needs a data set with classes, got {spec.name!r}")
     keys = dict(zip(("init", "run", "data", "draw", "pairs"), jax.random.split(
         jax.random.key(config.seed), 5), strict=True))  # fmt: skip
-    network = VelocityMLP(
+    network = TimeMLP(
         config.width,
         config.depth,
-        classes=(spec.classes or 0) if config.conditional else 0,
+        classes=spec.classes if config.conditional else None,
         dropout=config.dropout,
     )
     fresh = fresh_data(config, spec)
@@ -159,7 +159,7 @@ def main(config: Config) -> dict[str, Any]:
 def fit(
     config: Config,
     whole: _run.Run,
-    network: VelocityMLP,
+    network: TimeMLP,
     params: Any,
     spec: DataSpec,
     data: Any,
@@ -197,7 +197,7 @@ def fit(
 
 
 def leave_samples(
-    run: _run.Run, network: VelocityMLP, params: Any, train: Any, spec: DataSpec
+    run: _run.Run, network: TimeMLP, params: Any, train: Any, spec: DataSpec
 ) -> dict[str, Any]:
     """Leave samples of the last method in the run's folder, the classes in turn; their cost."""
     config: Any = run.config
@@ -214,9 +214,7 @@ def leave_samples(
     return {"parameters": _samples.parameter_count(params), **cost}
 
 
-def make_loss(
-    config: Config, network: VelocityMLP, spec: DataSpec, method: str
-) -> Callable[..., Any]:
+def make_loss(config: Config, network: TimeMLP, spec: DataSpec, method: str) -> Callable[..., Any]:
     """Pairs, then regression, as loss(params, key, batch) -> (losses, aux)."""
     path = flows.vp_path() if config.path == "vp" else flows.ot_path(config.sigma_min)
     coupling = sinkhorn_plan(config.epsilon) if method == "sinkhorn" else None
@@ -283,7 +281,7 @@ def sinkhorn_plan(share: float) -> Callable[[jax.Array], jax.Array]:
     return lambda cost: sinkhorn_from_cost(cost, epsilon=share * jnp.mean(cost)).plan()
 
 
-def velocity(network: VelocityMLP, params: Any, label: Any = None, key: Any = None) -> Any:
+def velocity(network: TimeMLP, params: Any, label: Any = None, key: Any = None) -> Any:
     """The field v(x, t), with label and dropout key closed over."""
     return lambda x, t: network.apply(params, x, t, label=label, dropout_key=key)
 
@@ -294,7 +292,7 @@ def prepare(spec: DataSpec, key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def pairs_of(
-    config: Config, network: VelocityMLP, params: Any, spec: DataSpec, key: jax.Array
+    config: Config, network: TimeMLP, params: Any, spec: DataSpec, key: jax.Array
 ) -> dict[str, np.ndarray]:
     """Pairs (noise, end of its path) of the trained flow, with labels where it takes them."""
     count = config.reflow_pairs

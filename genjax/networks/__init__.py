@@ -11,9 +11,9 @@ from genjax.networks.coupling import (
     SplineFlow,
 )
 from genjax.networks.dcgan import DCGANCritic, DCGANGenerator
-from genjax.networks.denoiser import MLPDenoiser, fourier_features
 from genjax.networks.features import FeatureNetwork
 from genjax.networks.hourglass import Hourglass
+from genjax.networks.layers import fourier_features
 from genjax.networks.lipschitz import (
     LipschitzMLP,
     OrthonormalDense,
@@ -24,10 +24,9 @@ from genjax.networks.lipschitz import (
     power_iteration,
     spectral_normalise,
 )
-from genjax.networks.mlp import MLP, ResidualMLP
+from genjax.networks.mlp import MLP, ResidualMLP, TimeMLP
 from genjax.networks.tarflow import TarFlow
 from genjax.networks.unet import UNet
-from genjax.networks.velocity import VelocityMLP
 
 __all__ = [
     "MLP",
@@ -42,15 +41,14 @@ __all__ = [
     "Hourglass",
     "LipschitzMLP",
     "MLPConditioner",
-    "MLPDenoiser",
     "OrthonormalDense",
     "PlanarFlow",
     "RealNVP",
     "ResidualMLP",
     "SplineFlow",
     "TarFlow",
+    "TimeMLP",
     "UNet",
-    "VelocityMLP",
     "bjorck",
     "fourier_features",
     "group_sort",

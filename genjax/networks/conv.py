@@ -7,7 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from genjax.networks.convolution import Conv
-from genjax.networks.mlp import drop
+from genjax.networks.layers import drop
 from genjax.typing import PRNGKey
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from genjax import flows
 from genjax.flows import Bijection, Transformer
-from genjax.networks.mlp import drop, on_flat
+from genjax.networks.layers import drop, on_flat
 from genjax.typing import PRNGKey
 
 Activation = Callable[[Array], Array]

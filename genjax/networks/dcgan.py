@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from genjax import checks
 from genjax.networks.convolution import Conv
+from genjax.networks.layers import unpatchify
 
 Norm = Literal["none", "layer", "batch"]
 Condition = Literal["projection", "concat"]
@@ -31,8 +32,7 @@ class Upscale(nn.Module):
     def __call__(self, x: Float[Array, "batch height width inputs"]) -> Array:
         b, h, w, _ = x.shape
         y = Conv(4 * self.features, (self.kernel, self.kernel), kernel_init=HE)(x)
-        y = y.reshape(b, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
-        return y.reshape(b, 2 * h, 2 * w, self.features)
+        return unpatchify(y.reshape(b, h * w, -1), 2, (2 * h, 2 * w, self.features))
 
 
 class BatchStatistics(nn.Module):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from genjax.networks.convolution import Conv
-from genjax.networks.unet import GroupNorm
+from genjax.networks.layers import GroupNorm
 
 
 class Hourglass(nn.Module):

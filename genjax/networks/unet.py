@@ -10,41 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from genjax import checks
 from genjax.networks.convolution import Conv
-from genjax.networks.denoiser import Conditioning
-from genjax.networks.mlp import drop, on_flat
-from genjax.numerics import at_least_float32
+from genjax.networks.layers import Conditioning, GroupNorm, attention, drop, on_flat
 from genjax.typing import PRNGKey
 
 ZERO = nn.initializers.zeros
-
-
-class GroupNorm(nn.Module):
-    """Normalise groups of channels over the image, statistics in float32.
-
-    Sums run over the image first and over the channels of a group after, which keeps the channel
-    axis innermost; then one scale and one shift for each image and channel.
-    """
-
-    groups: int = 8
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch *image channels"]) -> Float[Array, "..."]:
-        channels = x.shape[-1]
-        if channels % self.groups:
-            raise ValueError(
-                f"channels must be a multiple of groups={self.groups}, got {channels} channels"
-            )
-        gain = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", ZERO, (channels,))
-        wide = at_least_float32(x).reshape(x.shape[0], -1, channels)
-        by_group = (x.shape[0], self.groups, channels // self.groups)
-        mean = jnp.mean(wide, axis=1).reshape(by_group).mean(axis=2, keepdims=True)
-        square = jnp.mean(jnp.square(wide), axis=1).reshape(by_group).mean(axis=2, keepdims=True)
-        variance = jnp.maximum(square - jnp.square(mean), 0.0)
-        scale = gain.reshape(1, *by_group[1:]) / jnp.sqrt(variance + 1e-5)
-        shift = bias.reshape(1, *by_group[1:]) - mean * scale
-        scale, shift = (v.reshape(x.shape[0], 1, channels) for v in (scale, shift))
-        return (wide * scale + shift).reshape(x.shape).astype(x.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -67,45 +36,6 @@ class ResidualBlock(nn.Module):
         return x + h
 
 
-def attend(
-    query: Float[Array, "batch tokens heads dim"],
-    key: Float[Array, "batch tokens heads dim"],
-    value: Float[Array, "batch tokens heads dim"],
-) -> Float[Array, "batch tokens heads dim"]:
-    """softmax(q k^T / sqrt(dim)) v of every head; softmax in float32.
-
-    On CPU large images go head by head, recomputed in the backward pass: weights that stay in the
-    cache make it several times as fast.
-    """
-    if query.shape[1] <= 64:
-        return _all_heads(query, key, value)
-    return jax.lax.platform_dependent(query, key, value, cpu=_by_head, default=_all_heads)
-
-
-def _all_heads(query: Array, key: Array, value: Array) -> Array:
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query / query.shape[-1] ** 0.5, key)
-    weights = jax.nn.softmax(at_least_float32(logits), axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-
-
-def _by_head(query: Array, key: Array, value: Array) -> Array:
-    batch, tokens, heads, dim = query.shape
-    query = jnp.moveaxis(query / dim**0.5, 1, 2).reshape(-1, tokens, dim)
-    # Keys and values as [dim, tokens]: their gradients then are products that XLA does well.
-    key, value = (
-        jnp.transpose(z, (0, 2, 3, 1)).reshape(batch * heads, dim, tokens) for z in (key, value)
-    )
-
-    @jax.checkpoint
-    def one(parts: tuple[Array, Array, Array]) -> Array:
-        query, key, value = parts
-        weights = jax.nn.softmax(at_least_float32(query @ key), axis=-1).astype(value.dtype)
-        return jnp.einsum("qk,dk->qd", weights, value)
-
-    attended = jax.lax.map(one, (query, key, value))
-    return jnp.moveaxis(attended.reshape(batch, heads, tokens, dim), 1, 2)
-
-
 class Attention(nn.Module):
     """Self-attention over the pixels, added to its input; softmax in float32."""
 
@@ -124,7 +54,7 @@ class Attention(nn.Module):
         heads = channels // self.head_dim
         mixed = on_flat(nn.Dense(3 * channels, dtype=self.dtype), tokens)
         mixed = mixed.reshape(batch, height * width, 3, heads, self.head_dim)
-        attended = attend(*(mixed[:, :, i] for i in range(3)))
+        attended = attention(*(mixed[:, :, i] for i in range(3)))
         out = nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO)
         out = on_flat(out, attended.reshape(tokens.shape))
         return x + out.reshape(x.shape)
@@ -142,7 +72,7 @@ class UNet(nn.Module):
 
     channels: of each resolution, the first that of x; every further one has half the height and
     width. num_blocks: residual blocks per resolution (one more on the way up). attention: heights
-    at which each block is followed by self-attention; the middle always has it. num_classes: as in
+    at which each block is followed by self-attention; the middle always has it. classes: as in
     `Conditioning`. remat: recompute blocks in the backward pass instead of keeping them. dropout:
     in the residual blocks where a key is given. dtype: of the computation; parameters are float32.
     The output starts at 0 and has the shape of x.
@@ -151,7 +81,7 @@ class UNet(nn.Module):
     channels: Sequence[int] = (32, 64, 64)
     num_blocks: int = 2
     attention: Sequence[int] = ()
-    num_classes: int | None = None
+    classes: int | None = None
     embedding: int = 128
     num_frequencies: int = 16
     groups: int = 8
@@ -177,7 +107,7 @@ class UNet(nn.Module):
                 f"resolutions, got shape {x.shape}"
             )
         embedded = Conditioning(
-            self.embedding, self.num_classes, self.num_frequencies, dtype=self.dtype
+            self.embedding, self.classes, self.num_frequencies, dtype=self.dtype
         )(t, label)
         block_type = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         number = 0
@@ -194,7 +124,7 @@ class UNet(nn.Module):
         def attend(h: Array) -> Array:
             return Attention(self.head_dim, self.groups, self.dtype)(h)
 
-        def blocks_attend(h: Array, width: int) -> Array:
+        def block_and_attend(h: Array, width: int) -> Array:
             h = block(h, width)
             return attend(h) if h.shape[1] in self.attention else h
 
@@ -202,7 +132,7 @@ class UNet(nn.Module):
         kept = [h]
         for i, width in enumerate(self.channels):
             for _ in range(self.num_blocks):
-                h = blocks_attend(h, width)
+                h = block_and_attend(h, width)
                 kept.append(h)
             if i + 1 < len(self.channels):
                 h = Conv(width, (3, 3), stride=2, dtype=self.dtype)(h)
@@ -210,7 +140,7 @@ class UNet(nn.Module):
         h = block(attend(block(h, self.channels[-1])), self.channels[-1])
         for i, width in reversed(list(enumerate(self.channels))):
             for _ in range(self.num_blocks + 1):
-                h = blocks_attend(jnp.concatenate([h, kept.pop()], axis=-1), width)
+                h = block_and_attend(jnp.concatenate([h, kept.pop()], axis=-1), width)
             if i:
                 h = Conv(width, (3, 3), dtype=self.dtype)(_doubled(h))
         h = nn.silu(GroupNorm(self.groups)(h))

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from genjax import diffusion as gd
-from genjax.networks import MLPDenoiser
+from genjax.networks import TimeMLP
 from tests.diffusion.test_mixture import pure_mixture
 
 PROCESS = gd.EDM()
@@ -29,7 +29,7 @@ def test_trained_score_is_within_five_percent(key):
 
     At sigma = 0.1 the score is a quarter of the noise in the targets: hence the large batches.
     """
-    network, num_steps = MLPDenoiser(width=128, depth=2), 7000
+    network, num_steps = TimeMLP(width=128, depth=2, norm="layer"), 7000
     optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, num_steps))
 
     def denoiser(params):

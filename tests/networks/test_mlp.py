@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from genjax.networks import MLP, ResidualMLP, VelocityMLP
+from genjax.networks import MLP, ResidualMLP
 
 X = jnp.array(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
 
@@ -75,11 +75,3 @@ def test_bfloat16_parameters_compute_in_bfloat16(key):
     params = jax.eval_shape(net.init, key, X)
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
     assert jax.eval_shape(net.apply, params, x).dtype == jnp.bfloat16
-
-
-def test_velocity_names_labels_and_times_that_do_not_fit(key, unchecked):
-    module, x = VelocityMLP(width=4, depth=1, classes=2), jnp.zeros((3, 2))
-    with pytest.raises(ValueError, match=r"label must have shape \(3,\), got \(2,\)"):
-        module.init(key, x, jnp.zeros(3), label=jnp.zeros(2, int))
-    with pytest.raises(ValueError, match=r"t must have shape \(3,\), got \(2,\)"):
-        module.init(key, x, jnp.zeros(2))

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax.networks import MLPDenoiser, fourier_features
+from genjax.networks import TimeMLP
+from genjax.networks.layers import fourier_features
 
 X = jax.random.normal(jax.random.key(1), (5, 3))
 T = jnp.linspace(-1.0, 1.0, 5)
@@ -17,25 +18,41 @@ def _filled(net, *inputs):
     return jax.tree.unflatten(tree, [jnp.float32(0.3 * rng.normal(size=p.shape)) for p in leaves])
 
 
-def test_fourier_features(compiled):
-    value = compiled(lambda t: fourier_features(t, 6, min_frequency=0.5, max_frequency=8.0))(T)
-    frequencies = np.array([0.5, 2.0, 8.0])
-    angle = 2 * np.pi * np.asarray(T)[:, None] * frequencies
-    expected = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
-    np.testing.assert_allclose(value, expected, atol=1e-4)
-    assert fourier_features(T.astype(jnp.bfloat16), 6).dtype == jnp.float32
-
-
-def test_output_starts_at_zero_and_keeps_the_shape():
-    net = MLPDenoiser(width=16, depth=2)
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_output_starts_at_zero_and_keeps_the_shape(norm):
+    net = TimeMLP(width=16, depth=2, norm=norm)
     x = jnp.ones((4, 2, 3, 1))
     out, _ = jax.jit(lambda: net.init_with_output(jax.random.key(0), x, T[:4]))()
     np.testing.assert_array_equal(out, 0 * x)
 
 
+def test_formula_without_norm():
+    """Two layers: the shifts are linear in the harmonics of time and the one-hot label."""
+    net = TimeMLP(width=4, depth=2, classes=2, num_harmonics=3)
+    label = jnp.array([0, 1, 2, 0, 1])
+    params = _filled(net, X, T, label)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
+
+    def dense(i, x):
+        return x @ p[f"Dense_{i}"]["kernel"] + p[f"Dense_{i}"]["bias"]
+
+    t = np.asarray(T, np.float64)[:, None]
+    k = np.arange(1, 4)
+    parts = [t, np.sin(np.pi * t * k), np.cos(np.pi * t * k), np.eye(3)[np.asarray(label)]]
+    shifts = np.split(dense(0, np.concatenate(parts, axis=1)), 2, axis=1)
+    h = dense(1, np.asarray(X))
+    for i, shift in enumerate(shifts):
+        y = dense(2 + 2 * i, h) + shift
+        h = h + dense(3 + 2 * i, y / (1 + np.exp(-y)))
+    expected = dense(6, h / (1 + np.exp(-h)))
+    np.testing.assert_allclose(net.apply(params, X, T, label), expected, rtol=2e-4, atol=2e-5)
+    free = net.apply(params, X, T, jnp.full(5, 2))
+    np.testing.assert_allclose(net.apply(params, X, T), free, atol=1e-6)
+
+
 def test_formula_by_hand():
     """One block, written with numpy from the parameters."""
-    net = MLPDenoiser(width=8, depth=1, embedding=4, num_classes=2)
+    net = TimeMLP(norm="layer", width=8, depth=1, embedding=4, classes=2)
     label = jnp.array([0, 1, 2, 0, 1])
     params = _filled(net, X, T, label)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
@@ -62,7 +79,7 @@ def test_formula_by_hand():
 
 
 def test_no_label_is_the_extra_class_and_rows_are_independent():
-    net = MLPDenoiser(width=8, depth=1, num_classes=3)
+    net = TimeMLP(norm="layer", width=8, depth=1, classes=3)
     params = _filled(net, X, T, jnp.zeros(5, int))
     apply = jax.jit(net.apply)
     free = apply(params, X, T, jnp.full(5, 3))
@@ -75,30 +92,37 @@ def test_no_label_is_the_extra_class_and_rows_are_independent():
 
 
 def test_dropout_needs_a_key(key):
-    net = MLPDenoiser(width=32, depth=1, dropout=0.5)
+    net = TimeMLP(norm="layer", width=32, depth=1, dropout=0.5)
     params = _filled(net, X, T)
     apply = jax.jit(lambda key: net.apply(params, X, T, dropout_key=key))
     first, second = (apply(k) for k in jax.random.split(key))
     assert np.abs(first - second).max() > 1e-3
     plain = jax.jit(lambda: net.apply(params, X, T))()
-    kept = jax.jit(MLPDenoiser(width=32, depth=1).apply)(params, X, T)
+    kept = jax.jit(TimeMLP(norm="layer", width=32, depth=1).apply)(params, X, T)
     np.testing.assert_allclose(plain, kept, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_keeps_its_statistics_in_float32():
-    net = MLPDenoiser(width=32, depth=2)
+    net = TimeMLP(norm="layer", width=32, depth=2)
     params = _filled(net, X, T)
-    narrow = MLPDenoiser(width=32, depth=2, dtype=jnp.bfloat16)
+    narrow = TimeMLP(norm="layer", width=32, depth=2, dtype=jnp.bfloat16)
     narrow, full = jax.jit(lambda p: (narrow.apply(p, X, T), net.apply(p, X, T)))(params)
     assert narrow.dtype == jnp.bfloat16
     assert np.abs(narrow.astype(jnp.float32) - full).max() < 0.05 * np.abs(full).max()
 
 
 def test_bad_input(unchecked):
-    with pytest.raises(ValueError, match="num must be even"):
-        fourier_features(T, 5)
-    net = MLPDenoiser(width=8, depth=1)
-    with pytest.raises(ValueError, match="label is given"):
-        jax.eval_shape(net.init, jax.random.key(0), X, T, jnp.zeros(5, int))
-    with pytest.raises(ValueError, match="t must have rank 1"):
-        jax.eval_shape(net.init, jax.random.key(0), X, T[:, None])
+    for norm in ("none", "layer"):
+        net = TimeMLP(width=8, depth=1, norm=norm)
+
+        def trace(*inputs, net=net):
+            jax.eval_shape(net.init, jax.random.key(0), *inputs)
+
+        with pytest.raises(ValueError, match="label is given, but the network has classes=None"):
+            trace(X, T, jnp.zeros(5, int))
+        with pytest.raises(ValueError, match=r"t must have shape \(5,\), got \(2,\)"):
+            trace(X, T[:2])
+        with pytest.raises(ValueError, match=r"label must have shape \(5,\), got \(2,\)"):
+            trace(X, T, jnp.zeros(2, int), net=net.clone(classes=2))
+    with pytest.raises(ValueError, match="norm must be one of"):
+        trace(X, T, net=TimeMLP(norm="batch"))
