@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genjax import checks
+from genjax.training.state import check_layout, is_key, layout
 
 log = logging.getLogger("genjax")
 
@@ -145,8 +146,7 @@ class Checkpoints:
         name = f"checkpoint {path}"
         try:
             found = self._read_record(step)["leaves"]
-            expected = _record(template, checksum=False)
-            _same_layout(found, expected)
+            check_layout(found, layout(template))
         except Exception as error:
             raise CheckpointError(f"{name} is not of this run or is damaged: {error}") from error
         try:
@@ -242,10 +242,6 @@ def _from_elsewhere(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def to_host(tree: Any, empty: bool = False) -> Any:
     """Copy a tree to numpy arrays (keys as their data); only the layout where `empty`.
 
@@ -253,7 +249,7 @@ def to_host(tree: Any, empty: bool = False) -> Any:
     """
 
     def copy(x: Any) -> np.ndarray:
-        x = jax.random.key_data(x) if _is_key(x) else x
+        x = jax.random.key_data(x) if is_key(x) else x
         return np.empty(x.shape, x.dtype) if empty else np.array(x)
 
     return jax.tree.map(copy, tree)
@@ -263,39 +259,17 @@ def from_host(tree: Any, like: Any) -> Any:
     """Put host arrays on the devices of `like`, and make keys of their data."""
 
     def put(x: Any, old: Any) -> Any:
-        if _is_key(old):
-            return jax.random.wrap_key_data(put(x, None), impl=jax.random.key_impl(old))
-        return jnp.array(x)
+        x = jnp.array(x)
+        x = jax.random.wrap_key_data(x, impl=jax.random.key_impl(old)) if is_key(old) else x
+        return jax.device_put(x, old.sharding) if getattr(old, "committed", False) else x
 
-    new = jax.tree.map(put, tree, like)
-    return jax.tree.map(
-        lambda x, old: jax.device_put(x, old.sharding) if getattr(old, "committed", False) else x,
-        new,
-        like,
-    )
+    return jax.tree.map(put, tree, like)
 
 
-def leaf_name(path: Any) -> str:
-    """Name a leaf by its place: 'params/Dense_0/kernel'."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _record(tree: Any, checksum: bool = True) -> dict[str, list]:
-    record = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+def _record(tree: Any) -> dict[str, list]:
+    """The layout of a tree of host arrays, with a checksum for each."""
+    record = layout(tree)
+    for columns, x in zip(record.values(), jax.tree.leaves(tree), strict=True):
         x = np.ascontiguousarray(x)
-        digest = hashlib.blake2b(x.tobytes(), digest_size=16).hexdigest() if checksum else ""
-        record[leaf_name(path)] = [str(x.dtype), list(x.shape), digest]
+        columns.append(hashlib.blake2b(x.tobytes(), digest_size=16).hexdigest())
     return record
-
-
-def _same_layout(found: Mapping[str, list], expected: Mapping[str, list]) -> None:
-    for what, names in {
-        "has no": expected.keys() - found.keys(),
-        "has an unknown": found.keys() - expected.keys(),
-    }.items():
-        if names:
-            raise ValueError(f"it {what} {sorted(names)[0]} ({len(names)} such)")
-    for name, (dtype, shape, _) in expected.items():
-        if found[name][:2] != [dtype, shape]:
-            raise ValueError(f"{name} is {found[name][0]} {found[name][1]}, not {dtype} {shape}")

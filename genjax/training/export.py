@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genjax.training.checkpoint import leaf_name
+from genjax.training.state import leaf_name
 
 
 def export_npz(path: str | os.PathLike, params: Any) -> None:

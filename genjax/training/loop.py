@@ -1,9 +1,9 @@
 """The loop around a compiled step: batches in, metrics out, checkpoints, and a clean stop."""
 
 import contextlib
+import dataclasses
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from genjax import checks
-from genjax.training.checkpoint import Checkpoints, leaf_name
+from genjax.training.checkpoint import Checkpoints
 from genjax.training.record import EVALUATION, MetricsLog
+from genjax.training.state import leaf_name
 from genjax.training.update import first_bad_term
 from genjax.typing import Batch
 
@@ -70,6 +71,8 @@ def fit(
     """
     for name, value in {"save_every": save_every, "log_every": log_every}.items():
         checks.integer(name, value, 1)
+    from tqdm import tqdm
+
     checks.integer("num_steps", num_steps, 0)
     checks.integer("steps_per_call", steps_per_call, 1)
     checks.integer("evaluate_every", evaluate_every, 0)
@@ -79,17 +82,21 @@ def fit(
     run = _Training(state, step_fn, batches, num_steps, steps_per_call, log, log_every, checkpoints)
     # Emulated devices abort when calls pile up, and calls in flight would outlast a budget.
     block = bool(max_seconds) or (jax.default_backend() == "cpu" and jax.device_count() > 1)
-    budget, bar = _Budget(max_seconds), _Bar(num_steps, run.step, progress and first)
+    budget = _Budget(max_seconds)
 
     with contextlib.ExitStack() as closing:
         if checkpoints is not None:
             closing.callback(checkpoints.wait)
         if log is not None:
             closing.enter_context(log)
+        hidden = None if progress and first else True  # None: where stderr is no terminal
+        bar = tqdm(total=num_steps, initial=run.step, dynamic_ncols=True, disable=hidden)
         closing.callback(bar.close)
         signals = closing.enter_context(_Signals())
         while run.step < num_steps:
-            bar.show(run.advance(block))
+            row = run.advance(block)
+            if row and not bar.disable:
+                bar.set_postfix(row, refresh=False)
             bar.update(run.step - run.before)
             scores = None
             if evaluate is not None and run.reached(evaluate_every):
@@ -105,25 +112,22 @@ def fit(
         return run.state
 
 
+@dataclasses.dataclass
 class _Training:
     """The state on its way from step to step, with the metrics of the call that is under way."""
 
-    def __init__(
-        self,
-        state: Any,
-        step_fn: Callable[[Any, Batch], tuple[Any, Numbers]],
-        batches: Callable[[int], Batch],
-        num_steps: int,
-        steps_per_call: int,
-        log: MetricsLog | None,
-        log_every: int,
-        checkpoints: Checkpoints | None,
-    ):
-        self.state, self.step_fn, self.batches = state, step_fn, batches
-        self.num_steps, self.steps_per_call = num_steps, steps_per_call
-        self.log, self.log_every, self.checkpoints = log, log_every, checkpoints
-        self.step = self.before = int(state.step)  # after the last call, and before it
-        self.pending: tuple[int, int, Any] | None = None  # first step, number of steps, metrics
+    state: Any
+    step_fn: Callable[[Any, Batch], tuple[Any, Numbers]]
+    batches: Callable[[int], Batch]
+    num_steps: int
+    steps_per_call: int
+    log: MetricsLog | None
+    log_every: int
+    checkpoints: Checkpoints | None
+    pending: tuple[int, int, Any] | None = None  # first step, number of steps, metrics
+
+    def __post_init__(self) -> None:
+        self.step = self.before = int(self.state.step)  # after the last call, and before it
 
     def advance(self, block: bool) -> Numbers:
         """Make one call, and read the metrics of the call before it."""
@@ -223,17 +227,12 @@ class _Budget:
         self._start: float | None = None
 
     def is_over(self) -> bool:
-        """Say whether the seconds are up, by the first process' clock: all stop at one step."""
+        """Say whether the seconds are up, by any process' clock: all stop at one step."""
         if not self._seconds:
             return False
         now = time.monotonic()
         self._start = now if self._start is None else self._start
-        over = now - self._start >= self._seconds
-        if jax.process_count() == 1:
-            return over
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.broadcast_one_to_all(np.asarray(over)))
+        return _anywhere(now - self._start >= self._seconds)
 
 
 class _Signals:
@@ -264,32 +263,15 @@ class _Signals:
 
     def received(self) -> str | None:
         """Name the signal that came, to any of the processes: they must stop at one step."""
-        if jax.process_count() == 1:
-            return self._name
-        from jax.experimental import multihost_utils
-
-        came = multihost_utils.process_allgather(np.asarray(self._name is not None))
-        return (self._name or "a signal to another process") if np.any(came) else None
+        if not _anywhere(self._name is not None):
+            return None
+        return self._name or "a signal to another process"
 
 
-class _Bar:
-    """A tqdm bar with the metrics; nothing where standard error is not a terminal."""
+def _anywhere(flag: bool) -> bool:
+    """Whether the flag is set in any of the processes."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
 
-    def __init__(self, num_steps: int, step: int, wanted: bool):
-        self._bar: Any = None
-        if wanted and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=num_steps, initial=step, dynamic_ncols=True)
-
-    def show(self, row: Numbers) -> None:
-        if self._bar is not None and row:
-            self._bar.set_postfix({k: f"{float(v):.4g}" for k, v in row.items()}, refresh=False)
-
-    def update(self, count: int) -> None:
-        if self._bar is not None:
-            self._bar.update(count)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

@@ -8,10 +8,10 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from genjax.training.state import is_key
 from genjax.typing import Batch
 
 AXIS = "data"
@@ -77,17 +77,14 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     """Put a tree whole on every device of the mesh; every process passes the same values."""
 
     def put(x: Any) -> Any:
-        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(
-                put(jax.random.key_data(x)), impl=jax.random.key_impl(x)
-            )
+        if is_key(x):
+            data = put(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         return jax.make_array_from_process_local_data(replicated(mesh), np.asarray(x))
 
-    return (
-        jax.tree.map(put, tree)
-        if jax.process_count() > 1
-        else jax.device_put(tree, replicated(mesh))
-    )
+    if jax.process_count() == 1:
+        return jax.device_put(tree, replicated(mesh))
+    return jax.tree.map(put, tree)
 
 
 def initialize_distributed(

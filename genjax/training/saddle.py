@@ -20,7 +20,7 @@ from genjax.training.state import (
     ema_read,
     ema_update,
 )
-from genjax.training.step import compile_step
+from genjax.training.step import bind_step, compile_step
 from genjax.training.update import (
     Metrics,
     Player,
@@ -145,7 +145,7 @@ def saddle_step(
     options = {"axis_name": axis_name, "accumulate": accumulate, "compute_dtype": compute_dtype}
     rule = functools.partial(Rule, per_example=False, **options)
 
-    generator = _fixed(state.generator, compute_dtype)
+    generator = cast_floating(state.generator.params, compute_dtype)
     critic_rule = rule(
         "critic_loss",
         lambda params, *given: critic_loss(params, generator, *given),
@@ -155,7 +155,8 @@ def saddle_step(
     )
     critic, carry, terms = _update_critic(critic_rule, state, key, batch, n_critic, unroll)
 
-    opponent = _fixed(state.critic if simultaneous else critic, compute_dtype)
+    opponent = (state.critic if simultaneous else critic).params
+    opponent = cast_floating(opponent, compute_dtype)
     generator_rule = rule(
         "generator_loss",
         lambda params, *given: generator_loss(opponent, params, *given),
@@ -190,56 +191,30 @@ def _update_critic(
     return *end, jax.tree.map(lambda x: jnp.mean(x, axis=0), terms)
 
 
-def _fixed(player: Player, compute_dtype: Any) -> Params:
-    """The parameters of the player who does not move, as the loss computes with them."""
-    return player.params if compute_dtype is None else cast_floating(player.params, compute_dtype)
-
-
 def make_saddle_step(
     critic_loss: SaddleLoss,
     generator_loss: SaddleLoss,
     critic_optimizer: Any,
     generator_optimizer: Any,
     *,
-    n_critic: int = 1,
-    project: Callable[[Params], Params] | None = None,
-    critic_absorb: AbsorbFn | None = None,
-    generator_absorb: AbsorbFn | None = None,
-    simultaneous: bool = False,
-    unroll: bool = True,
     mesh: Mesh | None = None,
     pmap: bool = False,
     steps_per_call: int = 1,
-    accumulate: int = 1,
-    compute_dtype: Any = None,
+    **options: Any,
 ) -> Callable[[SaddleState, Batch], tuple[SaddleState, Metrics]]:
     """Compile `saddle_step` as `make_train_step` does; the batch is split along its axis 1.
 
-    With steps_per_call > 1 the leaves of the batch are [steps, n_critic, batch, ...].
+    options: those of `saddle_step`, but for axis_name. With steps_per_call > 1 the leaves of the
+    batch are [steps, n_critic, batch, ...].
     """
-    checks.integer("n_critic", n_critic, 1)
-    step = functools.partial(
-        saddle_step,
-        critic_loss,
-        generator_loss,
-        critic_optimizer,
-        generator_optimizer,
-        n_critic=n_critic,
-        project=project,
-        critic_absorb=critic_absorb,
-        generator_absorb=generator_absorb,
-        simultaneous=simultaneous,
-        unroll=unroll,
-        axis_name=parallel.AXIS if pmap else None,
-        accumulate=accumulate,
-        compute_dtype=compute_dtype,
-    )
+    checks.integer("n_critic", options.get("n_critic", 1), 1)
+    players = (critic_loss, generator_loss, critic_optimizer, generator_optimizer)
     return compile_step(
-        step,
+        bind_step(saddle_step, *players, axis_name=parallel.AXIS if pmap else None, **options),
         mesh=mesh,
         pmap=pmap,
         steps_per_call=steps_per_call,
-        accumulate=accumulate,
+        accumulate=options.get("accumulate", 1),
         batch_axis=1,
     )
 

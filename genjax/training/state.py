@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,16 +95,47 @@ def copy_leaves(tree: Any) -> Any:
     be donated, and a weak type would change after the first step and compile it again.
     """
 
-    def copy(x: Any) -> jax.Array:
-        if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jnp.copy(x)
-        return jnp.array(x, dtype=jnp.result_type(x), copy=True)
-
-    return jax.tree.map(copy, tree)
+    return jax.tree.map(
+        lambda x: jnp.copy(x) if is_key(x) else jnp.array(x, dtype=jnp.result_type(x), copy=True),
+        tree,
+    )
 
 
-def _is_float(x: Any) -> bool:
+def is_float(x: Any) -> bool:
+    """Whether an array (or number) is floating or complex."""
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def is_key(x: Any) -> bool:
+    """Whether an array is one of typed PRNG keys."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def leaf_name(path: Any) -> str:
+    """Name a leaf by its place: 'params/Dense_0/kernel'."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def layout(tree: Any) -> dict[str, list]:
+    """The type and the shape of every leaf, by its name."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {leaf_name(path): [str(jnp.result_type(x)), list(jnp.shape(x))] for path, x in leaves}
+
+
+def check_layout(found: Mapping[str, list], expected: Mapping[str, list]) -> None:
+    """Raise ValueError naming the first leaf that is missing, unknown or of another type or shape.
+
+    Further columns of `found` are not compared.
+    """
+    for what, names in {
+        "has no": expected.keys() - found.keys(),
+        "has an unknown": found.keys() - expected.keys(),
+    }.items():
+        if names:
+            raise ValueError(f"it {what} {sorted(names)[0]} ({len(names)} such)")
+    for name, (dtype, shape) in expected.items():
+        if found[name][:2] != [dtype, shape]:
+            raise ValueError(f"{name} is {found[name][0]} {found[name][1]}, not {dtype} {shape}")
 
 
 def ema_init(params: Params, decays: Sequence[float]) -> dict[str, Params]:
@@ -112,7 +143,7 @@ def ema_init(params: Params, decays: Sequence[float]) -> dict[str, Params]:
 
     def start(x: Any) -> jax.Array:
         dtype = jnp.result_type(x)
-        return jnp.zeros(jnp.shape(x), jnp.promote_types(dtype, jnp.float32)) if _is_float(x) else x
+        return jnp.zeros(jnp.shape(x), jnp.promote_types(dtype, jnp.float32)) if is_float(x) else x
 
     for decay in decays:
         if not 0 <= decay < 1:
@@ -124,7 +155,7 @@ def ema_update(ema: dict[str, Params], params: Params) -> dict[str, Params]:
     """Move every average by one update: m <- d m + (1 - d) params, in float32 at least."""
 
     def move(decay: float, mean: Any, new: Any) -> Any:
-        return decay * mean + (1 - decay) * new.astype(mean.dtype) if _is_float(new) else new
+        return decay * mean + (1 - decay) * new.astype(mean.dtype) if is_float(new) else new
 
     return {
         name: jax.tree.map(lambda m, p, d=float(name): move(d, m, p), mean, params)
@@ -146,7 +177,7 @@ def ema_read(ema: dict[str, Params], decay: float, updates: Any, params: Params)
     weight = -jnp.expm1(jnp.maximum(n, 1) * log_decay)
 
     def read(mean: Any, now: Any) -> Any:
-        if not _is_float(now):
+        if not is_float(now):
             return now
         return jnp.where(n > 0, mean / weight.astype(mean.dtype), jnp.asarray(now, mean.dtype))
 

@@ -1,6 +1,7 @@
 """The train step (state, batch) -> (state, metrics): pure, and compiled by make_train_step."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -76,35 +77,37 @@ def make_train_step(
     loss_fn: LossFn,
     optimizer: Any,
     *,
-    absorb: AbsorbFn | None = None,
     mesh: Mesh | None = None,
     pmap: bool = False,
     steps_per_call: int = 1,
-    accumulate: int = 1,
-    compute_dtype: Any = None,
+    **options: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile `train_step`: one jit over a 1-D mesh (default: all devices), or pmap.
 
-    The state is donated: use the one that is returned. Under jit the loss sees the whole batch and
-    one key, so that n devices compute what one does. steps_per_call > 1: the batch has a leading
-    axis of (up to) that many batches, each gets its update in one scan, and the metrics have the
-    same leading axis. The batch must divide by devices x accumulate (ValueError). Several
-    processes pass their own shares of the batch. The compiled program is `.compiled`. On CPU keep
-    steps_per_call and accumulate at 1 for convolutional networks: XLA takes several times as long
-    for the gradient of a convolution inside a loop.
+    options: those of `train_step`: absorb, accumulate, compute_dtype. The state is donated: use
+    the one that is returned. Under jit the loss sees the whole batch and one key, so that n
+    devices compute what one does. steps_per_call > 1: the batch has a leading axis of (up to) that
+    many batches, each gets its update in one scan, and the metrics have the same leading axis. The
+    batch must divide by devices x accumulate (ValueError). Several processes pass their own shares
+    of the batch. The compiled program is `.compiled`. On CPU keep steps_per_call and accumulate at
+    1 for convolutional networks: XLA takes several times as long for the gradient of a convolution
+    inside a loop.
     """
-    step = functools.partial(
-        train_step,
-        loss_fn,
-        optimizer,
-        absorb=absorb,
-        axis_name=parallel.AXIS if pmap else None,
-        accumulate=accumulate,
-        compute_dtype=compute_dtype,
-    )
     return compile_step(
-        step, mesh=mesh, pmap=pmap, steps_per_call=steps_per_call, accumulate=accumulate
+        bind_step(
+            train_step, loss_fn, optimizer, axis_name=parallel.AXIS if pmap else None, **options
+        ),
+        mesh=mesh,
+        pmap=pmap,
+        steps_per_call=steps_per_call,
+        accumulate=options.get("accumulate", 1),
     )
+
+
+def bind_step(step: Callable[..., Any], *given: Any, **options: Any) -> Callable[..., Any]:
+    """Fix all but state and batch; a misspelt option raises TypeError here, not when called."""
+    inspect.signature(step).bind_partial(*given, **options)
+    return functools.partial(step, *given, **options)
 
 
 def compile_step(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from genjax.numerics import at_least_float32
+from genjax.training.state import check_layout, is_float, is_key, layout
 from genjax.typing import AbsorbFn, Batch, Params
 
 Metrics = dict[str, Any]
@@ -69,34 +70,20 @@ def absorbed(absorb: AbsorbFn | None, carry: Any, params: Params, seen: Any) -> 
         new = absorb(carry, params, seen)
     else:
         new = carry if seen is None else seen
-    old, found = jax.eval_shape(lambda *x: x, carry, new)
-    source = "the loss (seen)" if absorb is None else "absorb"
-    if jax.tree.structure(old) != jax.tree.structure(found):
-        was, now = _leaf_names(old), _leaf_names(found)
-        raise ValueError(
-            f"the carry must keep its structure: it lacks {sorted(was - now)} and has "
-            f"{sorted(now - was)} that is new; {source} gave {jax.tree.structure(found)}, "
-            f"expected {jax.tree.structure(old)}"
-        )
-
-    def keep(path: Any, x: Any, old: Any, found: Any) -> Any:
-        # Averages are float32 at least: as the new carry they return to its own types.
-        averaged = absorb is None and jnp.issubdtype(old.dtype, jnp.inexact)
-        if found.shape != old.shape or (found.dtype != old.dtype and not averaged):
-            raise ValueError(
-                f"carry{jax.tree_util.keystr(path)} must stay {old.dtype} {list(old.shape)}, "
-                f"{source} gave {found.dtype} {list(found.shape)}"
+        if jax.tree.structure(new) == jax.tree.structure(carry):
+            # Averages are float32 at least: as the new carry they return to its own types.
+            new = jax.tree.map(
+                lambda x, old: x.astype(old.dtype) if is_float(old) else x, new, carry
             )
-        # A weak type, as of a Python number, would compile the step again.
-        same = getattr(x, "dtype", None) == old.dtype and not getattr(x, "weak_type", False)
-        return x if same else jnp.asarray(x, old.dtype)
-
-    return jax.tree_util.tree_map_with_path(keep, new, old, found)
-
-
-def _leaf_names(tree: Any) -> set[str]:
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {f"carry{jax.tree_util.keystr(path)}" for path, _ in paths}
+    source = "seen" if absorb is None else "what absorb returns"
+    try:
+        check_layout(layout({"carry": new}), layout({"carry": carry}))
+        if jax.tree.structure(new) != jax.tree.structure(carry):
+            raise ValueError(f"{jax.tree.structure(new)}, not {jax.tree.structure(carry)}")
+    except ValueError as error:
+        raise ValueError(f"{source} must have the layout of the carry: {error}") from None
+    # A weak type, as of a Python number, would compile the step again.
+    return jax.tree.map(lambda x, old: x if is_key(x) else jnp.asarray(x, old.dtype), new, carry)
 
 
 def _gradient(
@@ -134,8 +121,7 @@ def _mean_loss(
     rule: Rule, params: Params, carry: Any, key: Any, batch: Batch
 ) -> tuple[Any, tuple[Metrics, Any]]:
     """Call the loss and reduce it to (mean over the examples, (metrics, seen))."""
-    if rule.compute_dtype is not None:
-        params, batch = cast_floating((params, batch), rule.compute_dtype)
+    params, batch = cast_floating((params, batch), rule.compute_dtype)
     result = rule.loss_fn(params, key, batch, *(() if carry is None else (carry,)))
     expected = ("losses", "aux") if carry is None else ("losses", "aux", "seen")
     count = len(result) if isinstance(result, tuple | list) else 1
@@ -155,7 +141,7 @@ def _mean_loss(
 
 
 def _seen_leaf(path: Any, x: Any) -> Any:
-    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+    if not is_float(x):
         raise ValueError(
             f"seen{jax.tree_util.keystr(path)} must be floating, because it is averaged over "
             f"devices and parts, got {jnp.result_type(x)}: keep counts and keys in absorb"
@@ -174,7 +160,9 @@ def reduce_terms(losses: Any, aux: Metrics) -> tuple[Any, Metrics]:
 
 
 def cast_floating(tree: Any, dtype: Any) -> Any:
-    """Cast the floating leaves of a tree, leave the others (integers, keys)."""
+    """Cast the floating leaves of a tree, leave the others (integers, keys); None casts nothing."""
+    if dtype is None:
+        return tree
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x, tree
     )
