@@ -220,9 +220,9 @@ def _reason(error: Exception) -> str:
 def _orbax() -> Any:
     """Import orbax, and keep it from printing what is raised here in one line anyway.
 
-    It logs an error several times with long traces; and it closes its event loop at the first
-    array that fails, to which tensorstore then reports every other one, as exceptions that nobody
-    can catch.
+    It logs an error several times with long traces. When one array fails it closes its event loop,
+    and tensorstore reports each further failure to the closed loop, as exceptions that nobody can
+    catch.
     """
     import orbax.checkpoint as ocp
 

@@ -57,11 +57,8 @@ def load_npz(path: str | os.PathLike, like: Any = None) -> Any:
         return tree
     wanted = {leaf_name(p) or "value": x for p, x in jax.tree_util.tree_leaves_with_path(like)}
     if wanted.keys() != arrays.keys():
-        missing, extra = (
-            sorted(wanted.keys() - arrays.keys()),
-            sorted(arrays.keys() - wanted.keys()),
-        )
-        raise ValueError(f"{path} lacks {missing[:3]} and has {extra[:3]} that is not asked for")
+        lacks, extra = sorted(wanted.keys() - arrays.keys()), sorted(arrays.keys() - wanted.keys())
+        raise ValueError(f"{path} lacks {lacks[:3]} and has {extra[:3]} that is not asked for")
     for name, x in wanted.items():
         if arrays[name].shape != np.shape(x):
             raise ValueError(f"{path}: {name} has shape {arrays[name].shape}, not {np.shape(x)}")

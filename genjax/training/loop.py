@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -82,7 +82,6 @@ def fit(
     run = _Training(state, step_fn, batches, num_steps, steps_per_call, log, log_every, checkpoints)
     # Emulated devices abort when calls pile up, and calls in flight would outlast a budget.
     block = bool(max_seconds) or (jax.default_backend() == "cpu" and jax.device_count() > 1)
-    budget = _Budget(max_seconds)
 
     with contextlib.ExitStack() as closing:
         if checkpoints is not None:
@@ -92,7 +91,7 @@ def fit(
         hidden = None if progress and first else True  # None: where stderr is no terminal
         bar = tqdm(total=num_steps, initial=run.step, dynamic_ncols=True, disable=hidden)
         closing.callback(bar.close)
-        signals = closing.enter_context(_Signals())
+        signals = closing.enter_context(_noted_signals())
         while run.step < num_steps:
             row = run.advance(block)
             if row and not bar.disable:
@@ -101,11 +100,11 @@ def fit(
             scores = None
             if evaluate is not None and run.reached(evaluate_every):
                 scores = run.evaluate(evaluate)
-            over = budget.is_over()
+            over = run.is_over(max_seconds)
             best = checkpoints is not None and scores is not None and checkpoints.best in scores
             if best or over or run.step == num_steps or run.reached(save_every):
                 run.save(scores)
-            run.stop_if(signals.received())
+            run.stop_after(signals)
             if over:
                 break
         run.read_metrics()
@@ -125,6 +124,7 @@ class _Training:
     log_every: int
     checkpoints: Checkpoints | None
     pending: tuple[int, int, Any] | None = None  # first step, number of steps, metrics
+    begun: float | None = None  # when the first call ended
 
     def __post_init__(self) -> None:
         self.step = self.before = int(self.state.step)  # after the last call, and before it
@@ -179,12 +179,20 @@ class _Training:
         finally:
             self.checkpoints.save(self.step, self.state, scores)
 
-    def stop_if(self, signal_name: str | None) -> None:
-        """Save and raise Stopped where a signal came."""
-        if signal_name is not None:
+    def is_over(self, max_seconds: float | int) -> bool:
+        """Whether the seconds are up, counted from the end of the first call."""
+        if not max_seconds:
+            return False
+        self.begun = self.begun or time.monotonic()
+        return _anywhere(time.monotonic() - self.begun >= max_seconds)
+
+    def stop_after(self, signals: list[str]) -> None:
+        """Save and raise Stopped where a signal came, to any of the processes."""
+        if _anywhere(bool(signals)):
             self.save()
+            name = signals[0] if signals else "a signal to another process"
             place = f"at step {self.step} of {self.num_steps}"
-            raise Stopped(f"stopped by {signal_name} {place}, the state is saved: resume to go on")
+            raise Stopped(f"stopped by {name} {place}, the state is saved: resume to go on")
 
     def read_metrics(self) -> Numbers:
         """Read the metrics of the last call, write them, raise where they are not finite."""
@@ -219,57 +227,32 @@ class _Training:
         return text
 
 
-class _Budget:
-    """Seconds of training; the clock starts with the first `is_over`, after the first call."""
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[str]]:
+    """Note SIGTERM and SIGINT in the list that is given; after the first they act as usual."""
+    came: list[str] = []
+    before: dict[Any, Any] = {}
 
-    def __init__(self, seconds: float | int) -> None:
-        self._seconds = seconds
-        self._start: float | None = None
-
-    def is_over(self) -> bool:
-        """Say whether the seconds are up, by any process' clock: all stop at one step."""
-        if not self._seconds:
-            return False
-        now = time.monotonic()
-        self._start = now if self._start is None else self._start
-        return _anywhere(now - self._start >= self._seconds)
-
-
-class _Signals:
-    """Catch SIGTERM and SIGINT while training; the first is noted, the next acts as usual."""
-
-    def __init__(self) -> None:
-        self._name: str | None = None
-        self._before: dict[Any, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        # Only the main thread may set handlers.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self._name = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
+    def restore() -> None:
+        while before:
+            number, handler = before.popitem()
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._before = {}
 
-    def __exit__(self, *error: Any) -> None:
-        self._restore()
+    def note(number: int, frame: Any) -> None:
+        came.append(signal.Signals(number).name)
+        restore()
 
-    def received(self) -> str | None:
-        """Name the signal that came, to any of the processes: they must stop at one step."""
-        if not _anywhere(self._name is not None):
-            return None
-        return self._name or "a signal to another process"
+    # Only the main thread may set handlers.
+    if threading.current_thread() is threading.main_thread():
+        before.update({n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)})
+    try:
+        yield came
+    finally:
+        restore()
 
 
 def _anywhere(flag: bool) -> bool:
-    """Whether the flag is set in any of the processes."""
+    """Whether the flag is set in any of the processes, which must all stop at one step."""
     if jax.process_count() == 1:
         return flag
     from jax.experimental import multihost_utils
