@@ -55,8 +55,8 @@ def spectral_normalise(
 
     A convolution's kernel [h, w, in, out] is taken as the matrix [out, h w in]: the usual
     convention, which is not the norm of the convolution as an operator. Keep the new power state
-    for the next call once per update, for example beside the parameters, refreshed by the
-    `project` of a two-player step; it gets no gradient. Miyato et al. 2018, section 2.1.
+    for the next call once per update, in the carry of the training state; it gets no gradient.
+    Miyato et al. 2018, section 2.1.
     """
     weights = _weights(params)
     if missing := weights.keys() - power.keys():
