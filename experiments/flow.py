@@ -186,9 +186,9 @@ def build(config: Config, spec: DataSpec) -> Flow:
         network = Glow(2, layers, width, seed=config.seed, **options)
         inner, base_shape = event, network.shapes(event)
     else:
-        classes = (spec.classes or 0) if config.conditional else 0
+        classes = spec.classes if config.conditional else None
         network = TarFlow(config.patch, layers, config.depth, width, classes=classes, **options)
-        inner, takes_label = event, bool(classes)
+        inner, takes_label = event, classes is not None
         side = config.patch
         tokens = (event[0] // side) * (event[1] // side)
         base_shape = (tokens, side * side * event[2])

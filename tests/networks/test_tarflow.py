@@ -1,6 +1,7 @@
 """TarFlow: causal, invertible, cached sampling equal to the plain one, guidance by its formula."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from genjax import flows
 from genjax.networks.tarflow import TarFlow
 from tests.networks.test_coupling import shaken
 
+REFERENCES = Path(__file__).parents[1] / "references"
 KEY = jax.random.key(0)
 IMAGE = (4, 4, 1)
 SIZES = {"patch": 2, "layers": 2, "width": 8, "heads": 2}
@@ -27,7 +29,7 @@ def run(module, params, x, key=None):
     return module.apply(params, x, dropout_key=key)
 
 
-def made(blocks=2, classes=0, **options):
+def made(blocks=2, classes=None, **options):
     module = TarFlow(blocks=blocks, classes=classes, **SIZES, **options)
     return module, _params(module)
 
@@ -48,6 +50,39 @@ def test_forward_inverse_and_determinant():
     np.testing.assert_allclose(back, X, atol=2e-5)
     np.testing.assert_allclose(log_det, exact, atol=1e-4)
     np.testing.assert_allclose(log_det, -log_det_back, atol=1e-4)
+
+
+def test_outputs_of_parameters_kept_before_the_shared_block(x64):
+    """Recorded in float64 when attention was written out here, in a tree of other names."""
+    with np.load(REFERENCES / "tarflow.npz") as file:
+        old = {name: jnp.asarray(file[name], jnp.float64) for name in file.files}
+    p = {name.removeprefix("params/"): leaf for name, leaf in old.items() if "/" in name}
+    layers = {name: {"kernel": p[name]} for name in ("qkv", "out", "up", "down")}
+    layers["norm_attention"] = {"scale": 1 + p["norm_a"]}
+    layers["norm_mlp"] = {"scale": 1 + p["norm_b"]}
+    blocks = {
+        "in": {"kernel": p["in"]},
+        "position": p["position"],
+        "label": {"embedding": p["label"]},
+        "layers": layers,
+        "last_norm": {"scale": 1 + p["last_norm"]},
+        "last": {"kernel": p["last"]},
+    }
+    params = {"params": {"blocks": blocks}}
+    module = TarFlow(patch=2, blocks=2, layers=2, width=4, heads=2, classes=2)
+    shapes = jax.eval_shape(module.init, KEY, X)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+
+    @jax.jit
+    def run(x, base):
+        z, log_det = module.apply(params, x, label=jnp.array([0, 2]))
+        options = {"guidance": 0.7, "anneal": True, "temperature": 1.5, "method": "inverse"}
+        guided = module.apply(params, base, IMAGE, label=jnp.array([0, 1]), **options)
+        return z, log_det, *guided
+
+    found = run(old["x"], old["base"])
+    for name, out in zip(("z", "log_det", "guided", "guided_log_det"), found, strict=True):
+        np.testing.assert_allclose(out, old[name], rtol=1e-6, atol=1e-7)
 
 
 def test_starts_as_the_identity():
@@ -77,13 +112,12 @@ def test_cached_sampling_equals_the_plain_inverse():
     module, params = made(blocks=1)
     z = jax.random.normal(jax.random.key(1), (3, 4, 4))
     cached, log_det = jax.jit(lambda z: module.apply(params, z, IMAGE, method="inverse"))(z)
-    weights = jax.tree.map(lambda leaf: leaf[0], dict(params["params"]))
-    deep = {k: weights.pop(k) for k in ("norm_a", "norm_b", "qkv", "out", "up", "down")}
-    tree = {**weights, "layers": deep}
+    tree = jax.tree.map(lambda leaf: leaf[0], params["params"]["blocks"])
+    net, _ = module.bind(params)._conditioner(z)
 
     def conditioner(tree, x):
         shifted = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-        return module._read(tree, shifted, None)[0]
+        return net.apply({"params": tree}, shifted)[0]
 
     plain = flows.masked_autoregressive(conditioner, flows.standardise(module.bound))
     x, expected = jax.jit(plain.inverse)(tree, z[:, ::-1])
@@ -157,9 +191,9 @@ def test_bad_input_is_named(unchecked):
     label = jnp.zeros(3, jnp.int32)
     cases = [
         ("patch", lambda: module.apply(params, jnp.zeros((3, 5, 4, 1)))),
-        ("classes=0", lambda: module.apply(params, X, label=label)),
+        ("classes=None", lambda: module.apply(params, X, label=label)),
         (
-            r"z of images \(8, 4, 1\)",
+            r"tokens of images \(8, 4, 1\)",
             lambda: module.apply(params, jnp.zeros((3, 4, 4)), (8, 4, 1), method="inverse"),
         ),
         ("multiple of heads", lambda: TarFlow(width=18, heads=4).init(jax.random.key(0), X)),
