@@ -1,8 +1,8 @@
-"""Variational bounds on the log-likelihood of a latent variable model with prior N(0, I).
+"""Variational bounds on the log-likelihood of a latent variable model.
 
 `encode(x)` gives the mean and log variance of q(z|x), both `[batch, latent]` (or with more axes,
 all of them latent); `log_likelihood(x, z)` gives log p(x|z) `[batch]` for one sample z of that
-shape per example.
+shape per example; `prior(z)` gives log p(z) `[batch]` in nats, by default that of N(0, I).
 """
 
 from typing import Literal
@@ -14,10 +14,13 @@ from jaxtyping import Array, Float, Shaped
 from genjax import checks
 from genjax.likelihoods import gaussian_log_prob, standard_normal_log_prob
 from genjax.numerics import at_least_float32, log_mean_exp
-from genjax.typing import EncoderFn, LogLikelihoodFn, PRNGKey
+from genjax.typing import EncoderFn, LogLikelihoodFn, LogProbFn, PRNGKey
 from genjax.variational.gaussian import gaussian_kl, gaussian_sample
 
+__all__ = ["elbo", "iwae"]
+
 Bound = tuple[Float[Array, " batch"], dict[str, Float[Array, " batch"]]]
+DIVERGENCES = ("exact", "sampled")
 ESTIMATORS = ("plain", "dreg", "stl")
 
 
@@ -29,31 +32,37 @@ def elbo(
     *,
     num_samples: int = 1,
     beta: float | int | Float[Array, ""] = 1.0,
-    divergence: Literal["exact", "sampled"] = "exact",
+    divergence: Literal["exact", "sampled"] | None = None,
+    prior: LogProbFn | None = None,
 ) -> Bound:
     """Return minus the evidence lower bound of each example, in nats.
 
-    loss = -( E_q log p(x|z) - beta KL(q(z|x) || N(0, I)) )
+    loss = -( E_q log p(x|z) - beta KL(q(z|x) || p(z)) )
 
-    The expectation is the mean over `num_samples` reparameterised samples. The divergence is exact
-    by default: Kingma and Welling 2014, eq. (10). `divergence="sampled"` takes it as the mean of
-    log q(z|x) - log p(z) over the same samples, eq. (6): noisier for a poor encoder, but without
-    any noise at the exact posterior, where every sample gives log p(x). With beta other than 1 it
-    is the objective of Higgins et al., "beta-VAE", 2017, eq. (4), a lower bound only where
-    beta >= 1. aux: `reconstruction` = E_q log p(x|z) and `kl`, unweighted.
+    The expectation is the mean over `num_samples` reparameterised samples. Without a `prior`, p(z)
+    is N(0, I) and the divergence is exact: Kingma and Welling 2014, eq. (10). It is "sampled" on
+    request, and always with a prior: the mean of log q(z|x) - log p(z) over the same samples,
+    eq. (6), which is noisier for a poor encoder, but without any noise at the exact posterior,
+    where every sample gives log p(x). Gradients reach whatever the prior closes over. With beta
+    other than 1 it is the objective of Higgins et al., "beta-VAE", 2017, eq. (4), a lower bound
+    only where beta >= 1. aux: `reconstruction` = E_q log p(x|z) and `kl`, unweighted.
 
-    Raises ValueError for num_samples < 1, beta < 0, an unknown divergence, concrete data with NaN,
-    and wrong shapes from either callable.
+    Raises ValueError for num_samples < 1, beta < 0, an unknown divergence, an exact one of a given
+    prior, concrete data with NaN, and wrong shapes from a callable.
     """
     checks.at_least("beta", beta, 0)
-    checks.one_of("divergence", divergence, ("exact", "sampled"))
+    if divergence is None:
+        divergence = "exact" if prior is None else "sampled"
+    checks.one_of("divergence", divergence, DIVERGENCES)
+    if prior is not None and divergence == "exact":
+        raise ValueError("divergence must be 'sampled' with a prior of one's own, got 'exact'")
     mean, log_var = _posterior(encode, x, num_samples)
     z = _samples(key, mean, log_var, num_samples)
-    reconstruction = jnp.mean(_over_samples(log_likelihood, x, z), axis=0)
+    reconstruction = jnp.mean(_log_likelihoods(log_likelihood, x, z), axis=0)
     if divergence == "exact":
         kl = gaussian_kl(mean, log_var)
     else:
-        kl = jnp.mean(jax.vmap(lambda zk: _log_ratio(zk, mean, log_var))(z), axis=0)
+        kl = jnp.mean(_log_ratios(z, mean, log_var, prior), axis=0)
     return beta * kl - reconstruction, {"reconstruction": reconstruction, "kl": kl}
 
 
@@ -65,6 +74,7 @@ def iwae(
     *,
     num_samples: int,
     estimator: Literal["plain", "dreg", "stl"] = "plain",
+    prior: LogProbFn | None = None,
 ) -> Bound:
     """Return minus the importance weighted bound of each example, in nats.
 
@@ -72,7 +82,7 @@ def iwae(
 
     Burda, Grosse and Salakhutdinov, "Importance Weighted Autoencoders", 2016, eq. (8): its mean
     rises with K = `num_samples` towards log p(x). The estimators have the same value and differ in
-    the encoder's gradient (the decoder's is sum_k v_k grad log w_k in all three,
+    the encoder's gradient (the decoder's and the prior's is sum_k v_k grad log w_k in all three,
     v_k = w_k / sum w):
 
     - `plain`: the gradient of the bound; its signal-to-noise falls like 1 / sqrt(K).
@@ -81,9 +91,10 @@ def iwae(
     - `stl`: the score of q is dropped: Roeder et al., "Sticking the Landing", 2017. Without noise
       at the exact posterior, unbiased for K = 1, biased for larger K.
 
-    aux: `reconstruction` = mean_k log p(x|z_k), `kl` (exact), and `effective_samples` =
-    1 / sum_k v_k^2, between 1 and K. A weight on the divergence would give no bound: there is no
-    beta. Raises ValueError as `elbo` does, and for an unknown estimator.
+    aux: `reconstruction` = mean_k log p(x|z_k), `kl` (exact without a `prior`, with one the mean of
+    log q(z_k|x) - log p(z_k)), and `effective_samples` = 1 / sum_k v_k^2, between 1 and K. A weight
+    on the divergence would give no bound: there is no beta. Raises ValueError as `elbo` does, and
+    for an unknown estimator.
     """
     checks.one_of("estimator", estimator, ESTIMATORS)
     mean, log_var = _posterior(encode, x, num_samples)
@@ -91,20 +102,23 @@ def iwae(
     # Without the score of q only the path through z reaches the encoder.
     q = (mean, log_var) if estimator == "plain" else jax.lax.stop_gradient((mean, log_var))
 
-    def terms(z: Array) -> tuple[Array, Array]:
-        reconstruction = _over_samples(log_likelihood, x, z)
-        return reconstruction - jax.vmap(lambda zk: _log_ratio(zk, *q))(z), reconstruction
+    def terms(z: Array) -> tuple[Array, Array, Array]:
+        reconstruction, log_ratio = (
+            _log_likelihoods(log_likelihood, x, z),
+            _log_ratios(z, *q, prior),
+        )
+        return reconstruction - log_ratio, reconstruction, log_ratio
 
     if estimator == "dreg":
         # Both calls compute the same numbers; compiled, the first costs nothing.
         weights = jax.nn.softmax(jax.lax.stop_gradient(terms(z)[0]), axis=0)
         weights = weights.reshape(weights.shape + (1,) * (z.ndim - 2))
         z = _scale_tangent(z, jnp.broadcast_to(weights, z.shape))
-    log_weights, reconstruction = terms(z)
+    log_weights, reconstruction, log_ratio = terms(z)
     weights = jax.nn.softmax(jax.lax.stop_gradient(log_weights), axis=0)
     aux = {
         "reconstruction": jnp.mean(reconstruction, axis=0),
-        "kl": gaussian_kl(mean, log_var),
+        "kl": gaussian_kl(mean, log_var) if prior is None else jnp.mean(log_ratio, axis=0),
         "effective_samples": 1 / jnp.sum(jnp.square(weights), axis=0),
     }
     return -log_mean_exp(log_weights, axis=0), aux
@@ -125,23 +139,31 @@ def _posterior(encode: EncoderFn, x: Array, num_samples: int) -> tuple[Array, Ar
     return at_least_float32(mean), at_least_float32(log_var)
 
 
-def _log_ratio(z: Array, mean: Array, log_var: Array) -> Array:
-    """log q(z|x) - log p(z) `[batch]`."""
-    return gaussian_log_prob(z, mean, log_var) - standard_normal_log_prob(z)
-
-
 def _samples(key: PRNGKey, mean: Array, log_var: Array, num_samples: int) -> Array:
     """Draw z `[num_samples, batch, latent]`."""
     shape = (num_samples, *mean.shape)
     return gaussian_sample(key, jnp.broadcast_to(mean, shape), jnp.broadcast_to(log_var, shape))
 
 
-def _over_samples(log_likelihood: LogLikelihoodFn, x: Array, z: Array) -> Array:
+def _log_likelihoods(log_likelihood: LogLikelihoodFn, x: Array, z: Array) -> Array:
     """log p(x|z_k) `[num_samples, batch]`."""
+    return _over_samples("log_likelihood(x, z)", lambda zk: log_likelihood(x, zk), z)
+
+
+def _log_ratios(z: Array, mean: Array, log_var: Array, prior: LogProbFn | None) -> Array:
+    """log q(z_k|x) - log p(z_k) `[num_samples, batch]`."""
+    log_q = jax.vmap(lambda zk: gaussian_log_prob(zk, mean, log_var))(z)
+    if prior is None:
+        return log_q - jax.vmap(standard_normal_log_prob)(z)
+    return log_q - _over_samples("prior(z)", prior, z)
+
+
+def _over_samples(name: str, function: LogProbFn, z: Array) -> Array:
+    """function(z_k) `[num_samples, batch]`."""
 
     def one(zk: Array) -> Array:
-        value = log_likelihood(x, zk)
-        checks.shape("log_likelihood(x, z)", value, x.shape[:1])
+        value = function(zk)
+        checks.shape(name, value, zk.shape[:1])
         return at_least_float32(value)
 
     # A single sample needs no vmap, so that callables which do not batch can be used.
