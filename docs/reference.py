@@ -12,7 +12,9 @@ def public(package: str) -> list[tuple[str, object]]:
     module = importlib.import_module(package)
     names = getattr(module, "__all__", [name for name in dir(module) if not name.startswith("_")])
     pairs = [(name, getattr(module, name)) for name in sorted(names)]
-    own = [(n, v) for n, v in pairs if str(getattr(v, "__module__", "")).startswith("genjax.")]
+    # A package also exports what it takes from the ground floor; a module what it defines.
+    home = "genjax." if hasattr(module, "__path__") else package
+    own = [(n, v) for n, v in pairs if str(getattr(v, "__module__", "")).startswith(home)]
     return [(name, value) for name, value in own if callable(value) and inspect.getdoc(value)]
 
 

@@ -26,6 +26,8 @@ from genjax import checks
 from genjax.numerics import at_least_float32, masked_mean
 from genjax.typing import LogProbFn
 
+__all__ = ["F_DIVERGENCES", "FDivergence", "f_divergence"]
+
 LOG_2 = math.log(2)
 Elementwise = Callable[[Array], Array]
 

@@ -11,6 +11,16 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from genjax import checks
 from genjax.numerics import LOG_2PI, at_least_float32, sum_event
 
+__all__ = [
+    "bernoulli_log_likelihood",
+    "categorical_log_likelihood",
+    "gaussian_log_likelihood",
+    "gaussian_log_prob",
+    "logistic_log_likelihood",
+    "logistic_mixture_log_likelihood",
+    "standard_normal_log_prob",
+]
+
 Levels = Int[Array, "batch *event"] | UInt[Array, "batch *event"]
 # PixelCNN++: below this scale (in units of [-1, 1]) a logistic is narrower than any bin.
 MIN_LOG_SCALE = -7.0

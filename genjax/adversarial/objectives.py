@@ -15,6 +15,18 @@ from genjax import checks
 from genjax.divergences import F_DIVERGENCES, FDivergence
 from genjax.numerics import at_least_float32, masked_mean
 
+__all__ = [
+    "AdversarialLosses",
+    "DonskerVaradhan",
+    "donsker_varadhan",
+    "f_gan",
+    "gan",
+    "hinge",
+    "least_squares",
+    "nwj",
+    "wasserstein",
+]
+
 Mask: TypeAlias = Bool[Array, " batch"]
 Where: TypeAlias = Mask | tuple[Bool[Array, " real"] | None, Bool[Array, " fake"] | None] | None
 

@@ -20,6 +20,8 @@ from genjax import checks
 from genjax.numerics import event_norm, expand_to, sum_event
 from genjax.typing import CriticFn, PRNGKey
 
+__all__ = ["clip_weights", "gradient_penalty", "r1_penalty", "r2_penalty"]
+
 # (gradient [batch, *event], target []) -> penalty [batch]
 PenaltyFn = Callable[[Array, Array], Array]
 
@@ -44,8 +46,9 @@ def gradient_penalty(
     (no normalisation over the batch).
 
     e_i is drawn from the key and from the pair (real_i, fake_i), not from its place: permuting the
-    pairs permutes the result, and a pair's penalty is the same in any batch that holds it (exact
-    duplicates in a batch draw apart, in order). `weights` gives e_i instead, and the key is unused.
+    pairs permutes the result, and a pair's penalty is the same in any batch that holds it (equal
+    pairs in one batch get different e_i, in their order). `weights` gives e_i instead; the key is
+    then unused.
 
     Exact derivatives of any order with respect to whatever the critic closes over, and to `real`
     and `fake`; the parameter gradient is taken forward over reverse (see the module).
@@ -63,13 +66,13 @@ def gradient_penalty(
         weights = _pair_weights(key, real, fake)
     checks.shape("weights", weights, real.shape[:1])
     weight = expand_to(weights.astype(jnp.result_type(real, fake)), real)
-    between = weight * real + (1 - weight) * fake
+    mixed = weight * real + (1 - weight) * fake
 
     def phi(gradient: Array, target: Array) -> Array:
         excess = event_norm(gradient) - target
         return jnp.square(jax.nn.relu(excess) if one_sided else excess)
 
-    return _penalise(phi, critic, between, target)
+    return _penalise(phi, critic, mixed, target)
 
 
 def r1_penalty(critic: CriticFn, real: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
@@ -122,7 +125,7 @@ def _pair_weights(key: PRNGKey, real: Array, fake: Array) -> Array:
     odd = jax.random.bits(hash_key, (1, *pair.shape[1:]), jnp.uint32) | 1
     pair = (pair ^ (pair >> 15)) * odd
     code = jnp.sum(pair ^ (pair >> 16), axis=tuple(range(1, pair.ndim)), dtype=jnp.uint32)
-    # Duplicates: how many equal codes came before, counted in sorted order.
+    # Equal pairs have equal codes: number them by how many came before, counted in sorted order.
     order, place = jnp.argsort(code), jnp.arange(code.size)
     ordered = code[order]
     starts = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])

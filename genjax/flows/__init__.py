@@ -4,112 +4,14 @@ bijections: pairs of pure functions with their log-determinant. density: log_pro
 a base. continuous: dx/dt = v(x, t) as a bijection. matching: pairs, regression, reflow.
 """
 
-from genjax.flows import bijections
-from genjax.flows.bijections import (
-    Bijection,
-    Transformer,
-    actnorm,
-    actnorm_init,
-    affine,
-    alternating_couplings,
-    chain,
-    coupling,
-    elementwise,
-    invert,
-    logit,
-    masked_autoregressive,
-    masked_coupling,
-    multi_scale,
-    permutation,
-    planar,
-    planar_init,
-    plu,
-    plu_init,
-    radial,
-    radial_init,
-    random_rotation,
-    rational_quadratic,
-    repeat,
-    rescale,
-    split,
-    squeeze,
-    standardise,
-)
-from genjax.flows.continuous import continuous_flow, solve, solve_with_log_det
-from genjax.flows.density import (
-    Base,
-    denoise,
-    log_prob,
-    normal,
-    sample,
-    sample_and_log_prob,
-    uniform,
-)
-from genjax.flows.matching import (
-    Pairs,
-    Path,
-    curvature,
-    flow_matching_loss,
-    integrate,
-    interpolate,
-    ot_path,
-    reflow_pairs,
-    sample_pairs,
-    vp_path,
-)
-from genjax.ode import divergence
-from genjax.randomness import rademacher
-
-__all__ = [
-    "Base",
-    "Bijection",
-    "Pairs",
-    "Path",
-    "Transformer",
-    "actnorm",
-    "actnorm_init",
-    "affine",
-    "alternating_couplings",
-    "bijections",
-    "chain",
-    "continuous_flow",
-    "coupling",
-    "curvature",
-    "denoise",
-    "divergence",
-    "elementwise",
-    "flow_matching_loss",
-    "integrate",
-    "interpolate",
-    "invert",
-    "log_prob",
-    "logit",
-    "masked_autoregressive",
-    "masked_coupling",
-    "multi_scale",
-    "normal",
-    "ot_path",
-    "permutation",
-    "planar",
-    "planar_init",
-    "plu",
-    "plu_init",
-    "rademacher",
-    "radial",
-    "radial_init",
-    "random_rotation",
-    "rational_quadratic",
-    "reflow_pairs",
-    "repeat",
-    "rescale",
-    "sample",
-    "sample_and_log_prob",
-    "sample_pairs",
-    "solve",
-    "solve_with_log_det",
-    "split",
-    "squeeze",
-    "standardise",
-    "uniform",
-    "vp_path",
-]
+from genjax.flows import bijections as bijections
+from genjax.flows.bijections.base import *
+from genjax.flows.bijections.couplings import *
+from genjax.flows.bijections.image import *
+from genjax.flows.bijections.residual import *
+from genjax.flows.bijections.spline import *
+from genjax.flows.continuous import *
+from genjax.flows.density import *
+from genjax.flows.matching import *
+from genjax.ode import divergence as divergence
+from genjax.randomness import rademacher as rademacher

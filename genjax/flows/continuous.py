@@ -15,6 +15,8 @@ from genjax import ode
 from genjax.flows.bijections.base import Bijection, Number, zero_log_det
 from genjax.typing import Params
 
+__all__ = ["continuous_flow", "solve", "solve_with_log_det"]
+
 # (params, x [batch, *event], t [batch]) -> dx/dt [batch, *event], each example for itself
 FieldFn: TypeAlias = Callable[[Params, Array, Array], Array]
 
@@ -65,7 +67,6 @@ def solve_with_log_det(
     """
 
     def slope(params: Params, y: tuple[Array, Array], t: Array) -> tuple[Array, Array]:
-        # Where the field is evaluated, its derivative is at hand.
         at = jnp.full(x.shape[:1], t)
         return ode.divergence(lambda z: field(params, z, at), y[0], probe)
 

@@ -11,6 +11,8 @@ from genjax import checks, numerics
 from genjax.flows.bijections.base import Bijection, Number
 from genjax.typing import LogProbFn, Params, PRNGKey
 
+__all__ = ["Base", "denoise", "log_prob", "normal", "sample", "sample_and_log_prob", "uniform"]
+
 
 class Base(NamedTuple):
     """A density to start from: `log_prob(z) -> [batch]` in nats, `sample(key, n) -> z`."""

@@ -16,6 +16,19 @@ from genjax.flows import continuous
 from genjax.flows.bijections.base import Number
 from genjax.typing import PRNGKey, VelocityFn
 
+__all__ = [
+    "Pairs",
+    "Path",
+    "curvature",
+    "flow_matching_loss",
+    "integrate",
+    "interpolate",
+    "ot_path",
+    "reflow_pairs",
+    "sample_pairs",
+    "vp_path",
+]
+
 # cost [n, n] of (noise i, data j) -> a transport plan [n, n], or for each data point the index of
 # its noise [n]
 CouplingFn: TypeAlias = Callable[[Array], Array]
@@ -98,9 +111,9 @@ def sample_pairs(
     Without `coupling` rows are matched as they come (independent). `coupling` takes the squared
     distances [n, n] and returns either the index of the noise for each data point, or a plan, from
     whose columns the noise of each data point is drawn (Tong et al., 2024, section 3.2). With
-    `label` noise i belongs to the class of data i and pairs stay within the class: the cost
-    between classes is raised above any that a crossing could save. Data and labels keep their
-    order. Raises ValueError where shapes disagree.
+    `label` noise i belongs to the class of data i and pairs stay within the class: pairs across
+    classes cost n times the largest cost more, so that none lowers the total. Data and labels keep
+    their order. Raises ValueError where shapes disagree.
     """
     key_noise, key_pair = jax.random.split(key)
     if x0 is None:
@@ -120,7 +133,7 @@ def sample_pairs(
         checks.shape("coupling's indices", matched, (n,))
         return Pairs(x0[matched], x1)
     checks.shape("coupling's plan", matched, (n, n))
-    # A plan of strength zero between classes, even where it was solved with some.
+    # An approximate plan leaves some mass between classes: it is dropped.
     mass = matched if apart is None else jnp.where(apart, 0, matched)
     logits = jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1)), -jnp.inf)
     return Pairs(x0[jax.random.categorical(key_pair, logits, axis=0)], x1)

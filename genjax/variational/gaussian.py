@@ -11,6 +11,8 @@ from genjax import checks
 from genjax.numerics import at_least_float32, sum_event
 from genjax.typing import PRNGKey
 
+__all__ = ["gaussian_kl", "gaussian_kl_between", "gaussian_sample"]
+
 
 def gaussian_kl(
     mean: Float[Array, "batch *event"], log_var: Float[Array, "batch *event"]

@@ -14,6 +14,8 @@ from jaxtyping import Array, Float
 from genjax import checks
 from genjax.numerics import HIGHEST, LOG_2PI, at_least_float32
 
+__all__ = ["PPCA", "ppca_fit", "ppca_log_likelihood", "ppca_posterior"]
+
 
 class PPCA(NamedTuple):
     """The parameters: mean `[dim]`, weights W `[dim, latent]`, noise variance s^2."""

@@ -1,7 +1,7 @@
-"""What a bijection is, and the ways to put several together.
+"""What a bijection is, the ways to put several together, and those without parameters.
 
 A bijection is a pair of pure functions over a parameter tree; each returns the log-determinant of
-its own Jacobian, summed over the event, one number per example. In a density, `forward` takes data
+its own Jacobian over the event, one number per example. In a density, `forward` takes data
 to the base and `inverse` takes the base to data; `invert` swaps the two.
 """
 
@@ -16,6 +16,8 @@ from jaxtyping import Array, Float
 from genjax import checks, numerics
 from genjax.typing import Params
 
+__all__ = ["Bijection", "chain", "invert", "logit", "permutation", "repeat", "rescale"]
+
 # beartype takes no int where a float is asked for
 Number: TypeAlias = float | int
 
@@ -25,6 +27,13 @@ class Bijection(NamedTuple):
 
     forward: Callable[[Params, Any], tuple[Any, Array]]
     inverse: Callable[[Params, Any], tuple[Any, Array]]
+
+
+def both_ways(
+    run: Callable[..., tuple[Any, Array]], forward: Any = False, inverse: Any = True
+) -> Bijection:
+    """Make a bijection of `run(params, x, direction)`, given what says the direction."""
+    return Bijection(lambda p, x: run(p, x, forward), lambda p, y: run(p, y, inverse))
 
 
 def zero_log_det(x: Array) -> Float[Array, " batch"]:
@@ -99,7 +108,7 @@ def repeat(bijection: Bijection) -> Bijection:
 
         return jax.lax.scan(body, (x, zero_log_det(x)), params, reverse=reverse)[0]
 
-    return Bijection(lambda p, x: run(p, x, False), lambda p, y: run(p, y, True))
+    return both_ways(run)
 
 
 def invert(bijection: Bijection) -> Bijection:
@@ -107,24 +116,30 @@ def invert(bijection: Bijection) -> Bijection:
     return Bijection(bijection.inverse, bijection.forward)
 
 
+def check_order(order: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return `order` as an array; raise ValueError unless it holds each of 0..n-1 once."""
+    index = np.asarray(order)
+    if sorted(index.tolist()) != list(range(index.size)):
+        raise ValueError(f"order must hold each of 0..{index.size - 1} once, got {list(order)}")
+    return index
+
+
 def permutation(order: Sequence[int] | np.ndarray) -> Bijection:
     """Reorder the last axis: y[..., i] = x[..., order[i]]; takes no parameters (None).
 
     Raises ValueError where `order` is not a permutation or the axis has another length.
     """
-    index = np.asarray(order)
-    if sorted(index.tolist()) != list(range(index.size)):
-        raise ValueError(f"order must hold each of 0..{index.size - 1} once, got {list(order)}")
+    index = check_order(order)
     back = np.argsort(index)
     reversal = np.array_equal(index, np.arange(index.size)[::-1])
 
-    def move(x: Array, by: np.ndarray) -> tuple[Array, Array]:
+    def move(_: Params, x: Array, by: np.ndarray) -> tuple[Array, Array]:
         if x.shape[-1] != index.size:
             raise ValueError(f"the last axis must be {index.size} long, got shape {x.shape}")
         # A reversal is a stride, not a gather.
         return (x[..., ::-1] if reversal else x[..., by]), zero_log_det(x)
 
-    return Bijection(lambda _, x: move(x, index), lambda _, y: move(y, back))
+    return both_ways(move, index, back)
 
 
 def rescale(low: Number, high: Number, new_low: Number = 0.0, new_high: Number = 1.0) -> Bijection:

@@ -8,9 +8,18 @@ import numpy as np
 from jaxtyping import Array
 
 from genjax import checks, numerics
-from genjax.flows.bijections.base import Bijection, check_count
+from genjax.flows.bijections.base import Bijection, both_ways, check_count
 from genjax.flows.bijections.spline import Transformer
 from genjax.typing import Params
+
+__all__ = [
+    "ConditionerFn",
+    "alternating_couplings",
+    "coupling",
+    "elementwise",
+    "masked_autoregressive",
+    "masked_coupling",
+]
 
 # (params, x) -> raw parameters, the last axis `size` times that of the part to be transformed
 ConditionerFn = Callable[[Params, Array], Array]
@@ -37,20 +46,18 @@ def elementwise(transformer: Transformer) -> Bijection:
         y, log_det = apply(jnp.broadcast_to(params, (x.shape[0], *wanted)), x)
         return y, numerics.sum_event(log_det)
 
-    return Bijection(
-        lambda p, x: run(p, x, transformer.forward), lambda p, y: run(p, y, transformer.inverse)
-    )
+    return both_ways(run, transformer.forward, transformer.inverse)
 
 
 def coupling(
     conditioner: ConditionerFn, transformer: Transformer, *, swap: bool = False
 ) -> Bijection:
-    """Transform one half of the last axis by what the other half says.
+    """Transform one half of the last axis, conditioned on the other half.
 
     y_a = x_a, y_b = T(x_b; conditioner(x_a)); log |det| = sum log |T'|. Dinh et al. (2017), eqs
     (4)-(8). `swap` transforms the first half instead. `conditioner(params, x_a)` returns
-    `transformer.size` numbers for each of x_b, all of one kind together. Raises ValueError where
-    the last axis is odd or the conditioner returns another shape.
+    `transformer.size` blocks as wide as x_b, one per raw parameter, side by side. Raises
+    ValueError where the last axis is odd or the conditioner returns another shape.
     """
 
     def run(params: Params, x: Array, apply: Callable) -> tuple[Array, Array]:
@@ -59,9 +66,7 @@ def coupling(
         halves = (b, a) if swap else (a, b)
         return jnp.concatenate(halves, axis=-1), numerics.sum_event(log_det)
 
-    return Bijection(
-        lambda p, x: run(p, x, transformer.forward), lambda p, y: run(p, y, transformer.inverse)
-    )
+    return both_ways(run, transformer.forward, transformer.inverse)
 
 
 def alternating_couplings(
@@ -76,22 +81,20 @@ def alternating_couplings(
     """
     conditioners = tuple(conditioners)
 
-    def run(params: Params, x: Array, apply: Callable, reverse: bool) -> tuple[Array, Array]:
+    def run(params: Params, x: Array, reverse: bool) -> tuple[Array, Array]:
+        apply = transformer.inverse if reverse else transformer.forward
         check_count("alternating_couplings", params, len(conditioners))
         halves = list(_halves(x))
         total = jnp.zeros_like(numerics.at_least_float32(halves[0]))
         turns = list(enumerate(zip(conditioners, params, strict=True)))
         for i, (conditioner, tree) in reversed(turns) if reverse else turns:
-            told, moved = halves[i % 2], halves[1 - i % 2]
-            raw = _raw(conditioner, tree, told, transformer.size, moved)
+            conditioning, moved = halves[i % 2], halves[1 - i % 2]
+            raw = _raw(conditioner, tree, conditioning, transformer.size, moved)
             halves[1 - i % 2], log_det = apply(raw, moved)
             total = total + log_det
         return jnp.concatenate(halves, axis=-1), numerics.sum_event(total)
 
-    return Bijection(
-        lambda p, x: run(p, x, transformer.forward, False),
-        lambda p, y: run(p, y, transformer.inverse, True),
-    )
+    return both_ways(run)
 
 
 def _halves(x: Array) -> tuple[Array, Array]:
@@ -104,11 +107,11 @@ def _halves(x: Array) -> tuple[Array, Array]:
 def masked_coupling(
     conditioner: ConditionerFn, transformer: Transformer, mask: np.ndarray
 ) -> Bijection:
-    """Transform the numbers where `mask` is False by what those where it is True say.
+    """Transform the numbers where `mask` is False, conditioned on those where it is True.
 
     `mask` is boolean with the shape of the event (a checkerboard, for instance); the conditioner
     sees the event with zeros where the mask is False and returns raw parameters for all of it.
-    Raises ValueError where the mask fits no event or keeps all or nothing.
+    Raises ValueError where the mask has not the event's shape, or keeps everything or nothing.
     """
     mask = np.asarray(mask, dtype=bool)
     if mask.all() or not mask.any():
@@ -122,18 +125,16 @@ def masked_coupling(
         y, log_det = apply(raw, x)
         return jnp.where(keep, x, y), numerics.sum_event(jnp.where(keep, 0, log_det))
 
-    return Bijection(
-        lambda p, x: run(p, x, transformer.forward), lambda p, y: run(p, y, transformer.inverse)
-    )
+    return both_ways(run, transformer.forward, transformer.inverse)
 
 
 def masked_autoregressive(conditioner: ConditionerFn, transformer: Transformer) -> Bijection:
-    """Transform each position by what the positions before it say.
+    """Transform each position, conditioned on the positions before it.
 
     y_t = T(x_t; conditioner(x)_t), where the conditioner's output at position t (axis 1) depends
     on x at positions before t only; log |det| = sum log |T'|. Papamakarios, Pavlakou and Murray
     (2017), eq. (3). `forward` is one call of the conditioner; `inverse` is as many as there are
-    positions, in one scan. That the conditioner is causal is the caller's promise.
+    positions, in one scan. Whether the conditioner is causal is not checked.
     """
 
     def forward(params: Params, x: Array) -> tuple[Array, Array]:

@@ -15,13 +15,27 @@ from jaxtyping import Array
 from genjax import checks, numerics
 from genjax.flows.bijections.base import (
     Bijection,
+    both_ways,
     bounded,
     check_count,
+    check_order,
     check_tree,
     zero_log_det,
 )
 from genjax.typing import Params
 
+__all__ = [
+    "actnorm",
+    "actnorm_init",
+    "multi_scale",
+    "plu",
+    "plu_init",
+    "random_rotation",
+    "split",
+    "squeeze",
+]
+
+# Channels are scaled by at most e^10 and at least e^-10.
 _BOUND = 10.0
 
 
@@ -61,7 +75,7 @@ def actnorm() -> Bijection:
         y = x * scale - shift if reverse else (x + shift) * scale
         return y, zero_log_det(x) + (-count if reverse else count) * jnp.sum(s)
 
-    return Bijection(lambda p, x: run(p, x, False), lambda p, y: run(p, y, True))
+    return both_ways(run)
 
 
 def plu_init(weight: np.ndarray) -> tuple[tuple[int, ...], Params]:
@@ -104,10 +118,8 @@ def plu(order: Sequence[int] | np.ndarray) -> Bijection:
     {"lower", "upper" [c, c], "log_scale", "sign" [c]}, from `plu_init`; of the two matrices only
     the strict triangles are read.
     """
-    index = np.asarray(order)
+    index = check_order(order)
     size = index.size
-    if sorted(index.tolist()) != list(range(size)):
-        raise ValueError(f"order must hold each of 0..{size - 1} once, got {list(order)}")
 
     def run(params: Params, x: Array, reverse: bool) -> tuple[Array, Array]:
         count = _positions(x)
@@ -130,7 +142,7 @@ def plu(order: Sequence[int] | np.ndarray) -> Bijection:
         y = jnp.einsum("...j,ij->...i", x, weight, precision=numerics.HIGHEST)
         return y, zero_log_det(x) + (-count if reverse else count) * jnp.sum(s)
 
-    return Bijection(lambda p, x: run(p, x, False), lambda p, y: run(p, y, True))
+    return both_ways(run)
 
 
 def squeeze(factor: int = 2) -> Bijection:

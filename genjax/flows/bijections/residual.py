@@ -10,6 +10,8 @@ from genjax import checks, numerics
 from genjax.flows.bijections.base import Bijection, Number, check_tree
 from genjax.typing import Params, PRNGKey
 
+__all__ = ["planar", "planar_init", "radial", "radial_init"]
+
 # The steepest ridge allowed: w.u_hat >= -1 + this, so that float32 can still invert it.
 _MARGIN = 1e-4
 

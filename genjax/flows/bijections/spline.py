@@ -15,6 +15,8 @@ from jaxtyping import Array
 from genjax import checks
 from genjax.flows.bijections.base import Number, bounded
 
+__all__ = ["Transformer", "affine", "rational_quadratic", "standardise"]
+
 
 class Transformer(NamedTuple):
     """`(raw [..., size, d], x [..., d]) -> (y [..., d], log |dy/dx| [..., d])`, both ways."""
@@ -71,6 +73,48 @@ class _Bin(NamedTuple):
     slope_left: Array
     slope_right: Array
 
+    @property
+    def slope(self) -> Array:
+        """Of the bin's diagonal, s in the paper."""
+        return self.height / self.width
+
+    @property
+    def bend(self) -> Array:
+        """slope_left + slope_right - 2 s: 0 where the spline is a line."""
+        return self.slope_left + self.slope_right - 2 * self.slope
+
+    def value(self, z: Array) -> Array:
+        """y at the place z in [0, 1] of the bin, eq. (4)."""
+        s = self.slope
+        top = self.height * (s * z**2 + self.slope_left * z * (1 - z))
+        return self.bottom + top / (s + self.bend * z * (1 - z))
+
+    def place(self, y: Array) -> Array:
+        """z in [0, 1] where the value is y, eqs (6)-(8)."""
+        s, bend, rise = self.slope, self.bend, y - self.bottom
+        a = self.height * (s - self.slope_left) + rise * bend
+        b = self.height * self.slope_left - rise * bend
+        c = -s * rise
+        # The discriminant is positive for a monotone spline; rounding may take it to 0.
+        root = jnp.sqrt(jnp.maximum(b**2 - 4 * a * c, 1e-30))
+        return jnp.clip(2 * c / (-b - root), 0, 1)
+
+    def log_slope(self, z: Array) -> Array:
+        """log dy/dx at the place z, eq. (5)."""
+        s = self.slope
+        top = self.slope_right * z**2 + 2 * s * z * (1 - z) + self.slope_left * (1 - z) ** 2
+        return 2 * jnp.log(s) + jnp.log(top) - 2 * jnp.log(s + self.bend * z * (1 - z))
+
+
+def _find(value: Array, edges: Array, tables: tuple[Array, ...]) -> _Bin:
+    """Select the bin of each value by comparing with the first edges: no gather, no scatter."""
+    above = value[..., None, :] >= edges
+    # The first bin also takes what lies below it, so that exactly one bin is chosen.
+    above = above.at[..., 0, :].set(True)
+    beyond = jnp.concatenate([above[..., 1:, :], jnp.zeros_like(above[..., :1, :])], axis=-2)
+    chosen = above & ~beyond
+    return _Bin(*(jnp.sum(jnp.where(chosen, table, 0), axis=-2) for table in tables))
+
 
 def rational_quadratic(
     bins: int = 8,
@@ -96,70 +140,34 @@ def rational_quadratic(
     shift = math.log(math.expm1(1 - min_slope))
 
     def knots(raw: Array) -> tuple[Array, Array]:
-        """Sizes [..., bins, d] and the left ends [..., bins, d] of the bins."""
+        """Sizes [..., bins, d] and the first edges [..., bins, d] of the bins."""
         sizes = span * (min_bin + (1 - min_bin * bins) * jax.nn.softmax(raw, axis=-2))
-        left = low + jnp.cumsum(sizes, axis=-2)[..., :-1, :]
-        first = jnp.full_like(left[..., :1, :], low)
-        return sizes, jnp.concatenate([first, left], axis=-2)
+        edges = low + jnp.cumsum(sizes, axis=-2)[..., :-1, :]
+        first = jnp.full_like(edges[..., :1, :], low)
+        return sizes, jnp.concatenate([first, edges], axis=-2)
 
     def find(raw: Array, value: Array, along_y: bool) -> _Bin:
-        """Select the bin of each value by comparing with the left ends: no gather, no scatter."""
         widths, lefts = knots(raw[..., :bins, :])
         heights, bottoms = knots(raw[..., bins : 2 * bins, :])
         inner = min_slope + jax.nn.softplus(raw[..., 2 * bins :, :] + shift)
         one = jnp.ones_like(inner[..., :1, :])
         slopes = jnp.concatenate([one, inner, one], axis=-2)
-        edges = bottoms if along_y else lefts
-        above = value[..., None, :] >= edges
-        # The first bin also takes what lies below it, so that exactly one bin is chosen.
-        above = above.at[..., 0, :].set(True)
-        beyond = jnp.concatenate([above[..., 1:, :], jnp.zeros_like(above[..., :1, :])], axis=-2)
-        chosen = above & ~beyond
-
-        def pick(table: Array) -> Array:
-            return jnp.sum(jnp.where(chosen, table, 0), axis=-2)
-
-        return _Bin(
-            pick(lefts),
-            pick(widths),
-            pick(bottoms),
-            pick(heights),
-            pick(slopes[..., :-1, :]),
-            pick(slopes[..., 1:, :]),
-        )
-
-    def log_slope(b: _Bin, z: Array) -> Array:
-        """log dy/dx at the place z in [0, 1] of the bin (eq. (5))."""
-        s = b.height / b.width
-        top = b.slope_right * z**2 + 2 * s * z * (1 - z) + b.slope_left * (1 - z) ** 2
-        bottom = s + (b.slope_left + b.slope_right - 2 * s) * z * (1 - z)
-        return 2 * jnp.log(s) + jnp.log(top) - 2 * jnp.log(bottom)
+        ends = slopes[..., :-1, :], slopes[..., 1:, :]
+        return _find(value, bottoms if along_y else lefts, (lefts, widths, bottoms, heights, *ends))
 
     def forward(raw: Array, x: Array) -> tuple[Array, Array]:
         inside = (x > low) & (x < high)
         # The spline sees the clipped value only: its gradient is finite wherever x lies.
         safe = jnp.clip(x, low, high)
         b = find(raw, safe, along_y=False)
-        s = b.height / b.width
         z = jnp.clip((safe - b.left) / b.width, 0, 1)
-        top = b.height * (s * z**2 + b.slope_left * z * (1 - z))
-        y = b.bottom + top / (s + (b.slope_left + b.slope_right - 2 * s) * z * (1 - z))
-        return jnp.where(inside, y, x), jnp.where(inside, log_slope(b, z), 0)
+        return jnp.where(inside, b.value(z), x), jnp.where(inside, b.log_slope(z), 0)
 
     def inverse(raw: Array, y: Array) -> tuple[Array, Array]:
         inside = (y > low) & (y < high)
         safe = jnp.clip(y, low, high)
-        bin_ = find(raw, safe, along_y=True)
-        s = bin_.height / bin_.width
-        rise = safe - bin_.bottom
-        total = bin_.slope_left + bin_.slope_right - 2 * s
-        a = bin_.height * (s - bin_.slope_left) + rise * total
-        b = bin_.height * bin_.slope_left - rise * total
-        c = -s * rise
-        # The discriminant is positive for a monotone spline; rounding may take it to 0.
-        root = jnp.sqrt(jnp.maximum(b**2 - 4 * a * c, 1e-30))
-        z = jnp.clip(2 * c / (-b - root), 0, 1)
-        x = bin_.left + z * bin_.width
-        return jnp.where(inside, x, y), jnp.where(inside, -log_slope(bin_, z), 0)
+        b = find(raw, safe, along_y=True)
+        z = b.place(safe)
+        return jnp.where(inside, b.left + z * b.width, y), jnp.where(inside, -b.log_slope(z), 0)
 
     return Transformer(forward, inverse, 3 * bins - 1)
