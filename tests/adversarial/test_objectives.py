@@ -18,7 +18,7 @@ from genjax.adversarial import (
     wasserstein,
 )
 from tests.adversarial.references import NAMES, load
-from tests.adversarial.test_divergences import POLYNOMIAL, gaussian
+from tests.test_divergences import POLYNOMIAL, gaussian
 
 MINIBATCH = load("gan_minibatch_losses")
 REAL = np.array(MINIBATCH["inputs"]["V_real"])
