@@ -27,10 +27,10 @@ import tyro
 import genjax
 from experiments.__main__ import experiments
 from experiments.benchmarks import _table
-from experiments.benchmarks._ceilings import rates
 
-PEERS = ("torch", "ott-jax", "POT", "geomloss", "flowjax", "distrax", "zuko", "nflows", "torchcfm",
-         "torchdiffeq", "diffrax", "diffusers")  # fmt: skip
+PEERS = ("jax", "torch", "ott-jax", "POT", "geomloss", "flowjax", "distrax", "zuko", "nflows",
+         "torchcfm", "torchdiffeq", "diffrax", "diffusers")  # fmt: skip
+UNITS = {"flops": "GFLOP/s", "bytes": "GB/s", "exps": "Gexp/s"}
 
 
 class Job(NamedTuple):
@@ -41,18 +41,12 @@ class Job(NamedTuple):
     quick: dict[str, Any] = {}  # noqa: RUF012
 
 
-PATHS = {
-    "continuous_flow": ("cnf_loglik", "cnf_grad", "cnf64_grad"),
-    "flow_matching": ("fm", "fm_ot"),
-}
+OVERHEAD = {"workloads": ("step_overhead",), "rounds": 60}
+CNF = {"workloads": ("cnf_loglik", "cnf_grad", "cnf64_grad")}
 SMALL = {"n": (256,), "eps": (0.1, 0.01), "repeats": 3}
-PEERS_OF_OT = {"peers": ("ott", "ott-momentum", "ott-anderson", "pot", "geomloss"), "seconds": 8.0}
-LARGE = {
-    "n": (4096,),
-    "peers": ("ott", "ott-momentum", "ott-anderson", "geomloss"),
-    "repeats": 3,
-    "seconds": 20.0,
-}
+OTT = ("ott", "ott-momentum", "ott-anderson")
+PEERS_OF_OT = {"peers": (*OTT, "pot", "geomloss"), "seconds": 8.0}
+LARGE = {"n": (4096,), "peers": (*OTT, "geomloss"), "repeats": 3, "seconds": 20.0}
 TWO = {"n": (256, 1024), "eps": (0.01,), "peers": ("ott", "ott-momentum", "geomloss")}
 JOBS: dict[str, Job] = {
     "ceilings": Job("_ceilings", {}, {"rounds": 5}),
@@ -60,13 +54,14 @@ JOBS: dict[str, Job] = {
     "sinkhorn_1024": Job("sinkhorn", {"n": (1024,), **PEERS_OF_OT}, SMALL | {"d": (2,)}),
     "sinkhorn_4096": Job("sinkhorn", LARGE, SMALL | {"n": (2048,), "d": (2,)}),
     "sinkhorn_divergence": Job("sinkhorn", {"problem": "divergence", **TWO}, SMALL),
-    "vae": Job("vae", {}, {"rounds": 3, "steps": 20}),
+    "vae": Job("vae", {"workloads": ("vae",)}, {"rounds": 3, "steps": 20}),
     "wgan_gp": Job("wgan_gp", {}, {"rounds": 3, "width": 16}),
     "realnvp": Job("flows", {}, {"rounds": 3}),
-    **{k: Job("flow_paths", {"workloads": v}, {"rounds": 3, "inner": 2}) for k, v in PATHS.items()},
+    "continuous_flow": Job("flow_paths", CNF, {"rounds": 3}),
+    "flow_matching": Job("flow_paths", {"workloads": ("fm", "fm_ot")}, {"rounds": 3}),
     "unet": Job("unet", {}, {"rounds": 2, "sample_rounds": 2, "batch_size": 2}),
     "metrics": Job("metrics", {}, {"rounds": 2, "samples": 1000, "width": 128}),
-    "step_overhead": Job("step_overhead", {}, {"rounds": 6}),
+    "step_overhead": Job("vae", OVERHEAD, {"rounds": 6}),
     "depth": Job("depth", {}, {"networks": ("mlp", "tarflow")}),
     "scaling": Job("scaling", {}, {"devices": (1, 2), "processes": ()}),
 }
@@ -77,14 +72,11 @@ class Config:
     only: tuple[str, ...] = ()
     """Which to run (default: all): a name from the list that a wrong one prints, or "startup"."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """Where jax computes; on a gpu the peers of PyTorch, whose tensors are on the CPU, are left
-    out."""
+    """Where jax computes; on a gpu PyTorch's peers, whose tensors are on the CPU, are left out."""
     quick: bool = False
     """Fewer rounds and smaller sizes: to see that everything runs, not for figures."""
-    out: Path = Path("runs/benchmarks")
-    """Folder of benchmarks.md and benchmarks.json."""
-    timeout: float = 3600.0
-    """Seconds after which a workload is given up."""
+    out: Path = Path("runs/benchmarks")  # folder of benchmarks.md and benchmarks.json
+    timeout: float = 3600.0  # seconds after which a workload is given up
 
 
 def jobs(config: Config) -> dict[str, Job]:
@@ -92,9 +84,7 @@ def jobs(config: Config) -> dict[str, Job]:
     names = [name.rsplit(".", 1)[1] for name in experiments() if name.count(".") == 1]
     startup = {f"startup_{name}": Job("_startup", {"experiment": name}) for name in names}
     all_jobs = JOBS | startup
-    groups = {"startup": list(startup)}
-    if config.quick:
-        groups["startup"] = ["startup_vae"]
+    groups = {"startup": ["startup_vae"] if config.quick else list(startup)}
     chosen = config.only or (*JOBS, "startup")
     wanted = [name for given in chosen for name in groups.get(given, [given])]
     for name in wanted:
@@ -106,101 +96,83 @@ def jobs(config: Config) -> dict[str, Job]:
 
 def run(name: str, job: Job, config: Config) -> list[_table.Row]:
     """Run one workload in a process of its own; what goes wrong there becomes a row."""
-    options = {**job.options, **(job.quick if config.quick else {})}
-    environment = {
-        "PYTHONWARNINGS": "ignore",
-        **os.environ,
-        "JAX_PLATFORMS": "cpu" if config.device == "cpu" else "cuda,cpu",
-    }
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place, "rows.json")
-        worker = [sys.executable, "-m", "experiments.benchmarks._worker", job.module]
-        command = [*worker, json.dumps(options), str(file)]
+    options = json.dumps({**job.options, **(job.quick if config.quick else {})})
+    platforms = "cpu" if config.device == "cpu" else "cuda,cpu"
+    environment = {"PYTHONWARNINGS": "ignore", **os.environ, "JAX_PLATFORMS": platforms}
+    worker = [sys.executable, "-m", "experiments.benchmarks._worker", job.module, options]
+    watch: Any = {"timeout": config.timeout, "stderr": subprocess.PIPE, "text": True, "check": True}
+    with tempfile.NamedTemporaryFile() as file:
         try:
-            done = subprocess.run(
-                command, env=environment, timeout=config.timeout, stderr=subprocess.PIPE, text=True
-            )
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            why = next(
-                (x for x in lines[::-1] if re.match(r"[\w.]+(Error|Exception)", x)), lines[-1]
-            )
-            if done.returncode == 0:
-                return _table.read(file)
+            subprocess.run([*worker, file.name], env=environment, **watch)
+            return [_table.Row(**row) for row in json.load(file)]
         except subprocess.TimeoutExpired:
             why = f"given up after {config.timeout:.0f} s"
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.strip().splitlines()[::-1] or ["no message"]
+            why = next((x for x in lines if re.match(r"[\w.]+(Error|Exception)", x)), lines[0])
     print(f"# {name} failed: {why}", flush=True)
     return [_table.Row(name, "", _table.OURS, note=f"failed: {why}"[:200])]
 
 
 def machine(config: Config) -> dict[str, Any]:
     """Say where and with what the rows were measured."""
-    versions: dict[str, str | None] = {"genjax": genjax.__version__}
-    for peer in ("jax", *PEERS):
-        try:
-            versions[peer] = importlib.metadata.version(peer)
-        except importlib.metadata.PackageNotFoundError:
-            versions[peer] = None
-    processor = platform.processor() or platform.machine()
+    found = {
+        x.name.lower().replace("_", "-"): x.version for x in importlib.metadata.distributions()
+    }
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        processor = lines[0].split(":")[1].strip() if lines else processor
+    model = re.search("model name.*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return {
         "date": datetime.date.today().isoformat(),
         "device": config.device,
-        "processor": processor,
+        "processor": model[1].strip() if model else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "quick": config.quick,
-        "versions": versions,
+        "versions": {"genjax": genjax.__version__, **{x: found.get(x.lower()) for x in PEERS}},
     }
 
 
 def report(place: dict[str, Any], parts: dict[str, list[_table.Row]]) -> str:
     """Write the markdown: where, what the machine can do, what was missed, and the rows."""
-    ceilings = rates(parts.get("ceilings", []))
+    measured = parts.get("ceilings", [])
+    ceilings = {row.side: row.checks["per_second"] for row in measured if row.checks}
     rows = [row for name, part in parts.items() if name != "ceilings" for row in part]
-    held = [row for row in rows if row.met is not None]
+    held = [row.met for row in rows if row.met is not None]
     absent = [name for name, version in place["versions"].items() if version is None]
     present = [f"{name} {version}" for name, version in place["versions"].items() if version]
-    units = {"flops": "GFLOP/s", "bytes": "GB/s", "exps": "Gexp/s"}
-    able = [f"{rate / 1e9:,.1f} {units[what]}" for what, rate in ceilings.items()]
-    head = [
-        "# Benchmarks",
-        "",
-        f"{place['date']}, {place['processor']}, {place['cores']} cores, {place['device']}"
-        + (", quick run: the figures mean little" if place["quick"] else "")
-        + f". {', '.join(present)}. Not installed: {', '.join(absent) or 'none'}.",
-        "",
-        f"Ceilings, measured in the same run: {', '.join(able)}.",
-        "",
-        f"Targets met: {sum(bool(row.met) for row in held)} of {len(held)}. A ratio is the side's "
-        "time over genjax's, the median over rounds in which the sides took turns; spread is the "
-        "distance of the quartiles over the median; the share of the ceiling is the least time "
-        "that the work takes at the machine's rates over the time that it took.",
-        "",
-    ]
-    return "\n".join(head) + "\n" + _table.markdown(rows, ceilings)
+    able = [f"{rate / 1e9:,.1f} {UNITS[what]}" for what, rate in ceilings.items()]
+    quick = ", quick run: the figures mean little" if place["quick"] else ""
+    return f"""# Benchmarks
+
+{place["date"]}, {place["processor"]}, {place["cores"]} cores, {place["device"]}{quick}. \
+{", ".join(present)}. Not installed: {", ".join(absent) or "none"}.
+
+Ceilings, measured in the same run: {", ".join(able)}.
+
+Targets met: {sum(held)} of {len(held)}. In short, those that are missed in bold:
+
+{_table.summary(rows)}
+All columns. A ratio is the side's time over genjax's, the median over rounds in which the sides \
+took turns; spread is the distance of the quartiles over the median; the share of the ceiling is \
+the least time that the work takes at the machine's rates over the time that it took.
+
+{_table.markdown(rows, ceilings)}"""
 
 
 def main(config: Config) -> dict[str, list[_table.Row]]:
     """Run what is asked and write the table; returns the rows by workload."""
     chosen, place = jobs(config), machine(config)
-    for peer, version in place["versions"].items():
-        if version is None:
-            print(f"# {peer} is not installed: its rows are left out")
+    for peer in (peer for peer, version in place["versions"].items() if version is None):
+        print(f"# {peer} is not installed: its rows are left out")
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "benchmarks.json"
-    parts: dict[str, list[_table.Row]] = {}
-    if path.exists():
-        before = json.loads(path.read_text())
-        parts = {k: [_table.Row(**row) for row in v] for k, v in before["workloads"].items()}
+    kept = json.loads(path.read_text())["workloads"] if path.exists() else {}
+    parts = {name: [_table.Row(**row) for row in rows] for name, rows in kept.items()}
     for name, job in chosen.items():
         begun = time.monotonic()
         parts[name] = run(name, job, config)
         print(f"# {name}: {time.monotonic() - begun:.0f} s", flush=True)
-        ordered = [k for k in [*JOBS, *parts] if k in parts]
-        parts = {k: parts[k] for k in dict.fromkeys(ordered)}
-        rows = {k: [dataclasses.asdict(row) for row in v] for k, v in parts.items()}
+        parts = {k: parts[k] for k in dict.fromkeys([*JOBS, *parts]) if k in parts}
+        rows = {k: _table.to_json(v) for k, v in parts.items()}
         path.write_text(json.dumps({**place, "workloads": rows}, indent=1) + "\n")
         path.with_suffix(".md").write_text(report(place, parts))
     print(f"in {config.out}: benchmarks.md, benchmarks.json")

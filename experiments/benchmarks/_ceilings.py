@@ -5,21 +5,17 @@ bytes    float32 matrix times vector, 4096 x 4096 (16384): the matrix is streame
 exps     exp fused into a sum over rows, 4096 x 4096
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks._table import Row, show
+from experiments.benchmarks._table import Row, make_rows, show
 from experiments.benchmarks._timing import in_turn
+from experiments.benchmarks._workload import Options
 
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    rounds: int = 15
-    """How often the three are timed in turn."""
+Config = Options
 
 
 def main(config: Config) -> list[Row]:
@@ -34,22 +30,11 @@ def main(config: Config) -> list[Row]:
         "bytes": (partial(jax.jit(jnp.matmul), wide, wide[0]), 4.0 * m * m),
         "exps": (partial(jax.jit(lambda x: jnp.exp(x).sum(axis=1)), rows), 4096.0**2),
     }
-    sides = {
-        name: lambda f=f: jax.block_until_ready(f()) for name, (f, _) in programs.items()
-    }  # fmt: skip
+    sides = {name: lambda f=f: jax.block_until_ready(f()) for name, (f, _) in programs.items()}
     times = in_turn(sides, rounds=config.rounds, warm=2)
-    made = []
-    for name, t in times.items():
-        low, high = t.quartiles
-        # The ceiling is what the machine can do: the best round.
-        rate = programs[name][1] / (min(t.rounds) / 1e3)
-        made.append(Row("ceiling", "", name, t.median, low, high, checks={"per_second": rate}))
-    return show(made)
-
-
-def rates(rows: list[Row]) -> dict[str, float]:
-    """Read the rates from the rows that `main` made."""
-    return {row.side: row.checks["per_second"] for row in rows if row.workload == "ceiling"}
+    # The ceiling is what the machine can do: the best round.
+    checks = {k: {"per_second": 1e3 * programs[k][1] / min(t.rounds)} for k, t in times.items()}
+    return show(make_rows("ceiling", times, checks=checks))
 
 
 def work_of(compiled: Any, *args: Any, times: int = 1) -> dict[str, float]:
@@ -58,11 +43,5 @@ def work_of(compiled: Any, *args: Any, times: int = 1) -> dict[str, float]:
     A loop counts once: `times` says how often its body runs where that is all of the work.
     """
     cost = compiled.lower(*args).cost_analysis() or {}
-    return {
-        "flops": times * float(cost.get("flops", 0.0)),
-        "exps": times * float(cost.get("transcendentals", 0.0)),
-    }
-
-
-if __name__ == "__main__":
-    main(Config())
+    names = {"flops": "flops", "exps": "transcendentals"}
+    return {what: times * float(cost.get(name, 0.0)) for what, name in names.items()}

@@ -18,8 +18,7 @@ BEGUN = time.perf_counter()
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    experiment: str = "vae"
-    """Which experiment, with its default options."""
+    experiment: str = "vae"  # which experiment, with its default options
 
 
 class _Enough(BaseException):
@@ -28,53 +27,38 @@ class _Enough(BaseException):
 
 def main(config: Config) -> list[Row]:
     import jax
+    import numpy as np
 
-    imports = {"import_jax_ms": _since(BEGUN)}
+    since = lambda start: 1e3 * (time.perf_counter() - start)  # noqa: E731
+    found = {"import_jax_ms": since(BEGUN)}
     module = importlib.import_module(f"experiments.{config.experiment}")
-    imports["import_all_ms"] = _since(BEGUN)
+    found["import_all_ms"] = since(BEGUN)
     name = f"startup_{config.experiment}"
     functions = filter(inspect.isfunction, vars(module).values())  # its own, and those it imports
     if not any("_run.fit(" in inspect.getsource(function) for function in functions):
-        return show([Row(name, "", OURS, note="has no training loop", checks=imports)])
+        return show([Row(name, "", OURS, note="has no training loop", checks=found)])
     from experiments import _run
 
-    compiling: list[float] = []
+    compiling, calls = [0.0], []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, seconds, **_: compiling.append(seconds) if "backend_compile" in name else None
     )
-    found: dict[str, float] = {}
 
     def fit(run: Any, state: Any, step_fn: Any, batches: Any, **_: Any) -> Any:
-        steps, calls = run.config.steps_per_call, []
-        before = sum(compiling)
+        steps, before = run.config.steps_per_call, sum(compiling)
         for i in range(2):
-            batch = _load(batches, i * steps, steps)
+            several = [batches(i * steps + j) for j in range(steps)]
+            batch = jax.tree.map(lambda *x: np.stack(x), *several) if steps > 1 else several[0]
             start = time.perf_counter()
             state, _ = jax.block_until_ready(step_fn(state, batch))
-            calls.append(_since(start))
-            if i == 0:
-                found["first_step_ms"] = _since(BEGUN)
-                found["compile_ms"] = 1e3 * (sum(compiling) - before)
-        found["first_call_ms"], found["second_call_ms"] = calls
+            calls.append(since(start))
+            found.setdefault("first_step_ms", since(BEGUN))
+            found.setdefault("compile_ms", 1e3 * (sum(compiling) - before))
         raise _Enough
 
     _run.fit = fit
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
         module.main(module.Config(run_dir=f"{folder}/run", progress=False))
-    if not found:
-        return show([Row(name, "", OURS, note="no training loop by default", checks=imports)])
-    first, second = found.pop("first_call_ms"), found.pop("second_call_ms")
-    return show([Row(name, "", OURS, second, first_ms=first, checks={**imports, **found})])
-
-
-def _since(start: float) -> float:
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _load(batches: Any, step: int, steps: int) -> Any:
-    import jax
-    import numpy as np
-
-    if steps == 1:
-        return batches(step)
-    return jax.tree.map(lambda *x: np.stack(x), *[batches(step + i) for i in range(steps)])
+    if not calls:
+        return show([Row(name, "", OURS, note="no training loop by default", checks=found)])
+    return show([Row(name, "", OURS, calls[1], first_ms=calls[0], checks=found)])

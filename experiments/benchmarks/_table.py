@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.benchmarks._timing import Side, Times, ratio
+from experiments.benchmarks._timing import Times, ratio
 
 OURS = "genjax"
 
@@ -16,38 +15,31 @@ OURS = "genjax"
 class Row:
     """One side of one case of one workload. What does not apply, or was not measured, is None."""
 
-    workload: str
-    """What is computed."""
-    case: str
-    """Sizes and options of it."""
-    side: str
-    """genjax, or the peer."""
-    ms: float | None = None
-    """Median milliseconds."""
-    low: float | None = None
-    """First quartile of the milliseconds."""
-    high: float | None = None
-    """Third quartile of the milliseconds."""
-    first_ms: float | None = None
-    """Milliseconds of the first call, which compiles."""
-    peak_mb: float | None = None
-    """Memory that the first call needed beyond what was there."""
+    workload: str  # what is computed
+    case: str  # sizes and options of it
+    side: str  # genjax, or the peer
+    ms: float | None = None  # median milliseconds
+    low: float | None = None  # first quartile of the milliseconds
+    high: float | None = None  # third quartile of the milliseconds
+    first_ms: float | None = None  # milliseconds of the first call, which compiles
+    peak_mb: float | None = None  # memory that the first call needed beyond what was there
     ratio: float | None = None
     """Its time over genjax's, median of the rounds: above 1 genjax is faster."""
-    target: float | None = None
-    """What that ratio has to be at least."""
+    target: float | None = None  # what that ratio has to be at least
     checks: dict[str, float] = dataclasses.field(default_factory=dict)
     """Figures that make the comparison fair: errors, differences of values."""
     work: dict[str, float] = dataclasses.field(default_factory=dict)
     """What one unit needs at least: flops, bytes read, exps."""
-    note: str = ""
-    """Why there is no time, or no ratio."""
+    note: str = ""  # why there is no time, or no ratio
 
     @property
     def met(self) -> bool | None:
-        if self.target is None or self.ratio is None:
-            return None
-        return self.ratio >= self.target
+        """Whether the ratio reaches its target; None where either is missing."""
+        return None if self.target is None or self.ratio is None else self.ratio >= self.target
+
+    @property
+    def name(self) -> str:
+        return f"{self.workload} {self.case}".strip()
 
 
 def make_rows(
@@ -67,90 +59,38 @@ def make_rows(
     """
     rows = []
     for side, t in times.items():
-        own = side == OURS
+        row = Row(workload, case, side, t.median, *t.quartiles, t.first, t.peak_mb)
         found = dict((checks or {}).get(side, {}))
         failed = not all(math.isfinite(x) for x in found.values())
-        if own and failed:
+        if side == OURS and failed:
             raise FloatingPointError(f"{workload} {case}: genjax found no answer, {found}")
-        target = targets.get(side) if isinstance(targets, Mapping) else targets
-        rows.append(
-            Row(
-                workload,
-                case,
-                side,
-                ms=t.median,
-                low=t.quartiles[0],
-                high=t.quartiles[1],
-                first_ms=t.first,
-                peak_mb=t.peak_mb,
-                ratio=None if own or failed else ratio(t, times[OURS]),
-                target=None if own or failed else target,
-                checks=found,
-                work=dict(work or {}) if own else {},
-                note="diverged" if failed else "",
-            )
-        )
+        more: dict[str, Any] = {"note": "diverged" if failed else ""}
+        if side == OURS:
+            more["work"] = dict(work or {})
+        elif not failed and OURS in times:
+            target = targets.get(side) if isinstance(targets, Mapping) else targets
+            more |= {"ratio": ratio(t, times[OURS]), "target": target}
+        rows.append(dataclasses.replace(row, checks=found, **more))
     return rows + [Row(workload, case, side, note=why) for side, why in (notes or {}).items()]
-
-
-def build(
-    makers: Mapping[str, Callable[[], Side]], torch: Sequence[str] = ()
-) -> tuple[dict[str, Side], dict[str, str]]:
-    """Make every side that can be made here: (sides, why the others cannot).
-
-    A peer that is not installed is left out, and those of `torch`, whose tensors are on the CPU,
-    where jax computes on an accelerator.
-    """
-    import jax
-
-    sides, notes = {}, {}
-    for name, make in makers.items():
-        if name in torch and jax.default_backend() != "cpu":
-            notes[name] = "not on this device"
-            continue
-        try:
-            sides[name] = make()
-        except ImportError as error:
-            notes[name] = f"{error.name or error} is not installed"
-    for name, why in notes.items():
-        print(f"# {name} skipped: {why}", flush=True)
-    return sides, notes
 
 
 def show(rows: Sequence[Row]) -> list[Row]:
     """Print rows a line each, and return them."""
     for row in rows:
-        text = f"{row.workload} {row.case}".strip()
         time = f"{number(row.ms):>9} ms  " if row.ms is not None else ""
-        line = f"{text:<34} {row.side:<15} {time}{row.note}".rstrip()
+        line = f"{row.name:<34} {row.side:<15} {time}{row.note}".rstrip()
         if row.ratio is not None:
             line += f"  ratio {number(row.ratio)}"
         if row.target is not None:
             line += f" (target {number(row.target)}, {'met' if row.met else 'missed'})"
-        line += "".join(f"  {name} {number(x)}" for name, x in row.checks.items())
-        print(line, flush=True)
+        print(line + "".join(f"  {k} {number(x)}" for k, x in row.checks.items()), flush=True)
     return list(rows)
 
 
-def least_ms(work: Mapping[str, float], ceilings: Mapping[str, float]) -> float | None:
-    """Milliseconds that the work takes at the machine's ceilings, the slowest resource alone."""
-    parts = [1e3 * n / ceilings[what] for what, n in work.items() if what in ceilings]
-    return max(parts, default=None)
-
-
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as JSON, numbers that are not finite as null."""
-
-    def plain(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {k: plain(v) for k, v in x.items()}
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    path.write_text(json.dumps([plain(dataclasses.asdict(row)) for row in rows], indent=1) + "\n")
-
-
-def read(path: Path) -> list[Row]:
-    return [Row(**row) for row in json.loads(path.read_text())]
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows as JSON has them; numbers that are not finite become None."""
+    text = json.dumps([dataclasses.asdict(row) for row in rows])
+    return json.loads(text, parse_constant=lambda name: None)
 
 
 def number(x: float | None) -> str:
@@ -171,26 +111,43 @@ def markdown(rows: Sequence[Row], ceilings: Mapping[str, float]) -> str:
     """The table: a line for each row, targets that are missed in bold."""
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     for row in rows:
-        name = f"{row.workload} {row.case}".strip()
-        if row.ms is None:
-            checks = ", ".join(f"{what} {number(x)}" for what, x in row.checks.items())
-            empty = " |" * (len(HEAD) - 4)
-            lines.append(f"| {name} | {row.side} | {row.note} |{empty} {checks} |")
-            continue
-        spread = (row.high - row.low) / row.ms if row.high is not None and row.ms else None
-        least = least_ms(row.work, ceilings)
-        cells = [
-            name,
-            row.side,
-            number(row.ms),
-            "" if spread is None else f"{100 * spread:.0f}%",
-            number(row.first_ms),
-            "" if row.peak_mb is None else f"{row.peak_mb:,.0f}",
-            number(row.ratio) if row.ratio is not None else row.note,
-            number(row.target),
-            {True: "yes", False: "**no**", None: ""}[row.met],
-            "" if least is None else f"{100 * least / row.ms:.0f}%",
-            ", ".join(f"{name} {number(x)}" for name, x in row.checks.items()),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [row.name, row.side, row.note] + [""] * (len(HEAD) - 4)
+        if row.ms is not None:
+            spread = (row.high - row.low) / row.ms if row.high is not None and row.ms else None
+            # The least time of the work at the machine's ceilings, by the slowest resource alone.
+            least = max([1e3 * n / ceilings.get(k, math.inf) for k, n in row.work.items()] or [0])
+            cells[2:] = [
+                number(row.ms),
+                "" if spread is None else f"{100 * spread:.0f}%",
+                number(row.first_ms),
+                "" if row.peak_mb is None else f"{row.peak_mb:,.0f}",
+                number(row.ratio) if row.ratio is not None else row.note,
+                number(row.target),
+                {True: "yes", False: "**no**", None: ""}[row.met],
+                f"{100 * least / row.ms:.0f}%" if least else "",
+            ]
+        checks = ", ".join(f"{name} {number(x)}" for name, x in row.checks.items())
+        lines.append("| " + " | ".join([*cells, checks]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """In short: a line for each case, with our time and the peers' over it; missed targets bold."""
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row.name, []).append(row)
+    lines = ["| workload | genjax, ms | time of the peers over it (target) |", "|---|---:|---|"]
+    for name, sides in cases.items():
+        own = next((row for row in sides if row.side == OURS and row.ms is not None), None)
+        if own is not None and any(row.ratio is not None for row in sides):
+            peers = ", ".join(filter(None, map(_peer, sides)))
+            lines.append(f"| {name} | {number(own.ms)} | {peers} |")
+    return "\n".join(lines) + "\n"
+
+
+def _peer(row: Row) -> str:
+    if row.ratio is None:
+        return f"{row.side} {row.note}" if row.ms is not None and row.note else ""
+    text = f"{row.side} {number(row.ratio)}"
+    text += f" ({row.target:.3g})" if row.target is not None else ""
+    return f"**{text}**" if row.met is False else text

@@ -1,23 +1,23 @@
-"""Timing of several sides in turn, A B A B, in one process; every benchmark uses it."""
+"""Timing of several sides in turn, A B B A, in one process; every benchmark uses it."""
 
+import contextlib
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Side = Callable[[], Any]  # does its work, waits for it, returns what it likes
+Side = Callable[[], Any]  # does its work and waits for it
 
 
 class Times(NamedTuple):
-    """Milliseconds of one side: of each round, and of the first call, which compiles.
+    """Milliseconds of one side."""
 
-    peak_mb: memory that the first call needed beyond what was there before it (Linux; else None).
-    """
-
-    rounds: list[float]
-    first: float
-    peak_mb: float | None
+    rounds: list[float]  # of one unit of work in each round
+    first: float  # of the first call, which compiles
+    peak_mb: float | None  # memory that it needed beyond what was there before (Linux; else None)
+    result: Any = None  # what the last call returned
 
     @property
     def median(self) -> float:
@@ -25,9 +25,8 @@ class Times(NamedTuple):
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        if len(self.rounds) < 3:
-            return min(self.rounds), max(self.rounds)
-        low, _, high = statistics.quantiles(self.rounds, n=4, method="inclusive")
+        several = self.rounds if len(self.rounds) > 1 else 2 * self.rounds
+        low, _, high = statistics.quantiles(several, n=4, method="inclusive")
         return low, high
 
 
@@ -41,11 +40,12 @@ def in_turn(
     pause: float = 0.01,
     seconds: float = float("inf"),
 ) -> dict[str, Times]:
-    """Time every side in every round, backwards in every other one.
+    """Time every side in every round; every other round takes the sides in reverse order.
 
-    A timing is of `calls` calls with `units` units of work in each, and counts one unit. `warm`
-    further calls come after the first. `pause`: seconds of sleep before a timing, for threads of
-    another side that spin on. No further round begins after `seconds` (two are always made).
+    A timing is of `calls` calls with `units` units of work in each; its milliseconds are of one
+    unit. `warm`: untimed calls after the first. `pause`: seconds of sleep before each timing,
+    while threads of another side still spin. No further round begins after `seconds`; two are
+    always made.
     """
     first: dict[str, tuple[float, float | None]] = {}
     for name, run in sides.items():
@@ -53,26 +53,28 @@ def in_turn(
         for _ in range(warm):
             run()
     times: dict[str, list[float]] = {name: [] for name in sides}
+    results: dict[str, Any] = {}
     begun = time.perf_counter()
     for i in range(rounds):
         if i >= 2 and time.perf_counter() - begun > seconds:
             break
         for name in list(sides)[:: -1 if i % 2 else 1]:
             time.sleep(pause)
-            # A short call that follows a sleep would be timed with the waking of its threads.
+            # Threads that slept take a while to wake: one untimed call where timings are short.
             if pause and times[name] and times[name][-1] * calls * units < 20:
                 sides[name]()
             start = time.perf_counter()
             for _ in range(calls):
-                sides[name]()
+                results[name] = sides[name]()
             times[name].append(1e3 * (time.perf_counter() - start) / (calls * units))
-    return {name: Times(times[name], *first[name]) for name in sides}
+    return {name: Times(times[name], *first[name], results[name]) for name in sides}
 
 
 def watched(run: Side) -> tuple[float, float | None]:
     """Milliseconds of one call, and the memory in MB that it needed at most."""
     before = _memory("VmRSS")
-    _forget_peak()
+    with contextlib.suppress(OSError):  # let the peak begin anew, where the system can
+        Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     run()
     spent = 1e3 * (time.perf_counter() - start)
@@ -81,22 +83,12 @@ def watched(run: Side) -> tuple[float, float | None]:
 
 
 def ratio(theirs: Times, ours: Times) -> float:
-    """Median over rounds of their time over ours: a mood of the machine hits both of a pair."""
+    """Median over rounds of their time over ours: machine noise affects both sides of a round."""
     return statistics.median(a / b for a, b in zip(theirs.rounds, ours.rounds, strict=True))
 
 
 def _memory(field: str) -> float | None:
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    line = next(line for line in text.splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) / 1024
-
-
-def _forget_peak() -> None:
-    """Let the peak of this process' memory begin anew, where the system can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
+    """This process' memory in MB, as Linux states it; None elsewhere."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{field}:\s+(\d+)", status.read_text()) if status.exists() else None
+    return int(found[1]) / 1024 if found else None

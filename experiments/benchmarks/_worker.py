@@ -11,9 +11,9 @@ from experiments.benchmarks import _table
 def main(module: str, options: str, path: str) -> None:
     benchmark = importlib.import_module(f"experiments.benchmarks.{module}")
     # JSON has lists where the options are tuples.
-    plain = json.loads(options)
-    plain = {key: tuple(x) if isinstance(x, list) else x for key, x in plain.items()}
-    _table.write(Path(path), benchmark.main(benchmark.Config(**plain)))
+    given = {k: tuple(x) if isinstance(x, list) else x for k, x in json.loads(options).items()}
+    rows = benchmark.main(benchmark.Config(**given))
+    Path(path).write_text(json.dumps(_table.to_json(rows)))
 
 
 if __name__ == "__main__":

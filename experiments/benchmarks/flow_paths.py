@@ -8,241 +8,202 @@
       torchcfm                          as it is, and with its exact coupling
       genjax_exact                      the exact assignment too (genjax: the entropic plan)
 
-Timed as in experiments.benchmarks.flows; `from_torchdiffeq` is the relative difference
-of what is computed.
+`from_torchdiffeq` is the relative difference of what is computed.
 """
 
-import dataclasses
-import importlib
-import os
-from collections.abc import Callable
 from functools import partial
-from typing import Any
-
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import tyro
 
-from experiments.benchmarks._table import OURS, Row
-from experiments.benchmarks._timing import Side
-from experiments.benchmarks.flows import Workload, compare, torch_trainer, wait
+from experiments.benchmarks._models import Trainer, repeat, torch_trainer, waiting
+from experiments.benchmarks._workload import OURS, Options, Side, compare, every, launch
 from experiments.flow_matching import exact_assignment, sinkhorn_plan
 from genjax import flows
-from genjax.networks.mlp import MLP
-from genjax.training import init_state, make_train_step
+from genjax.networks import MLP
 
-CNF = {"diffrax": 1.0, "torchdiffeq": 1.0}
+Config = Options
 TARGETS = {
-    "cnf_loglik": CNF,
+    "cnf_loglik": {"diffrax": 1.0, "torchdiffeq": 1.0},
     "cnf_grad": {"diffrax": 1.0, "torchdiffeq": 1.2},
-    "cnf64_grad": CNF,
+    "cnf64_grad": {"diffrax": 1.0, "torchdiffeq": 1.0},
     "fm": {"torchcfm": 1.9},
     "fm_ot": {"torchcfm": 3.0},
 }
+BATCH, UPDATES = 256, 50
+X1 = (np.random.RandomState(0).randn(BATCH, 2) + 2).astype(np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    rounds: int = 15
-    """How often all sides are timed in turn."""
-    inner: int = 5
-    """Calls in one timing."""
-    workloads: tuple[str, ...] = tuple(TARGETS)
-    """Which to time."""
+class Problem(NamedTuple):
+    """A continuous flow: its points, the weights of its field, and what is asked of it."""
+
+    x: np.ndarray
+    probe: np.ndarray  # Rademacher, for the estimated trace, where steps are adaptive too
+    weights: list[np.ndarray]
+    gradient: bool  # the gradient for the weights, or the mean log-likelihood alone
+    adaptive: bool  # steps by the estimated error, or a fixed number of them
 
 
-def cnf_weights(d: int, width: int = 64) -> list[np.ndarray]:
+def problem(d: int, gradient: bool, width: int = 64) -> Problem:
+    rng = np.random.RandomState(0)
+    x = rng.randn(BATCH, d).astype(np.float32)
+    probe = (rng.randint(0, 2, (BATCH, d)) * 2 - 1).astype(np.float32)
     rng = np.random.RandomState(3)
     sizes = [(d + 1, width), (width, width), (width, d)]
     pairs = [(rng.randn(i, o) / np.sqrt(i), 0.1 * rng.randn(o)) for i, o in sizes]
-    return [part.astype(np.float32) for pair in pairs for part in pair]
+    weights = [part.astype(np.float32) for pair in pairs for part in pair]
+    return Problem(x, probe, weights, gradient, adaptive=d > 2)
 
 
-def cnf_field(w: Any, x: Any, t: Any) -> Any:
+def field(w: Any, x: Any, t: Any) -> Any:
     h = jnp.concatenate([x, t[:, None]], axis=1)
     h = jnp.tanh(h @ w[0] + w[1][None])
     return jnp.tanh(h @ w[2] + w[3][None]) @ w[4] + w[5][None]
 
 
-def cnf(d: int, gradient: bool) -> Workload:
-    batch, adaptive = 256, d > 2
-    rng = np.random.RandomState(0)
-    x = rng.randn(batch, d).astype(np.float32)
-    e = (rng.randint(0, 2, (batch, d)) * 2 - 1).astype(np.float32)
-    w = [jnp.asarray(part) for part in cnf_weights(d)]
-    base = flows.normal((d,))
+def jax_side(given: Problem, solve: Any) -> Side:
+    """solve(w) -> (z, log_det) of the points."""
+    base = flows.normal(given.x.shape[1:])
 
-    def ours(w: Any) -> Any:
-        z, log_det = flows.solve_with_log_det(
-            cnf_field,
-            w,
-            jnp.asarray(x),
-            probe=jnp.asarray(e) if adaptive else None,
-            method="dopri5" if adaptive else "rk4",
-        )
+    def value(w: Any) -> Any:
+        z, log_det = solve(w)
         return jnp.mean(base.log_prob(z) + log_det)
 
-    def theirs(w: Any) -> Any:
-        import diffrax
+    w = [jnp.asarray(part) for part in given.weights]
+    return waiting(jax.jit(jax.grad(value) if given.gradient else value), w)
 
-        def slope(t: Any, y: Any, w: Any) -> Any:
-            field = lambda z: cnf_field(w, z, jnp.full((len(z),), t))  # noqa: E731
-            if adaptive:
-                v, pull = jax.vjp(field, y[0])
-                return v, jnp.sum(pull(jnp.asarray(e))[0] * e, axis=1)
-            one = lambda z: field(z[None])[0]  # noqa: E731
-            return field(y[0]), jax.vmap(lambda z: jnp.trace(jax.jacfwd(one)(z)))(y[0])
 
-        if adaptive:
-            solver, step = diffrax.Dopri5(), None
-            control: Any = diffrax.PIDController(rtol=1e-5, atol=1e-5)
-        else:
-            # diffrax has no classical rk4: its fourth-order method with as many evaluations.
-            solver, step, control = diffrax.Dopri5(), 1 / 14, diffrax.ConstantStepSize()
+def ours(given: Problem) -> Side:
+    options: dict[str, Any] = {"method": "rk4"}
+    if given.adaptive:
+        options = {"method": "dopri5", "probe": jnp.asarray(given.probe)}
+    x = jnp.asarray(given.x)
+    return jax_side(given, lambda w: flows.solve_with_log_det(field, w, x, **options))
+
+
+def with_diffrax(given: Problem) -> Side:
+    import diffrax
+
+    def slope(t: Any, y: Any, w: Any) -> Any:
+        at_t = lambda z: field(w, z, jnp.full((len(z),), t))  # noqa: E731
+        if given.adaptive:
+            v, pull = jax.vjp(at_t, y[0])
+            return v, jnp.sum(pull(jnp.asarray(given.probe))[0] * given.probe, axis=1)
+        one = lambda z: at_t(z[None])[0]  # noqa: E731
+        return at_t(y[0]), jax.vmap(lambda z: jnp.trace(jax.jacfwd(one)(z)))(y[0])
+
+    # diffrax has no classical rk4: its fourth-order method with as many evaluations.
+    step: float | None = 1 / 14
+    control: Any = diffrax.ConstantStepSize()
+    if given.adaptive:
+        step, control = None, diffrax.PIDController(rtol=1e-5, atol=1e-5)
+
+    def solve(w: Any) -> Any:
+        start = (jnp.asarray(given.x), jnp.zeros(BATCH))
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(slope), solver, 0.0, 1.0, step, (jnp.asarray(x), jnp.zeros(batch)),
+            diffrax.ODETerm(slope), diffrax.Dopri5(), 0.0, 1.0, step, start,
             args=w, stepsize_controller=control, max_steps=512,
         )  # fmt: skip
-        z, log_det = (leaf[-1] for leaf in solution.ys)
-        return jnp.mean(base.log_prob(z) + log_det)
+        return [leaf[-1] for leaf in solution.ys]
 
-    def jax_side(f: Any, needs: str = "jax") -> Side:
-        importlib.import_module(needs)
-        return partial(wait, jax.jit(jax.grad(f) if gradient else f), w)
-
-    def torch_side() -> Side:
-        import torch
-        from torchdiffeq import odeint
-
-        tw = [torch.tensor(part, requires_grad=True) for part in cnf_weights(d)]
-        tx, te = torch.from_numpy(x), torch.from_numpy(e)
-
-        def slope(t: Any, y: Any) -> Any:
-            with torch.enable_grad():
-                z = y[0] if y[0].requires_grad else y[0].detach().requires_grad_(True)
-                h = torch.tanh(torch.cat([z, torch.ones_like(z[:, :1]) * t], 1) @ tw[0] + tw[1])
-                v = torch.tanh(h @ tw[2] + tw[3]) @ tw[4] + tw[5]
-                grad = partial(
-                    torch.autograd.grad, inputs=z, create_graph=gradient, retain_graph=True
-                )
-                if adaptive:
-                    return v, (grad((v * te).sum())[0] * te).sum(1)
-                return v, sum(grad(v[:, i].sum())[0][:, i] for i in range(d))
-
-        options = {"rtol": 1e-5, "atol": 1e-5, "method": "dopri5"}
-        if not adaptive:
-            options = {"method": "rk4", "options": {"step_size": 1 / 20}}
-
-        def value() -> Any:
-            z, log_det = odeint(
-                slope, (tx, torch.zeros(batch)), torch.tensor([0.0, 1.0]), **options
-            )
-            norm = -0.5 * (z[-1] ** 2).sum(1) - 0.5 * d * np.log(2 * np.pi)
-            return (norm + log_det[-1]).mean()
-
-        def run() -> Any:
-            if not gradient:
-                with torch.no_grad():
-                    return value()
-            return torch.autograd.grad(value(), tw)
-
-        return run
-
-    makers = {
-        OURS: partial(jax_side, ours),
-        "diffrax": partial(jax_side, theirs, "diffrax"),
-        "torchdiffeq": torch_side,
-    }
-
-    def checks() -> dict[str, dict[str, float]]:
-        own, other = (
-            np.concatenate([np.ravel(np.asarray(g)) for g in jax.tree.leaves(makers[name]()())])
-            for name in (OURS, "torchdiffeq")
-        )
-        gap = np.linalg.norm(own - other) / np.linalg.norm(other)
-        return {OURS: {"from_torchdiffeq": float(gap)}}
-
-    return Workload(makers, ("torchdiffeq",), checks)
+    return jax_side(given, solve)
 
 
-def flow_matching(coupled: bool) -> Workload:
-    batch, calls = 256, 50
-    x1 = (np.random.RandomState(0).randn(batch, 2) + 2).astype(np.float32)
+def with_torchdiffeq(given: Problem) -> Side:
+    import torch
+    from torchdiffeq import odeint
+
+    w = [torch.tensor(part, requires_grad=True) for part in given.weights]
+    x, probe = torch.from_numpy(given.x), torch.from_numpy(given.probe)
+    d = x.shape[1]
+
+    def slope(t: Any, y: Any) -> Any:
+        with torch.enable_grad():
+            z = y[0] if y[0].requires_grad else y[0].detach().requires_grad_(True)
+            h = torch.tanh(torch.cat([z, torch.ones_like(z[:, :1]) * t], 1) @ w[0] + w[1])
+            v = torch.tanh(h @ w[2] + w[3]) @ w[4] + w[5]
+            options = {"inputs": z, "create_graph": given.gradient, "retain_graph": True}
+            grad = partial(torch.autograd.grad, **options)
+            if given.adaptive:
+                return v, (grad((v * probe).sum())[0] * probe).sum(1)
+            return v, sum(grad(v[:, i].sum())[0][:, i] for i in range(d))
+
+    solver: dict[str, Any] = {"method": "rk4", "options": {"step_size": 1 / 20}}
+    if given.adaptive:
+        solver = {"rtol": 1e-5, "atol": 1e-5, "method": "dopri5"}
+
+    def value() -> Any:
+        z, log_det = odeint(slope, (x, torch.zeros(BATCH)), torch.tensor([0.0, 1.0]), **solver)
+        norm = -0.5 * (z[-1] ** 2).sum(1) - 0.5 * d * np.log(2 * np.pi)
+        return (norm + log_det[-1]).mean()
+
+    return (lambda: torch.autograd.grad(value(), w)) if given.gradient else torch.no_grad()(value)
+
+
+def from_torchdiffeq(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    if "torchdiffeq" not in results:
+        return {}
+    own, other = (
+        np.concatenate([np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(results[name])])
+        for name in (OURS, "torchdiffeq")
+    )
+    gap = np.linalg.norm(own - other) / np.linalg.norm(other)
+    return {OURS: {"from_torchdiffeq": float(gap)}}
+
+
+def matching(coupling: Any) -> Side:
+    """Flow matching by genjax, with a coupling of the batch or None."""
     network = MLP((64, 64, 64, 2), activation=jax.nn.selu)
 
-    def side(coupling: Any) -> Side:
-        def loss_fn(params: Any, key: Any, x1: Any) -> Any:
-            key_pairs, key_time = jax.random.split(key)
-            field = lambda x, t: network.apply(params, jnp.concatenate([x, t[:, None]], 1))  # noqa: E731
-            pairs = flows.sample_pairs(key_pairs, x1, coupling=coupling)
-            return flows.flow_matching_loss(field, key_time, *pairs)
+    def loss_fn(params: Any, key: Any, x1: Any) -> Any:
+        key_pairs, key_time = jax.random.split(key)
+        field = lambda x, t: network.apply(params, jnp.concatenate([x, t[:, None]], 1))  # noqa: E731
+        pairs = flows.sample_pairs(key_pairs, x1, coupling=coupling)
+        return flows.flow_matching_loss(field, key_time, *pairs)
 
-        params = network.init(jax.random.key(0), jnp.zeros((1, 3)))
-        optimizer = optax.adam(1e-3)
-        held = [init_state(params, optimizer, jax.random.key(1))]
-        step = make_train_step(loss_fn, optimizer, steps_per_call=calls)
-        batches = np.broadcast_to(x1, (calls, *x1.shape))
-
-        def run() -> None:
-            held[0], metrics = step(held[0], batches)
-            jax.block_until_ready(metrics)
-
-        return run
-
-    def torch_side() -> Side:
-        import torch
-        from torchcfm import conditional_flow_matching as cfm
-        from torchcfm.models.models import MLP as TorchMLP
-
-        net = TorchMLP(dim=2, w=64, time_varying=True)
-        kind = "ExactOptimalTransport" if coupled else ""
-        matcher = getattr(cfm, f"{kind}ConditionalFlowMatcher")(sigma=0.0)
-        data = torch.from_numpy(x1)
-
-        def loss() -> Any:
-            t, x_t, u_t = matcher.sample_location_and_conditional_flow(torch.randn_like(data), data)
-            return ((net(torch.cat([x_t, t[:, None]], -1)) - u_t) ** 2).mean()
-
-        one = torch_trainer(net.parameters(), loss)
-
-        def run() -> None:
-            for _ in range(calls):
-                one()
-
-        return run
-
-    makers: dict[str, Callable[[], Side]] = {
-        OURS: partial(side, sinkhorn_plan(0.05) if coupled else None),
-        "torchcfm": torch_side,
-    }
-    if coupled:
-        makers["genjax_exact"] = partial(side, exact_assignment)
-    weights = 3 * 64 + 2 * 64 * 64 + 64 * 2
-    return Workload(
-        makers,
-        ("torchcfm",),
-        work=None if coupled else {"flops": 6.0 * batch * weights},
-        updates=calls,
-    )
+    params = network.init(jax.random.key(0), jnp.zeros((1, 3)))
+    return Trainer(loss_fn, params, X1, updates=UPDATES)
 
 
-WORKLOADS: dict[str, Callable[[], Workload]] = {
-    "cnf_loglik": partial(cnf, 2, False),
-    "cnf_grad": partial(cnf, 2, True),
-    "cnf64_grad": partial(cnf, 64, True),
-    "fm": partial(flow_matching, False),
-    "fm_ot": partial(flow_matching, True),
-}
+def with_torchcfm(coupled: bool) -> Side:
+    import torch
+    from torchcfm import conditional_flow_matching as cfm
+    from torchcfm.models.models import MLP as TorchMLP
+
+    net = TorchMLP(dim=2, w=64, time_varying=True)
+    kind = "ExactOptimalTransport" if coupled else ""
+    matcher = getattr(cfm, f"{kind}ConditionalFlowMatcher")(sigma=0.0)
+    x1 = torch.from_numpy(X1)
+
+    def loss() -> Any:
+        t, x_t, u_t = matcher.sample_location_and_conditional_flow(torch.randn_like(x1), x1)
+        return ((net(torch.cat([x_t, t[:, None]], -1)) - u_t) ** 2).mean()
+
+    return repeat(torch_trainer(net.parameters(), loss), UPDATES)
 
 
-def main(config: Config) -> list[Row]:
-    chosen = {name: WORKLOADS[name] for name in config.workloads}
-    return compare(chosen, TARGETS, config.rounds, config.inner)
+def one(name: str, config: Options) -> list[Any]:
+    """Time one of TARGETS."""
+    options: dict[str, Any] = {"units": UPDATES}
+    if name.startswith("cnf"):
+        given = problem(64 if name.startswith("cnf64") else 2, name.endswith("grad"))
+        peers = {OURS: ours, "diffrax": with_diffrax, "torchdiffeq": with_torchdiffeq}
+        makers: dict[str, Any] = {peer: partial(make, given) for peer, make in peers.items()}
+        options = {"calls": 5, "checks": from_torchdiffeq}
+    elif name == "fm":
+        makers = {OURS: partial(matching, None), "torchcfm": partial(with_torchcfm, False)}
+        options["work"] = lambda: {"flops": 6.0 * BATCH * (3 * 64 + 2 * 64 * 64 + 64 * 2)}
+    else:
+        makers = {
+            OURS: partial(matching, sinkhorn_plan(0.05)),
+            "torchcfm": partial(with_torchcfm, True),
+            "genjax_exact": partial(matching, exact_assignment),
+        }
+    return compare(name, makers, config, targets=TARGETS[name], **options)
 
 
+main = every(one, TARGETS)
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    launch(main)

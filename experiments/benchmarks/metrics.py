@@ -9,42 +9,30 @@
     precision_recall   5,000 x 2,048 float32, k = 3
       torch_cdist      cdist, kthvalue, comparisons
 
-The sides are timed in turn, round by round, in one process; a ratio is the median over rounds of
-(peer / genjax), so above 1 genjax is faster. `difference` is relative, of the values.
+`difference` is relative, of the values.
 """
 
 import dataclasses
-import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
-
 import jax
 import numpy as np
-import tyro
 
-from experiments.benchmarks._table import OURS, Row, build, make_rows, show
-from experiments.benchmarks._timing import Side, in_turn
+from experiments.benchmarks._workload import OURS, Options, Row, Side, compare, every, launch
 from genjax.metrics import Moments, frechet_distance, kid, precision_recall
 
-# Ratio of the best peer's time to ours that the same comparison has to give.
 TARGETS = {"frechet": 1.3, "kid": 2.0, "precision_recall": 2.0}
 SUBSETS, SUBSET, K = 100, 1000, 3
+Makers = dict[str, Callable[[], Side]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     rounds: int = 5
-    """How often all sides are timed in turn."""
-    samples: int = 5000
-    """Samples on either side."""
-    width: int = 2048
-    """Features of a sample."""
-    metrics: tuple[str, ...] = ("frechet", "kid", "precision_recall")
-    """Which to time."""
-    slow_peers: bool = True
-    """Time the slower form of each peer too."""
+    samples: int = 5000  # samples on either side
+    width: int = 2048  # features of a sample
 
 
 def features(config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -55,31 +43,33 @@ def features(config: Config) -> tuple[np.ndarray, np.ndarray]:
     return (x @ mix).astype(np.float32), (1.1 * y @ mix + 0.05).astype(np.float32)
 
 
-def frechet(x: np.ndarray, y: np.ndarray, slow: bool) -> dict[str, Any]:
+def frechet(x: np.ndarray, y: np.ndarray) -> Makers:
     moments = [Moments(v.mean(0, dtype=np.float64), np.cov(v.T.astype(np.float64))) for v in (x, y)]
 
-    def theirs(kind: str) -> Side:
+    def theirs(symmetric: bool) -> Side:
         import torch
 
         (m0, c0), (m1, c1) = [tuple(torch.from_numpy(part) for part in pair) for pair in moments]
         rest = ((m0 - m1) ** 2).sum() + c0.trace() + c1.trace()
 
-        def symmetric() -> Any:
+        def by_root() -> Any:
             values, vectors = torch.linalg.eigh(c0)
             root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
             return rest - 2 * torch.linalg.eigvalsh(root @ c1 @ root).clamp(min=0).sqrt().sum()
 
-        def eigvals() -> Any:
+        def by_product() -> Any:
             return rest - 2 * torch.linalg.eigvals(c0 @ c1).sqrt().real.sum()
 
-        return {"symmetric": symmetric, "eigvals": eigvals}[kind]
+        return by_root if symmetric else by_product
 
-    kinds = ("symmetric", "eigvals") if slow else ("symmetric",)
-    peers = {f"torch_{kind}": partial(theirs, kind) for kind in kinds}
-    return {OURS: lambda: lambda: frechet_distance(*moments), **peers}
+    return {
+        OURS: lambda: lambda: frechet_distance(*moments),
+        "torch_symmetric": partial(theirs, True),
+        "torch_eigvals": partial(theirs, False),
+    }
 
 
-def kid_sides(x: np.ndarray, y: np.ndarray, slow: bool) -> dict[str, Any]:
+def kid_sides(x: np.ndarray, y: np.ndarray) -> Makers:
     key = jax.random.key(0)
 
     def ours() -> Side:
@@ -92,17 +82,14 @@ def kid_sides(x: np.ndarray, y: np.ndarray, slow: bool) -> dict[str, Any]:
 
         return run
 
-    def theirs(kind: str) -> Side:
+    def theirs(from_gram: bool) -> Side:
         import torch
 
         tx, ty = torch.from_numpy(x), torch.from_numpy(y)
         # Both sides draw the same subsets, so that the values can be compared.
-        rows = [
-            torch.from_numpy(
-                np.array(jax.vmap(lambda k: jax.random.permutation(k, len(x))[:SUBSET])(keys))
-            ).long()
-            for keys in (jax.random.split(k, SUBSETS) for k in jax.random.split(key))
-        ]
+        subset = jax.vmap(lambda k: jax.random.permutation(k, len(x))[:SUBSET])
+        drawn = [subset(jax.random.split(k, SUBSETS)) for k in jax.random.split(key)]
+        pairs = list(zip(*(torch.tensor(np.array(rows)).long() for rows in drawn), strict=True))
 
         def kernel(a: Any, b: Any) -> Any:
             return (a @ b.T / a.shape[1] + 1) ** 3
@@ -113,30 +100,23 @@ def kid_sides(x: np.ndarray, y: np.ndarray, slow: bool) -> dict[str, Any]:
 
         def gram() -> Any:
             xx, yy, xy = kernel(tx, tx), kernel(ty, ty), kernel(tx, ty)
-            values = [
-                unbiased(xx[i][:, i], yy[j][:, j], xy[i][:, j]) for i, j in zip(*rows, strict=True)
-            ]
+            values = [unbiased(xx[i][:, i], yy[j][:, j], xy[i][:, j]) for i, j in pairs]
             return torch.stack(values).mean()
 
         def subsets() -> Any:
-            values = []
-            for i, j in zip(*rows, strict=True):
-                a, b = tx[i], ty[j]
-                values.append(unbiased(kernel(a, a), kernel(b, b), kernel(a, b)))
+            taken = ((tx[i], ty[j]) for i, j in pairs)
+            values = [unbiased(kernel(a, a), kernel(b, b), kernel(a, b)) for a, b in taken]
             return torch.stack(values).mean()
 
-        return {"gram": gram, "subsets": subsets}[kind]
+        return gram if from_gram else subsets
 
-    kinds = ("gram", "subsets") if slow else ("gram",)
-    return {OURS: ours, **{f"torch_{kind}": partial(theirs, kind) for kind in kinds}}
+    return {OURS: ours, "torch_gram": lambda: theirs(True), "torch_subsets": lambda: theirs(False)}
 
 
-def precision_recall_sides(x: np.ndarray, y: np.ndarray, slow: bool) -> dict[str, Any]:
-    del slow
-
+def precision_recall_sides(x: np.ndarray, y: np.ndarray) -> Makers:
     def ours() -> Side:
         compiled = jax.jit(lambda a, b: precision_recall(a, b, k=K))
-        return lambda: sum(compiled(x, y))
+        return lambda: float(sum(compiled(x, y)))
 
     def theirs() -> Side:
         import torch
@@ -158,32 +138,22 @@ def precision_recall_sides(x: np.ndarray, y: np.ndarray, slow: bool) -> dict[str
 SIDES = {"frechet": frechet, "kid": kid_sides, "precision_recall": precision_recall_sides}
 
 
-def main(config: Config) -> list[Row]:
+def difference(values: dict[str, Any]) -> dict[str, dict[str, float]]:
+    own = float(values.pop(OURS))
+    return {name: {"difference": abs(float(v) / own - 1)} for name, v in values.items()}
+
+
+def one(metric: str, config: Config) -> list[Row]:
+    """Time one of TARGETS."""
     x, y = features(config)
     n, d = x.shape
     # Three matrices of inner products (of which two are symmetric), or the eigenvalues of one.
-    products = {"flops": 2.0 * d * (2 * n * n / 2 + n * n)}
-    work = {"frechet": {"flops": 4 / 3 * d**3}, "kid": products, "precision_recall": products}
-    rows: list[Row] = []
-    for metric in config.metrics:
-        makers = SIDES[metric](x, y, config.slow_peers)
-        sides, notes = build(makers, [name for name in makers if name != OURS])
-        values: dict[str, float] = {}
-
-        def valued(name: str, run: Side, values: dict[str, float] = values) -> Side:
-            def call() -> None:
-                values[name] = float(run())
-
-            return call
-
-        times = in_turn({k: valued(k, run) for k, run in sides.items()}, rounds=config.rounds)
-        checks = {k: {"difference": abs(v / values[OURS] - 1)} for k, v in values.items()}
-        checks.pop(OURS)
-        options = {"targets": TARGETS[metric], "checks": checks, "notes": notes}
-        case = f"n={n} d={d}"
-        rows += show(make_rows(metric, times, case=case, work=work[metric], **options))
-    return rows
+    flops = 4 / 3 * d**3 if metric == "frechet" else 2.0 * d * (2 * n * n / 2 + n * n)
+    figures = {"checks": difference, "work": lambda: {"flops": flops}}
+    options = {"case": f"n={n} d={d}", "targets": TARGETS[metric], **figures}
+    return compare(metric, SIDES[metric](x, y), config, **options)
 
 
+main = every(one, TARGETS)
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    launch(main, Config)

@@ -2,19 +2,12 @@
 
 Critic: three 3x3 convolutions of stride 2 (64, 128, 256), leaky ReLU, dense. Generator: dense from
 128, transposed 2x2 convolutions (256, 128, 64, 3), batch norm, ReLU, tanh. Adam(1e-4, 0.5, 0.9),
-weight 10. The two sides run in turn in one process; PyTorch is eager and takes the penalty by
-double backward. Medians of warm steps, in milliseconds. Needs torch.
-
-    python -m experiments.benchmarks.wgan_gp
-    python -m experiments.benchmarks.wgan_gp --rounds 20 --width 32
-
-With glibc, large temporaries are given back to the system at every step; for both sides,
-GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296 saves that.
+weight 10. PyTorch is eager and takes the penalty by double backward.
 """
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -23,8 +16,8 @@ import numpy as np
 import optax
 
 from experiments.benchmarks._ceilings import work_of
-from experiments.benchmarks._table import OURS, Row, build, make_rows, show
-from experiments.benchmarks._timing import in_turn
+from experiments.benchmarks._models import torch_trainer
+from experiments.benchmarks._workload import OURS, Options, Row, compare, every, launch
 from genjax.adversarial import gradient_penalty, wasserstein
 from genjax.networks import DCGANCritic, DCGANGenerator
 
@@ -33,56 +26,31 @@ TARGETS = {"critic": 1.25, "generator": None, "both": 1.1}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes of the workload."""
-
+class Config(Options):
     rounds: int = 12
-    """Timed steps of each part, in turn between the two sides."""
-    batch_size: int = 64
-    """Examples in a step."""
-    width: int = 64
-    """Channels of the first convolution."""
-    double_backward: bool = False
-    """Take our penalty by double backward too, to see what the library's rule saves."""
-    torch: bool = True
-    """Time PyTorch beside."""
+    batch_size: int = 64  # examples in a step
+    width: int = 64  # channels of the first convolution
 
 
-def main(config: Config) -> list[Row]:
-    """Time every part on both sides in turn."""
-    makers: dict[str, Any] = {OURS: partial(ours, config)}
-    if config.torch:
-        makers["torch"] = partial(theirs, config)
-    made, notes = build(makers, ("torch",))
-    case, rows = f"width={config.width} batch={config.batch_size}", []
-    for part, target in TARGETS.items():
-        sides = {name: steps[part] for name, steps in made.items()}
-        times = in_turn(sides, rounds=config.rounds, warm=2)
-        options = {"targets": target, "notes": notes, "work": made[OURS]["work"](part)}
-        rows += show(make_rows(f"wgan_gp_{part}", times, case=case, **options))
-    return rows
+def one(part: str, config: Config) -> list[Row]:
+    """Time one of TARGETS."""
+    makers = {OURS: lambda: ours(config)[part], "torch": lambda: theirs(config)[part]}
+    work = lambda: ours(config)["work"](part)  # noqa: E731
+    case = f"width={config.width} batch={config.batch_size}"
+    options = {"case": case, "targets": TARGETS[part], "work": work, "warm": 2}
+    return compare(f"wgan_gp_{part}", makers, config, **options)
 
 
-def double_backward(critic: Any, key: Any, real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The penalty left to autodiff."""
-    weight = jax.random.uniform(key, (len(real), 1, 1, 1))
-    x = weight * real + (1 - weight) * fake
-    slope = jax.grad(lambda x: critic(x).sum())(x).reshape(len(x), -1)
-    return jnp.square(jnp.sqrt(jnp.sum(slope**2, axis=1)) - 1)
-
-
+@cache
 def ours(config: Config) -> dict[str, Callable[..., Any]]:
     """The library's parts: compiled, donated, as a user writes them; and what work they are."""
     w, n = config.width, config.batch_size
     critic = DCGANCritic(32, 3, w, kernel=3)
     generator = DCGANGenerator(32, 3, w, kernel=1, norm="batch")
-    penalise = double_backward if config.double_backward else gradient_penalty
     optimizer = optax.adam(1e-4, b1=0.5, b2=0.9)
     key = jax.random.key(0)
     real = jax.random.uniform(key, (n, 32, 32, 3), minval=-1, maxval=1)
-    c = critic.init(key, real)
-    g = generator.init(key, jnp.zeros((n, LATENT)))
-
+    c, g = critic.init(key, real), generator.init(key, jnp.zeros((n, LATENT)))
     start = (c, g, optimizer.init(c), optimizer.init(g))
 
     def update(loss: Any, params: Any, opt_state: Any) -> tuple[Any, Any]:
@@ -96,7 +64,7 @@ def ours(config: Config) -> dict[str, Callable[..., Any]]:
 
         def loss(c: Any) -> jax.Array:
             score = partial(critic.apply, c)
-            penalty = penalise(score, key_e, real, fake)
+            penalty = gradient_penalty(score, key_e, real, fake)
             return wasserstein(score(real), score(fake)).critic + 10 * jnp.mean(penalty)
 
         c, c_opt = update(loss, c, c_opt)
@@ -123,13 +91,11 @@ def ours(config: Config) -> dict[str, Callable[..., Any]]:
 
     both = lambda state, key: generator_step(critic_step(state, key), key)  # noqa: E731
     steps = {"critic": critic_step, "generator": generator_step, "both": both}
-
-    def work(part: str) -> dict[str, float]:
-        return work_of(jax.jit(steps[part]), start, key)
-
-    return {**{part: timed(step) for part, step in steps.items()}, "work": work}
+    work = lambda part: work_of(jax.jit(steps[part]), start, key)  # noqa: E731
+    return {"work": work, **{part: timed(step) for part, step in steps.items()}}
 
 
+@cache
 def theirs(config: Config) -> dict[str, Callable[[], Any]]:
     """The same networks and steps in eager PyTorch."""
     import torch
@@ -147,40 +113,32 @@ def theirs(config: Config) -> dict[str, Callable[[], Any]]:
         *(nn.ConvTranspose2d(2 * w, w, 2, 2), nn.BatchNorm2d(w), nn.ReLU()),
         *(nn.ConvTranspose2d(w, 3, 2, 2), nn.Tanh()),
     )
-    adam = partial(torch.optim.Adam, lr=1e-4, betas=(0.5, 0.9))
-    c_opt, g_opt = adam(critic.parameters()), adam(generator.parameters())
     real = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (n, 3, 32, 32))).float()
 
-    def critic_step() -> None:
+    def critic_loss() -> Any:
         with torch.no_grad():
             fake = generator(torch.randn(n, LATENT))
         weight = torch.rand(n, 1, 1, 1)
         x = (weight * real + (1 - weight) * fake).requires_grad_()
         (slope,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
         penalty = (slope.flatten(1).norm(dim=1) - 1).square().mean()
-        loss = critic(fake).mean() - critic(real).mean() + 10 * penalty
-        c_opt.zero_grad(set_to_none=True)
-        loss.backward()
-        c_opt.step()
+        return critic(fake).mean() - critic(real).mean() + 10 * penalty
+
+    adam = {"lr": 1e-4, "betas": (0.5, 0.9)}
+    critic_step = torch_trainer(critic.parameters(), critic_loss, **adam)
+    update = torch_trainer(
+        generator.parameters(), lambda: -critic(generator(torch.randn(n, LATENT))).mean(), **adam
+    )
 
     def generator_step() -> None:
-        for p in critic.parameters():
-            p.requires_grad_(False)
-        loss = -critic(generator(torch.randn(n, LATENT))).mean()
-        g_opt.zero_grad(set_to_none=True)
-        loss.backward()
-        g_opt.step()
-        for p in critic.parameters():
-            p.requires_grad_(True)
+        critic.requires_grad_(False)
+        update()
+        critic.requires_grad_(True)
 
-    def both() -> None:
-        critic_step()
-        generator_step()
-
+    both = lambda: (critic_step(), generator_step())  # noqa: E731
     return {"critic": critic_step, "generator": generator_step, "both": both}
 
 
+main = every(one, TARGETS)
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    launch(main, Config)

@@ -1,14 +1,17 @@
 """The benchmark table: sides in turn, ratios, targets, what a compiled program sends."""
 
+import importlib
+import io
 import json
 import types
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import _ceilings, _summary, _table, _timing, scaling
+from experiments.benchmarks import _ceilings, _table, _timing, _workload, paired, scaling
 
 
 @pytest.fixture
@@ -85,14 +88,15 @@ def rows():
     )
 
 
-def test_rows_and_targets(tmp_path):
+def test_rows_and_targets():
     own, torch, zuko = rows()
     assert (own.ms, own.ratio, own.met) == (3.0, None, None)
     assert torch.ratio == 2.5  # the median of 3 and 2
     assert torch.met is False
     assert zuko.note == "zuko is not installed"
-    _table.write(tmp_path / "rows.json", rows())
-    assert _table.read(tmp_path / "rows.json") == rows()
+    assert [_table.Row(**row) for row in _table.to_json(rows())] == rows()
+    lost = _table.Row("vae", "", "torch", checks={"loss": float("nan"), "error": 1e-7})
+    assert _table.to_json([lost])[0]["checks"] == {"loss": None, "error": 1e-7}
 
 
 def test_the_table_has_a_line_for_each_row():
@@ -108,7 +112,7 @@ def test_the_table_has_a_line_for_each_row():
 
 
 def test_the_summary_has_a_line_for_each_case():
-    lines = _summary.summary(rows()).splitlines()
+    lines = _table.summary(rows()).splitlines()
     assert lines[2:] == ["| vae n=4 | 3.00 | **torch 2.50 (3)** |"]
 
 
@@ -122,7 +126,7 @@ def test_a_peer_that_diverged_is_not_compared(capsys):
     assert (own.note, ott.note, pot.note, pot.met) == ("", "diverged", "", True)
     assert "diverged  value -inf  error 3.0e+300" in capsys.readouterr().out
     assert "| diverged |" in _table.markdown(found, {}).splitlines()[3]
-    lines = _summary.summary(found).splitlines()
+    lines = _table.summary(found).splitlines()
     assert lines[2:] == ["| sinkhorn | 2.00 | ott diverged, pot 4.50 (3) |"]
     with pytest.raises(FloatingPointError, match=r"n=4: genjax found no answer.*nan"):
         _table.make_rows("sinkhorn", times, case="n=4", checks={"genjax": {"error": float("nan")}})
@@ -132,10 +136,70 @@ def test_a_peer_that_is_missing_is_named(capsys):
     def missing():
         raise ModuleNotFoundError("No module named 'peer'", name="peer")
 
-    sides, notes = _table.build({"genjax": lambda: 1, "other": missing})
+    sides, notes = _workload.build({"genjax": lambda: 1, "other": missing})
     assert list(sides) == ["genjax"]
     assert notes == {"other": "peer is not installed"}
     assert "# other skipped: peer is not installed" in capsys.readouterr().out
+
+
+def test_the_sides_of_a_workload_become_rows(clock):
+    asked = []
+
+    def peer():
+        clock.sleep(0.006)
+        return 5
+
+    found = _workload.compare(
+        "vae",
+        {"genjax": lambda: lambda: clock.sleep(0.002), "torch": lambda: peer, "jax": lambda: peer},
+        _workload.Options(rounds=3, torch=False),
+        checks=lambda results: {name: {"result": x or 0} for name, x in results.items()},
+        work=lambda: asked.append(clock.perf_counter()) or {"flops": 1.0},
+        pause=0,
+    )
+    assert [(row.side, row.note) for row in found] == [
+        ("genjax", ""),
+        ("jax", ""),
+        ("torch", "not asked for"),
+    ]
+    assert found[1].ratio == pytest.approx(3)
+    assert found[1].checks == {"result": 5}
+    assert found[0].work == {"flops": 1.0}
+    assert asked == [clock.perf_counter()]  # after the timing
+
+
+def test_every_job_has_its_options_and_the_names_of_earlier_rows_stay():
+    for name, job in benchmarks.JOBS.items():
+        module = importlib.import_module(f"experiments.benchmarks.{job.module}")
+        assert module.Config(**job.options | job.quick), name
+        assert callable(module.main)
+    path = Path(benchmarks.__file__).parent / "results" / "cpu-2-cores.json"
+    earlier = json.loads(path.read_text())["workloads"]
+    assert {name for name in earlier if not name.startswith("startup")} <= set(benchmarks.JOBS)
+
+
+def test_two_checkouts_are_compared(monkeypatch, tmp_path, capsys):
+    (tmp_path / "genjax").mkdir()
+    monkeypatch.setattr(paired, "CASES", {"vae": (None, 4), "unet": (None, 1)})
+    monkeypatch.setattr(
+        paired, "WORKER", "import sys\nfor line in sys.stdin: print(len(line), flush=True)"
+    )
+    found = paired.main(paired.Config(before=tmp_path, rounds=2, workloads=("va",)))
+    assert [(row.workload, row.side) for row in found] == [("vae", "genjax"), ("vae", "before")]
+    assert found[1].ratio > 0
+    assert found[1].checks == {"result": 4.0}
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        paired.main(paired.Config(before=tmp_path / "elsewhere"))
+
+
+def test_the_worker_runs_what_it_is_told(monkeypatch, capsys):
+    calls = []
+    side = lambda: calls.append(1) or {"loss": jnp.full(3, 7.0)}  # noqa: E731
+    monkeypatch.setattr(paired, "CASES", {"vae": (lambda: side, 4)})
+    monkeypatch.setattr("sys.stdin", io.StringIO("vae\nvae\n"))
+    paired.work()
+    assert capsys.readouterr().out == "7.0\n7.0\n"
+    assert len(calls) == 8
 
 
 def test_work_of_a_program():
