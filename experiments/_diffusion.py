@@ -1,91 +1,46 @@
-"""How experiments.diffusion judges its samples and its density."""
+"""What experiments.diffusion has to tell beyond the numbers of every experiment."""
 
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from experiments._data import Data
 from genjax import diffusion as gd
 from genjax import metrics
-from genjax.data import DENSITIES, DataSpec, Scaling
+from genjax.data import DENSITIES
 
 
-def judge_images(
-    spec: DataSpec, train: Any, test: Any, images: np.ndarray, labels: Any
+def bits_given_label(
+    model: Any, params: Any, data: Data, key: jax.Array, num_steps: int
 ) -> dict[str, Any]:
-    """Precision, recall and memorisation in pixels; for digits, what a classifier reads."""
-    real, held, fake = (
-        np.float32(x.reshape(len(x), -1)) for x in (train["x"][:10_000], test["x"], images)
-    )
-    fidelity, between = metrics.precision_recall(real, fake), metrics.precision_recall(real, held)
-    summary = {
-        "precision": fidelity.precision,
-        "recall": fidelity.recall,
-        "precision_of_test_split": between.precision,
-        "recall_of_test_split": between.recall,
-        "memorisation_share": metrics.memorisation_share(real, held, fake),
-    }
-    if spec.name == "digits":
-        from sklearn.svm import SVC
-
-        reader = SVC(gamma=0.001, C=10).fit(real, train["label"])
-        summary["label_read"] = (reader.predict(fake) == labels).mean()
-    return summary
-
-
-def judge_likelihood(
-    model: Any, params: Any, test: Any, key: jax.Array, num_steps: int
-) -> dict[str, Any]:
-    """Bits/dim of the test split by the probability flow, without and with the label.
-
-    One dequantisation and two probes of the trace for each image: both unbiased.
-    """
-    spec, x = model.spec, test["x"][:1000]
+    """Bits/dim of test images given their labels, as `bits_per_dim` is measured without."""
     key_x, key_probe = jax.random.split(key)
-    y = model.data(x, key_x)
-    offset = Scaling(spec.levels or 0).log_det_per_dim
+    scaling, x = data.scaling(), data.test["x"][:1000]
+    y = scaling.dequantise(key_x, x) - model.shift
 
     @jax.jit
     def bits(params: Any, y: jax.Array, label: Any) -> jax.Array:
+        denoise, process = model.denoise(params, label), model.process
         value, _ = gd.log_likelihood(
-            model.denoise(params, label),
-            y,
-            process=model.process,
-            key=key_probe,
-            num_probes=2,
-            num_steps=num_steps,
+            denoise, y, process=process, key=key_probe, num_probes=2, num_steps=num_steps
         )
-        return metrics.bits_per_dim(value, math.prod(spec.shape), log_det_per_dim=offset).mean()
+        size, log_det = math.prod(data.spec.shape), scaling.log_det_per_dim
+        return metrics.bits_per_dim(value, size, log_det_per_dim=log_det).mean()
 
-    if spec.classes is None:
-        return {"bits_per_dim": bits(params, y, None)}
-    none = np.full(len(x), spec.classes, np.int32)  # the row for "no class"
-    return {
-        "bits_per_dim": bits(params, y, none),
-        "bits_per_dim_given_label": bits(params, y, test["label"][: len(x)]),
-    }
+    return {"bits_per_dim_given_label": bits(params, y, data.test["label"][: len(x)])}
 
 
 def judge_points(
-    model: Any, params: Any, test: Any, samples: Any, key: Any, num_steps: int
+    model: Any, params: Any, data: Data, samples: Any, key: jax.Array
 ) -> dict[str, Any]:
-    """Distance of samples to test points, nats of the test points, and the score's error."""
-    spec = model.spec
+    """Distance of samples to test points, and the score's error where the law is a mixture."""
+    test = data.test["x"]
     summary = {"sliced_wasserstein": metrics.sliced_wasserstein(key, test[: len(samples)], samples)}
-    points = model.data(jnp.asarray(test[:1000]), None)
-    if num_steps:
-        denoise = model.denoise(params)
-        value, _ = jax.jit(
-            lambda y: gd.log_likelihood(denoise, y, process=model.process, num_steps=num_steps)
-        )(points)
-        summary["log_likelihood"] = value.mean()
-        summary["log_likelihood_of_the_law"] = (
-            DENSITIES[spec.name].log_prob(jnp.asarray(test[:1000])).mean()
-        )
-    means, std = (getattr(DENSITIES[spec.name], name, None) for name in ("means", "std"))
+    means, std = (getattr(DENSITIES[data.spec.name], name, None) for name in ("means", "std"))
     if means is not None and std is not None:
+        points = jnp.asarray(test[:1000]) - model.shift
         summary["score_error"] = score_error(model, params, points, means - model.shift, std, key)
     return summary
 

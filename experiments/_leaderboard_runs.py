@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments._leaderboard_families import Family
 from experiments._run import write_json
+from experiments._system import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 MANY = 10**7  # more steps than any budget allows
@@ -45,7 +45,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def obtain(
-    family: Family,
+    family: Row,
     folder: Path,
     options: Mapping[str, Any],
     *,
@@ -87,7 +87,7 @@ def read(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def steps_within(
-    family: Family,
+    family: Row,
     folder: Path,
     options: Mapping[str, Any],
     seconds: float,
@@ -125,7 +125,7 @@ def steps_within(
 
 
 def _run(
-    family: Family,
+    family: Row,
     place: Path,
     options: Mapping[str, Any],
     log: Path,

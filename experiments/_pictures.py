@@ -63,6 +63,47 @@ def save_points(path: str | os.PathLike, sets: Mapping[str, Any], *, limit: floa
     return save_figure(path, draw, panels=len(arrays))
 
 
+def save_samples(path: str | os.PathLike, data: Any, samples: Any, labels: Any = None) -> None:
+    """Write points beside the data, or a hundred images, of ten classes one to a column."""
+    if data.kind == "points":
+        save_points(path, {"data": data.test["x"][:2000], "samples": samples[:2000]})
+    elif data.kind == "images":
+        first = np.arange(min(100, len(samples)))
+        if labels is not None:
+            places = [np.flatnonzero(np.asarray(labels) == c)[:10] for c in range(10)]
+            first = np.stack(places, 1).ravel() if min(map(len, places)) == 10 else first
+        save_grid(path, samples[first], high=data.spec.levels - 1, columns=10)
+
+
+def density_report(system: Any, data: Any) -> Any:
+    """A report for `train`: in the plane it writes density.png, with the density of a system, its
+    samples and the data, and has nothing for the summary."""
+    import jax
+
+    log_prob = jax.jit(lambda params, grid: system.log_prob(params, None, grid))
+
+    def report(run: Any, params: Any, samples: np.ndarray) -> dict[str, Any]:
+        if data.kind != "points":
+            return {}
+        points = data.test["x"]
+        limit = 1.15 * float(np.abs(points).max())
+        axis = np.linspace(-limit, limit, 200, dtype=np.float32)
+        grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+        density = np.exp(np.asarray(log_prob(params, grid))).reshape(200, 200)
+
+        def draw(axes: Any) -> None:
+            axes[0].imshow(density, origin="lower", extent=(-limit, limit) * 2)
+            axes[0].set(title="density of the model")
+            for axis, x, title in ((axes[1], samples[:5000], "samples"), (axes[2], points, "data")):
+                axis.plot(*x.T, ".", markersize=1)
+                axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+
+        save_figure(run.folder / "density.png", draw, panels=3)
+        return {}
+
+    return report
+
+
 def save_curves(
     path: str | os.PathLike,
     curves: Mapping[str, tuple[Any, Any]],

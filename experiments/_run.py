@@ -27,14 +27,14 @@ from genjax.training import (
 )
 
 # A resumed run may differ in these; what the numbers depend on must be as it was.
-FREE = ("run_dir", "resume", "steps", "max_seconds", "data_dir", "devices", "save_every", "keep",
-        "log_every", "evaluate_every", "tensorboard", "progress", "coordinator", "processes",
-        "process")  # fmt: skip
+MAY_DIFFER = ("run_dir", "resume", "steps", "max_seconds", "data_dir", "devices", "save_every",
+              "keep", "log_every", "evaluate_every", "tensorboard", "progress", "coordinator",
+              "processes", "process")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Options that every experiment has. Experiments inherit it and add their own."""
+    """What every run has: its data, its folder and its seed. Experiments add their own options."""
 
     dataset: str = "digits"
     """Data set by name: digits, or a tfds image set such as mnist."""
@@ -42,10 +42,16 @@ class RunConfig:
     """Folder of the prepared data sets (default: the usual one of tensorflow_datasets)."""
     run_dir: str | None = None
     """Folder of this run (default: the next free number in runs/EXPERIMENT)."""
-    resume: bool = False
-    """Go on from the newest checkpoint in run_dir (default: of the newest run)."""
     seed: int = 0
     """Seed of everything random: weights, noise, the order of the data."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Options of every experiment that trains step by step."""
+
+    resume: bool = False
+    """Go on from the newest checkpoint in run_dir (default: of the newest run)."""
     steps: int = 2000
     """Updates in all, those before a resume included."""
     max_seconds: float = 0.0
@@ -55,6 +61,8 @@ class RunConfig:
     """Examples in one update, over all devices."""
     steps_per_call: int = 1
     """Updates in one call of the compiled program; more than 1 helps small networks."""
+    ema: float = 0.99
+    """Decay of the averaged weights, which are the ones that are sampled and reported."""
     devices: int | None = None
     """How many devices to use (default: all)."""
     save_every: int = 1000
@@ -85,7 +93,7 @@ class RunError(RuntimeError):
 class Run:
     """A run that has its folder, and the folder's lock until `close`."""
 
-    config: RunConfig
+    config: Any
     folder: Path
     lock: Any
     begun: float
@@ -112,34 +120,42 @@ class Run:
 
 
 def launch(main: Callable[[Any], Any], config_type: type) -> None:
-    """Read the command line into the Config and run main; our own errors end without a trace."""
+    """Read the command line into the Config and run main. What the user can mend, and so every
+    ValueError, ends in one line instead of a trace."""
     import tyro
 
     config = tyro.cli(config_type, description=sys.modules[main.__module__].__doc__)
     try:
-        # PPCA, which trains nothing, has no such options.
+        # What trains nothing has no such options.
         given = [getattr(config, name, None) for name in ("coordinator", "processes", "process")]
         if given[0] is not None or "JAX_COORDINATOR_ADDRESS" in os.environ:
             initialize_distributed(*given)
         main(config)
-    except (RunError, CheckpointError, NonFiniteError, OSError) as error:
+    except (RunError, CheckpointError, NonFiniteError, OSError, ValueError, ImportError) as error:
         notes = getattr(error, "__notes__", [])
-        sys.exit("; ".join([f"error: {error}", *notes]))
+        sys.exit(" ".join("; ".join([f"error: {error}", *notes]).split()))
 
 
-def start_run(config: RunConfig, *, name: str | None = None) -> Run:
+def experiment_of(config: RunConfig) -> str:
+    """The module that defines the Config, by the name under which it can be imported again."""
+    module = sys.modules[type(config).__module__]
+    spec = getattr(module, "__spec__", None)
+    return spec.name if spec is not None else Path(module.__file__ or "run").stem
+
+
+def start_run(config: RunConfig) -> Run:
     """Make (or with resume: open) the run's folder, lock it and write config.json.
 
-    `name` of the experiment: by default the file that defines the Config. Use the result in a
-    `with`. Raises RunError where the folder is in use, holds another run, or cannot be written.
+    Use the result in a `with`. Raises RunError where the folder is in use, holds another run, or
+    cannot be written.
     """
-    for field in ("steps", "batch_size", "steps_per_call", "save_every", "keep", "log_every"):
-        checks.integer(field, getattr(config, field), 1)
-    checks.at_least("max_seconds", config.max_seconds, 0)
-    name = name or Path(sys.modules[type(config).__module__].__file__ or "run").stem
+    if isinstance(config, TrainConfig):
+        for field in ("steps", "batch_size", "steps_per_call", "save_every", "keep", "log_every"):
+            checks.integer(field, getattr(config, field), 1)
+        checks.at_least("max_seconds", config.max_seconds, 0)
     if jax.process_count() > 1 and config.run_dir is None:
         raise RunError("several processes need one --run-dir, a folder that all of them see")
-    folder = _choose_folder(config, name)
+    folder = _choose_folder(config)
     if jax.process_index() > 0:  # the first process holds the lock and writes
         return Run(config, folder, None, time.monotonic())
     try:
@@ -231,12 +247,12 @@ def best_state(run: Run, like: Any) -> Any:
     return like if found is None else found[1]
 
 
-def mesh(config: RunConfig) -> Any:
+def mesh(config: TrainConfig) -> Any:
     """Make the mesh over the devices that the config asks for."""
     return data_mesh(config.devices)
 
 
-def batches(config: RunConfig, arrays: Mapping[str, np.ndarray]) -> Callable[[int], Any]:
+def batches(config: TrainConfig, arrays: Mapping[str, np.ndarray]) -> Callable[[int], Any]:
     """Give the batch of each step: a function of (seed, step), this process' share of it."""
     from genjax.data import batch_at
 
@@ -285,12 +301,6 @@ def _progress(run: Run) -> dict[str, Any]:
     }
 
 
-def refuse_budget(config: RunConfig, why: str) -> None:
-    """Raise ValueError where max_seconds is asked of training that cannot be cut short."""
-    if config.max_seconds:
-        raise ValueError(f"max_seconds must be 0 here, got {config.max_seconds}: {why}")
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is whole or not there."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -319,12 +329,12 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _choose_folder(config: RunConfig, name: str) -> Path:
+def _choose_folder(config: RunConfig) -> Path:
     if config.run_dir is not None:
         return Path(config.run_dir).absolute()
-    above = Path("runs", name).absolute()
+    above = Path("runs", experiment_of(config).rpartition(".")[2]).absolute()
     numbers = [int(p.name) for p in above.glob("*") if p.name.isdecimal()]
-    if not config.resume:
+    if not getattr(config, "resume", False):
         return above / str(max(numbers, default=0) + 1)
     if not numbers:
         raise RunError(f"nothing to resume in {above}: start without --resume")
@@ -351,28 +361,34 @@ def _lock(folder: Path) -> Any:
 
 def _write_config(config: RunConfig, folder: Path) -> None:
     """Write config.json, or with resume check that it is the same run."""
-    path, now = folder / "config.json", _plain(dataclasses.asdict(config))
+    path = folder / "config.json"
+    now = {"experiment": experiment_of(config), **_plain(dataclasses.asdict(config))}
     if path.exists():
-        if not config.resume:
-            raise RunError(
-                f"{folder} already holds a run: go on with --resume, or give another --run-dir"
-            )
+        if not getattr(config, "resume", False):
+            again = "go on with --resume, or " if hasattr(config, "resume") else ""
+            raise RunError(f"{folder} already holds a run: {again}give another --run-dir")
         _check_same(path, now)
     write_json(path, now)
 
 
-def _check_same(path: Path, now: Mapping[str, Any]) -> None:
+def read_config(path: Path, remedy: str = "mend it, or start anew") -> dict[str, Any]:
+    """Read a run's config.json; raises RunError where it is no object."""
     try:
-        before = json.loads(path.read_text())
-        if not isinstance(before, dict):
+        stored = json.loads(path.read_text())
+        if not isinstance(stored, dict):
             raise ValueError("not an object")
     except (ValueError, OSError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read ({error}): mend it, or start anew") from error
+        raise RunError(f"{path} cannot be read ({error}): {remedy}") from error
+    return stored
+
+
+def _check_same(path: Path, now: Mapping[str, Any]) -> None:
+    before = read_config(path)
     for field in before.keys() | now.keys():
         if field not in now:
             near = difflib.get_close_matches(field, now, n=1)
             raise RunError(f"{path} has the unknown field {field!r}; nearest: {near or 'none'}")
-        if field not in FREE and before.get(field, now[field]) != now[field]:
+        if field not in MAY_DIFFER and before.get(field, now[field]) != now[field]:
             raise RunError(
                 f"{path} has {field} = {before[field]!r}, got {now[field]!r}: "
                 "resume with the options that the run began with"

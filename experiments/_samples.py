@@ -1,7 +1,7 @@
 """Samples that a run leaves behind, and what they cost: the same in every experiment."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,12 +30,6 @@ def save_samples(
         "sampling_evaluations": evaluations,
         "sampling_seconds": round(seconds, 4),
     }
-
-
-def sample_count(arrays: Mapping[str, Any], spec: Any) -> int:
-    """How many samples a run leaves: as many as it has images to train on, but at most 5,000; in
-    the plane 10,000."""
-    return 10_000 if spec.levels is None else min(len(arrays["x"]), 5000)
 
 
 def parameter_count(params: Any) -> int:

@@ -19,16 +19,20 @@ import numpy as np
 import optax
 
 from experiments import _pictures, _run
+from experiments._data import Data
+from experiments._system import System, keys, prepare, weights
+from genjax.data import DataSpec
 from genjax.networks import Hourglass
 from genjax.numerics import sum_event
-from genjax.training import data_mesh, init_state, make_train_step
 from genjax.training.record import read_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_run.RunConfig):
+class Config(_run.TrainConfig):
     """Fit a convolutional network to one noisy photograph."""
 
+    dataset: Literal["photograph"] = "photograph"
+    """One photograph."""
     photograph: Literal["china.jpg", "flower.jpg"] = "china.jpg"
     """One of the photographs that come with scikit-learn."""
     size: int = 128
@@ -45,62 +49,67 @@ class Config(_run.RunConfig):
     """Adam's rate."""
     steps: int = 2500
     """Updates of the weights; the error to the clean image has its minimum near 1,500."""
-    steps_per_call: int = 1
-    """Updates in one call of the compiled program; on a CPU convolutions are slower in a loop."""
     batch_size: int = 1
-    """Not used: the data is one image."""
+    """One: the data is one image."""
+    ema: float = 0.97
+    devices: int | None = 1
     save_every: int = 10_000
-    """Steps between checkpoints; the last state is always saved."""
 
 
 def main(config: Config) -> dict[str, Any]:
     """Fit, follow both errors, draw; returns the summary."""
-    clean = photograph(config.photograph, config.size)
-    key_noise, key_input, key_init, key_run = jax.random.split(jax.random.key(config.seed), 4)
-    noisy = jnp.asarray(clean) + config.noise_std * jax.random.normal(key_noise, clean.shape)
-    z = 0.1 * jax.random.uniform(key_input, (1, config.size, config.size, config.input_channels))
-    network = Hourglass(3, config.channels)
-    optimizer = optax.adam(config.learning_rate)
-    state = init_state(jax.jit(network.init)(key_init, z), optimizer, key_run, ema_decays=(0.97,))
-
-    batch = {"noisy": np.asarray(noisy)[None], "clean": clean[None]}
-    apply = jax.jit(network.apply)
+    data = load_data(config)
+    noisy, clean = data.train["noisy"][0], data.train["clean"][0]
+    system = build(config, data)
+    training = prepare(config, system, data)
     with _run.start_run(config) as run:
-        step_fn = make_train_step(
-            make_loss(network.apply, z, config.jitter),
-            optimizer,
-            mesh=data_mesh(1),
-            steps_per_call=config.steps_per_call,
-        )
-        state = _run.fit(run, state, step_fn, lambda step: batch)
+        params = weights(config, system, _run.fit(run, *training))
         lines = read_metrics(run.folder / "metrics.jsonl")
         steps, to_noisy, to_clean = (
             np.array([line[name] for line in lines])
             for name in ("step", "error_to_noisy", "error_to_clean")
         )
-        output = np.asarray(apply(state.ema_params(0.97), z))[0]
-        _pictures.save_curves(
-            run.folder / "errors.png",
-            {"to the noisy image": (steps, to_noisy), "to the clean image": (steps, to_clean)},
-            y_label="mean squared error",
-            log_y=True,
-        )
-        _pictures.save_grid(
-            run.folder / "images.png", np.stack([noisy, output, clean]), columns=3, pixel=2
-        )
+        output = np.asarray(jax.jit(system.sample, static_argnums=2)(params, None, 1))[0]
+        curves = {"to the noisy image": (steps, to_noisy), "to the clean image": (steps, to_clean)}
+        path = run.folder / "errors.png"
+        _pictures.save_curves(path, curves, y_label="mean squared error", log_y=True)
+        images = np.stack([noisy, output, clean])
+        _pictures.save_grid(run.folder / "images.png", images, columns=3, pixel=2)
         best = int(to_clean.argmin())
         return _run.finish(
             run,
             {
-                "error_of_the_noisy_image": float(np.mean((np.asarray(noisy) - clean) ** 2)),
+                "error_of_the_noisy_image": float(np.mean((noisy - clean) ** 2)),
                 "best_error_to_clean": to_clean[best],
                 "best_step": steps[best],
                 "last_error_to_clean": to_clean[-1],
                 "last_error_to_noisy": to_noisy[-1],
-                "psnr_of_the_noisy_image": psnr(np.asarray(noisy), clean),
+                "psnr_of_the_noisy_image": psnr(noisy, clean),
                 "psnr_of_the_averaged_output": psnr(output, clean),
             },
         )
+
+
+def load_data(config: Config) -> Data:
+    """One example: the photograph, and with noise."""
+    clean = photograph(config.photograph, config.size)
+    noise = jax.random.normal(keys(config.seed).sample, clean.shape)
+    noisy = np.asarray(clean + config.noise_std * noise)
+    arrays = {"noisy": noisy[None], "clean": clean[None]}
+    return Data(arrays, arrays, DataSpec(config.photograph, "images", clean.shape, 256, None))
+
+
+def build(config: Config, data: Data) -> System:
+    """The network with its fixed input noise; its one sample is the picture it has become."""
+    shape = (1, config.size, config.size, config.input_channels)
+    z = 0.1 * jax.random.uniform(keys(config.seed).test, shape)
+    network = Hourglass(3, config.channels)
+    return System(
+        lambda key: network.init(key, z),
+        make_loss(network.apply, z, config.jitter),
+        optax.adam(config.learning_rate),
+        lambda params, key, n, label=None: network.apply(params, z),
+    )
 
 
 def make_loss(apply: Callable[..., jax.Array], z: jax.Array, jitter: float) -> Callable[..., Any]:

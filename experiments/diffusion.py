@@ -9,16 +9,13 @@ class-conditional and can be guided; the test split is scored by the probability
     python -m experiments.diffusion --dataset cifar10 --network unet --channels 64 128 128
     python -m experiments.diffusion --sample-from runs/diffusion/1 --sampler heun --num-steps 18
 
-The last draws from a run's checkpoint without training. Digits are judged by precision and recall
-against the training split, by a classifier that reads the asked label, by the share of samples
-nearer to a training image than test images are (memorisation), and in bits per dimension.
+The last samples a run's weights again without training. Samples and density are judged as in every
+experiment, see experiments/_judge.py; in the plane the error of the score too, where it is known.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -26,12 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _diffusion, _pictures, _run, _samples
+from experiments import _diffusion, _run, _system
+from experiments._data import Data, load_data
+from experiments._system import Row, System, train
+from genjax import checks
 from genjax import diffusion as gd
-from genjax.data import DataSpec, Scaling, load
+from genjax.data import DataSpec
 from genjax.networks import TimeMLP, UNet
-from genjax.training import Checkpoints, TrainState, init_state, make_train_step
 
+ROWS = (Row("diffusion", "Diffusion, with labels", {}, {"width": 128, "num_samples": 10_000}),)
 PROCESSES: dict[str, Callable[[], gd.Process]] = {
     "edm": gd.EDM,
     "ve": gd.VarianceExploding,
@@ -52,10 +52,12 @@ SAMPLERS: dict[str, gd.StepFn] = {
     "ddpm": gd.ddpm_step,
     "predictor_corrector": gd.predictor_corrector_step,
 }
+# Of a run that is sampled again, these are the command's.
+OF_SAMPLING = ("sampler", "num_steps", "spacing", "guidance", "num_samples", "likelihood_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_run.RunConfig):
+class Config(_run.TrainConfig):
     """Train a denoiser and draw from it, or draw from an earlier run."""
 
     sample_from: str | None = None
@@ -94,13 +96,9 @@ class Config(_run.RunConfig):
     clip: float = 1.0
     """Largest norm of the gradient."""
     ema: float = 0.999
-    """Decay of the averaged weights, which are the ones that are sampled."""
     steps: int = 6000
-    """Updates in all, those before a resume included."""
     steps_per_call: int = 50
-    """Updates in one call of the compiled program."""
     batch_size: int = 256
-    """Examples in one update, over all devices."""
     sampler: str = "heun"
     """One of SAMPLERS."""
     num_steps: int = 18
@@ -117,58 +115,65 @@ class Config(_run.RunConfig):
 
 def main(config: Config) -> dict[str, Any]:
     """Train (or read a checkpoint), sample, judge, draw; returns the summary."""
-    if config.sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {list(SAMPLERS)}, got {config.sampler!r}")
-    trained = config if config.sample_from is None else read_config(config, config.sample_from)
-    train, spec = load(trained.dataset, "train", data_dir=config.data_dir)
-    test, _ = load(trained.dataset, "test", data_dir=config.data_dir)
-    model = build(trained, spec, train["x"])
-    key_init, key_run, key_draw, key_test = jax.random.split(jax.random.key(config.seed), 4)
-    optimizer = make_optimizer(trained)
-    state = init_state(jax.jit(model.init)(key_init), optimizer, key_run, ema_decays=(trained.ema,))
+    checks.one_of("sampler", config.sampler, SAMPLERS)
+    if config.sample_from is not None:
+        return _system.sample_from(config, config.sample_from, OF_SAMPLING, report)
+    data = load_data(config)
+    return train(config, build(config, data), data, partial(report, config, data))
 
-    with _run.start_run(config) as run:
-        if config.sample_from is None:
-            step_fn = make_train_step(
-                make_loss(config, model),
-                optimizer,
-                mesh=_run.mesh(config),
-                steps_per_call=config.steps_per_call,
-            )
-            state = _run.fit(run, state, step_fn, _run.batches(config, train))
-        else:
-            state = restore(config.sample_from, state)
-        params = state.ema_params(trained.ema)
-        labels = np.resize(train["label"], config.num_samples) if spec.classes else None
-        drawing = make_draw(config, model, labels)
-        samples, cost = _samples.save_samples(
-            run, lambda: drawing(params, key_draw), evaluations=evaluations(config)
+
+def report(config: Config, data: Data, run: Any, params: Any, samples: Any) -> dict[str, Any]:
+    """What only a denoiser has to tell."""
+    model, key = make_model(config, data), _system.keys(config.seed).test
+    if data.kind == "points":
+        return _diffusion.judge_points(model, params, data, samples, key)
+    if config.likelihood_steps and data.spec.classes is not None:
+        return _diffusion.bits_given_label(model, params, data, key, config.likelihood_steps)
+    return {}
+
+
+def build(config: Config, data: Data) -> System:
+    """The denoiser with its loss, its sampler and the likelihood of its probability flow."""
+    checks.one_of("sampler", config.sampler, SAMPLERS)
+    model, scaling, classes = make_model(config, data), data.scaling(), data.spec.classes
+    times = gd.time_grid(model.process, config.num_steps, spacing=config.spacing)
+
+    def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
+        x = gd.sample(
+            model.guided(params, None if label is None else jnp.asarray(label), config.guidance),
+            key,
+            (n, *data.spec.shape),
+            process=model.process,
+            times=times,
+            step=SAMPLERS[config.sampler],
         )
-        summary = {
-            "parameters": _samples.parameter_count(params),
-            **cost,
-            "sampler": config.sampler,
-            "num_steps": config.num_steps,
-            "guidance": config.guidance,
-        }
-        if spec.levels is None:
-            _pictures.save_points(run.folder / "samples.png", {"test": test["x"], "model": samples})
-            summary |= _diffusion.judge_points(
-                model, params, test["x"], samples, key_test, config.likelihood_steps
-            )
-        else:
-            _pictures.save_grid(
-                run.folder / "samples.png",
-                by_label(samples, labels),
-                high=spec.levels - 1,
-                columns=10,
-            )
-            summary |= _diffusion.judge_images(spec, train, test, samples, labels)
-            if config.likelihood_steps:
-                summary |= _diffusion.judge_likelihood(
-                    model, params, test, key_test, config.likelihood_steps
-                )
-        return _run.finish(run, summary)
+        return scaling.to_levels(x + model.shift)
+
+    def log_prob(params: Any, key: Any, y: jax.Array) -> jax.Array:
+        # One dequantisation and two probes of the trace for each image: both unbiased.
+        probes = {} if data.kind == "points" else {"key": key, "num_probes": 2}
+        none = None if classes is None else jnp.full(len(y), classes, jnp.int32)
+        return gd.log_likelihood(
+            model.denoise(params, none),
+            y - model.shift,
+            process=model.process,
+            num_steps=config.likelihood_steps,
+            **probes,
+        )[0]
+
+    labels = None if classes is None else np.resize(data.train["label"], config.num_samples)
+    return System(
+        model.init,
+        make_loss(config, model, scaling),
+        make_optimizer(config),
+        sample,
+        log_prob if config.likelihood_steps else None,
+        scaling,
+        likelihood={"num_examples": 1000, "batch_size": 500},
+        evaluations=evaluations(config),
+        count=config.num_samples,
+        labels=labels,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,12 +190,6 @@ class Model:
     def init(self, key: jax.Array) -> Any:
         label = None if self.spec.classes is None else jnp.zeros(1, jnp.int32)
         return self.network.init(key, jnp.zeros((1, *self.spec.shape)), jnp.zeros(1), label)
-
-    def data(self, x: jax.Array, key: Any) -> jax.Array:
-        """Data as the network sees it: dequantised with the key, centred."""
-        if self.spec.levels is not None:
-            x = Scaling(self.spec.levels).dequantise(key, x)
-        return x - self.shift
 
     def denoise(self, params: Any, label: Any = None, key: Any = None) -> Callable[..., jax.Array]:
         return gd.denoiser(
@@ -210,13 +209,12 @@ class Model:
         )
 
 
-def build(config: Config, spec: DataSpec, x: np.ndarray) -> Model:
+def make_model(config: Config, data: Data) -> Model:
     """The model of a data set; its mean and scale are taken from the training data."""
-    y = x if spec.levels is None else np.asarray(Scaling(spec.levels).to_continuous(x))
-    shift = y.mean() if spec.levels else y.mean(0, keepdims=True)
+    spec, y = data.spec, np.asarray(data.scaling().to_continuous(data.train["x"]))
+    shift = y.mean(0, keepdims=True) if data.kind == "points" else y.mean()
     if config.network == "unet":
-        if len(spec.shape) != 3:
-            raise ValueError(f"network=unet needs images, got {spec.name!r} of shape {spec.shape}")
+        data.require("images")
         network = UNet(
             channels=config.channels,
             attention=config.attention,
@@ -230,7 +228,7 @@ def build(config: Config, spec: DataSpec, x: np.ndarray) -> Model:
     return Model(process, network, spec, config.prediction, scale, np.asarray(shift, np.float32))
 
 
-def make_loss(config: Config, model: Model) -> Callable[..., Any]:
+def make_loss(config: Config, model: Model, scaling: Any) -> Callable[..., Any]:
     """Denoising score matching as loss(params, key, batch) -> (losses, aux)."""
     if config.times == "uniform":
         times = gd.uniform_times(model.process)
@@ -239,7 +237,7 @@ def make_loss(config: Config, model: Model) -> Callable[..., Any]:
 
     def loss_fn(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         key_x, key_label, key_drop, key_loss = jax.random.split(key, 4)
-        x, label = model.data(batch["x"], key_x), None
+        x, label = scaling.dequantise(key_x, batch["x"]) - model.shift, None
         if model.spec.classes is not None:
             hidden = jax.random.bernoulli(key_label, config.label_dropout, (x.shape[0],))
             label = jnp.where(hidden, model.spec.classes, batch["label"])
@@ -266,64 +264,11 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip), adam)
 
 
-def make_draw(config: Config, model: Model, labels: Any) -> Callable[[Any, jax.Array], jax.Array]:
-    """Draw `num_samples` points, or levels of images, for the labels where there are classes."""
-    times = gd.time_grid(model.process, config.num_steps, spacing=config.spacing)
-    labels = None if labels is None else jnp.asarray(labels)
-
-    @jax.jit
-    def draw(params: Any, key: jax.Array) -> jax.Array:
-        x = gd.sample(
-            model.guided(params, labels, config.guidance),
-            key,
-            (config.num_samples, *model.spec.shape),
-            process=model.process,
-            times=times,
-            step=SAMPLERS[config.sampler],
-        )
-        x = x + model.shift
-        return x if model.spec.levels is None else Scaling(model.spec.levels).to_levels(x)
-
-    return draw
-
-
 def evaluations(config: Config) -> int:
     """Passes through the network for one sample; guidance takes two where one would do."""
     twice = config.sampler in ("heun", "heun_stochastic", "predictor_corrector")
     passes = 2 * config.num_steps - 1 if twice else config.num_steps
     return passes if config.guidance == 1 else 2 * passes
-
-
-def by_label(images: np.ndarray, labels: Any) -> np.ndarray:
-    """A hundred images; with ten classes, one to a column."""
-    if labels is None or len(images) < 100:
-        return images[:100]
-    places = [np.flatnonzero(labels == c)[:10] for c in range(10)]
-    return images[np.stack(places, 1).ravel()] if min(map(len, places)) == 10 else images[:100]
-
-
-def read_config(config: Config, folder: str) -> Config:
-    """The Config of an earlier run, for its model."""
-    path = Path(folder) / "config.json"
-    try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise _run.RunError(f"{path} cannot be read ({error}): give a run's folder") from error
-    known = {field.name for field in dataclasses.fields(Config)}
-    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
-    return dataclasses.replace(config, **stored)
-
-
-def restore(folder: str, like: TrainState) -> TrainState:
-    """The newest state of an earlier run."""
-    checkpoints = Checkpoints(Path(folder) / "checkpoints")
-    try:
-        found = checkpoints.restore(like)
-    finally:
-        checkpoints.close()
-    if found is None:
-        raise _run.RunError(f"{folder} holds no checkpoint to sample from")
-    return found[1]
 
 
 if __name__ == "__main__":

@@ -2,216 +2,48 @@
 
     max over critics V, min over the model Q:   E_P g(V) - E_Q f*(g(V)) <= D_f(P || Q)
 
-On `mixture`, a Gaussian x = mu + sigma z is fitted to a mixture of two, the study of the paper's
-section 2.4: each divergence has its own best fit, which direct minimisation of D_f (quadrature)
-finds too. On digits or another data set, networks are trained and scored as in experiments.gan.
-
     python -m experiments.f_gan
-    python -m experiments.f_gan --divergence pearson
-    python -m experiments.f_gan --dataset digits --divergence jensen_shannon --steps 3000
+    python -m experiments.f_gan --divergence squared_hellinger --dataset 25gaussians
 
-Nowozin, Cseke, Tomioka 2016 (arXiv:1606.00709). The mixture was recovered from the paper's table of
-fits, which it gives back within 0.003 in mean and standard deviation: from Pearson, the widest,
-through KL, Jensen-Shannon and Jeffreys to the reverse KL, which leans to the heavier mode.
+Nowozin, Cseke, Tomioka 2016 (arXiv:1606.00709). experiments.f_gan_study is the paper's univariate
+study, where the best fit of each divergence is known.
 """
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-
-from experiments import _pictures, _run
-from experiments.gan import AdversarialConfig, build, real_and_fake, train
+from experiments import _run
+from experiments._data import Data, load_data
+from experiments._system import Row, System, train
+from experiments.gan import AdversarialConfig, networks, saddle
 from genjax import checks
-from genjax.adversarial import F_DIVERGENCES, f_divergence, f_gan
-from genjax.data import load
-from genjax.networks import MLP
-from genjax.training import init_saddle_state, saddle_step, train_scan
+from genjax.adversarial import F_DIVERGENCES, f_gan
 
-PAPER = ("kl", "reverse_kl", "jensen_shannon", "jeffreys", "pearson")
-# weight, mean, standard deviation
-MIXTURE = ((0.325, -1.014, 0.253), (0.675, 1.99, 1.416))
+ROWS = (Row("f_gan", "f-GAN, Jensen-Shannon", images={}, plane={}),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(AdversarialConfig):
     """Train under an f-divergence."""
 
-    dataset: str = "mixture"
-    """mixture (the univariate study), or a data set as in experiments.gan."""
-    divergence: str = "paper"
-    """A name in F_DIVERGENCES; for the study also `paper` (its five) or `all`. Of the others,
-    squared_hellinger and gan land too; neyman, whose loss grows like exp(-2 log p/q) at rare data,
-    and total_variation, whose critic saturates, do not settle."""
+    divergence: str = "jensen_shannon"
+    """A name in F_DIVERGENCES."""
     saturating: bool = False
-    """For data sets: the generator minimises the bound itself (the study always does)."""
-    steps: int = 1500
-    """Updates of the generator."""
-    batch_size: int = 1024
-    """Examples, and samples, in one update."""
-    study_n_critic: int = 4
-    """Updates of the critic before each one of the generator in the study."""
-    study_learning_rate: float = 1e-2
-    """Adam's rate in the study, falling along a cosine to nothing."""
-    study_width: int = 64
-    """Units in each of the study's two hidden layers of tanh."""
+    """The generator minimises the bound itself."""
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Train, evaluate; returns the summary."""
-    if config.dataset == "mixture":
-        return study(config)
+    """Train, sample, evaluate; returns the summary."""
+    data = load_data(config)
+    return train(config, build(config, data), data)
+
+
+def build(config: Config, data: Data) -> System:
+    """The two players under the divergence."""
     checks.one_of("divergence", config.divergence, F_DIVERGENCES)
-    arrays, spec = load(config.dataset, "train", data_dir=config.data_dir)
-    players = build(config, spec)
     objective = partial(f_gan, config.divergence, saturating=config.saturating)
-
-    def critic_loss(critic: Any, generator: Any, key: Any, batch: Any) -> Any:
-        real, fake, label = real_and_fake(config, players, generator, key, batch)
-        losses = objective(players.score(critic, real, label), players.score(critic, fake, label))
-        return losses.critic, {"bound": losses.bound}
-
-    def generator_loss(critic: Any, generator: Any, key: Any, batch: Any) -> Any:
-        _, fake, label = real_and_fake(config, players, generator, key, batch)
-        scores = players.score(critic, fake, label)
-        return objective(scores, scores).generator, {}
-
-    return train(config, players, arrays, spec, critic_loss, generator_loss)
-
-
-def study(config: Config) -> dict[str, Any]:
-    """Fit the Gaussian under each divergence, by training and directly; compare."""
-    _run.refuse_budget(config, "the study trains in one compiled call")
-    names = {"paper": PAPER, "all": tuple(F_DIVERGENCES)}.get(config.divergence)
-    if names is None:
-        checks.one_of("divergence", config.divergence, ["paper", "all", *F_DIVERGENCES])
-        names = (config.divergence,)
-    summary: dict[str, Any] = {}
-    x = np.linspace(-4, 8, 601)
-    curves = {"mixture": (x, np.exp(mixture_log_prob(jnp.asarray(x))))}
-    with _run.start_run(config) as run:
-        for name in names:
-            mean, std, bound = fit_by_training(config, name)
-            best_mean, best_std, best = fit_directly(name)
-            summary[name] = {
-                "mean": mean,
-                "std": std,
-                "bound": bound,
-                "direct_mean": best_mean,
-                "direct_std": best_std,
-                "direct_divergence": best,
-                "mean_error": abs(mean - best_mean) / abs(best_mean),
-                "std_error": abs(std - best_std) / best_std,
-            }
-            print(f"{name}: mean {mean:.4f} ({best_mean:.4f}), std {std:.4f} ({best_std:.4f})")
-            curves[name] = (x, np.exp(gaussian_log_prob(jnp.asarray(x), mean, std)))
-        errors = [max(s["mean_error"], s["std_error"]) for s in summary.values()]
-        by_mean = sorted(summary, key=lambda name: summary[name]["mean"])
-        directly = sorted(summary, key=lambda name: summary[name]["direct_mean"])
-        _pictures.save_curves(run.folder / "fits.png", curves, x_label="x", y_label="density")
-        summary |= {
-            "largest_error": max(errors),
-            "order": by_mean,
-            "same_order": by_mean == directly,
-        }
-        return _run.finish(run, summary)
-
-
-def gaussian_log_prob(x: Any, mean: Any, std: Any) -> jax.Array:
-    """Log density of N(mean, std^2)."""
-    return -0.5 * ((x - mean) / std) ** 2 - jnp.log(std) - 0.5 * math.log(2 * math.pi)
-
-
-def mixture_log_prob(x: Any) -> jax.Array:
-    """Log density of the mixture."""
-    return jax.nn.logsumexp(
-        jnp.stack([math.log(w) + gaussian_log_prob(x, m, s) for w, m, s in MIXTURE]), axis=0
-    )
-
-
-def sample_mixture(key: jax.Array, n: int) -> jax.Array:
-    """Draw [n, 1] from the mixture."""
-    key_side, key_noise = jax.random.split(key)
-    first = jax.random.bernoulli(key_side, MIXTURE[0][0], (n, 1))
-    mean = jnp.where(first, MIXTURE[0][1], MIXTURE[1][1])
-    std = jnp.where(first, MIXTURE[0][2], MIXTURE[1][2])
-    return mean + std * jax.random.normal(key_noise, (n, 1))
-
-
-def fit_by_training(config: Config, name: str) -> tuple[float, float, float]:
-    """Mean and standard deviation at the saddle point, and the bound there."""
-    critic = MLP((config.study_width, config.study_width, 1), activation=jnp.tanh)
-    n, n_critic = config.batch_size, config.study_n_critic
-
-    def score(params: Any, x: jax.Array) -> jax.Array:
-        return critic.apply(params, x / 3)[:, 0]
-
-    def generate(params: Any, key: jax.Array) -> jax.Array:
-        return params["mean"] + jnp.exp(params["log_std"]) * jax.random.normal(key, (n, 1))
-
-    def critic_loss(params: Any, generator: Any, key: Any, batch: Any) -> Any:
-        losses = f_gan(name, score(params, batch), score(params, generate(generator, key)))
-        return losses.critic, {"bound": losses.bound}
-
-    def generator_loss(params: Any, generator: Any, key: Any, batch: Any) -> Any:
-        scores = score(params, generate(generator, key))
-        return f_gan(name, scores, scores, saturating=True).generator, {}
-
-    def adam(updates: int) -> optax.GradientTransformation:
-        rate = optax.cosine_decay_schedule(config.study_learning_rate, updates)
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.5))
-
-    optimizers = adam(config.steps * n_critic), adam(config.steps)
-    step = partial(saddle_step, critic_loss, generator_loss, *optimizers, n_critic=n_critic)
-
-    @jax.jit
-    def run(key: jax.Array) -> tuple[Any, jax.Array]:
-        generator = {"mean": jnp.zeros(()), "log_std": jnp.zeros(())}
-        state = init_saddle_state(
-            critic.init(key, jnp.zeros((1, 1))), generator, *optimizers, key, ema_decays=(0.99,)
-        )
-        data = lambda key: sample_mixture(key, n_critic * n).reshape(n_critic, n, 1)  # noqa: E731
-        state, metrics = train_scan(step, state, data, num_steps=config.steps)
-        last = max(1, config.steps // 10)
-        return state.ema_params(0.99), jnp.mean(metrics["critic/bound"][-last:])
-
-    params, bound = run(jax.random.key(config.seed))
-    return float(params["mean"]), float(jnp.exp(params["log_std"])), float(bound)
-
-
-def fit_directly(name: str) -> tuple[float, float, float]:
-    """Minimise D_f(mixture || N(mean, std^2)) by quadrature in float64."""
-    from scipy.optimize import minimize
-
-    with jax.enable_x64(True):
-        x = jnp.linspace(-15.0, 15.0, 6001)
-        density = -math.log(30.0 * 6001 / 6000)
-
-        @jax.jit
-        @jax.value_and_grad
-        def divergence(theta: jax.Array) -> jax.Array:
-            return f_divergence(
-                name,
-                mixture_log_prob,
-                lambda x: gaussian_log_prob(x, theta[0], jnp.exp(theta[1])),
-                x,
-                log_proposal=lambda x: jnp.full(x.shape, density),
-            )
-
-        def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
-            value, slope = divergence(jnp.asarray(theta))
-            return float(value), np.asarray(slope)
-
-        # The divergences that may be infinite are not so here: P's tails end at its wider part.
-        starts = [(1.0, 0.6), (1.5, 0.3), (0.5, 0.7), (-1.0, -1.0)]
-        fits = [minimize(objective, np.array(s), jac=True, method="BFGS") for s in starts]
-    best = min((f for f in fits if np.isfinite(f.fun)), key=lambda f: f.fun)
-    return float(best.x[0]), float(np.exp(best.x[1])), float(best.fun)
+    return saddle(config, data, networks(config, data), objective)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ import numpy as np
 import optax
 
 from experiments import _run, _samples
-from genjax.data import Scaling, load
+from experiments._data import Data, load_data
+from experiments._system import System, prepare, weights
 from genjax.networks import FeatureNetwork
-from genjax.training import export_npz, init_state, make_train_step
+from genjax.training import export_npz
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_run.RunConfig):
+class Config(_run.TrainConfig):
     """Train a classifier and keep its weights."""
 
     width: int = 64
@@ -43,59 +44,67 @@ class Config(_run.RunConfig):
     ema: float = 0.99
     """Decay of the averaged weights, which are kept."""
     steps: int = 1500
-    """Updates in all, those before a resume included."""
     steps_per_call: int = 1
     """Updates in one call of the compiled program: on CPU a loop slows convolutions down."""
 
 
 def main(config: Config) -> dict[str, Any]:
     """Train, measure the accuracy, write the weights; returns the summary."""
-    train, spec = load(config.dataset, "train", data_dir=config.data_dir)
-    test, _ = load(config.dataset, "test", data_dir=config.data_dir)
-    if spec.levels is None or spec.classes is None:
-        raise ValueError(f"dataset must be of images with labels, got {spec.name!r}")
-    scaling = Scaling(spec.levels)
-    network = FeatureNetwork(
-        classes=spec.classes, width=config.width, channels=config.channels, dropout=config.dropout
-    )
-
-    def loss_fn(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        key_noise, key_shift, key_drop = jax.random.split(key, 3)
-        x = shifted(key_shift, batch["x"], config.shift)
-        logits = network.apply(params, scaling.dequantise(key_noise, x), dropout_key=key_drop)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return losses, {"right": (jnp.argmax(logits, 1) == batch["label"]).astype(jnp.float32)}
+    data = load_data(config)
+    system, (network, scaling) = build(config, data), parts(config, data)
 
     @jax.jit
     def right(params: Any, arrays: Any) -> jax.Array:
         logits = network.apply(params, scaling.to_continuous(arrays["x"]))
         return jnp.mean(jnp.argmax(logits, axis=1) == arrays["label"])
 
-    key_init, key_run = jax.random.split(jax.random.key(config.seed))
-    rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
-    optimizer = optax.adamw(rate, weight_decay=config.weight_decay)
-    params = jax.jit(network.init)(key_init, jnp.zeros((1, *spec.shape)))
-    state = init_state(params, optimizer, key_run, ema_decays=(config.ema,))
+    training = prepare(config, system, data)
     with _run.start_run(config) as run:
-        step_fn = make_train_step(
-            loss_fn, optimizer, mesh=_run.mesh(config), steps_per_call=config.steps_per_call
-        )
-        state = _run.fit(run, state, step_fn, _run.batches(config, train))
-        params = state.ema_params(config.ema)
+        params = weights(config, system, _run.fit(run, *training))
         path = run.folder / "features.npz"
         embed = jax.jit(lambda x: network.apply(params, scaling.to_continuous(x), method="embed"))
-        scale = np.sqrt(np.mean(np.square(embed(train["x"]))))
-        facts = {"levels": spec.levels, "shape": np.array(spec.shape), "scale": scale}
+        scale = np.sqrt(np.mean(np.square(embed(data.train["x"]))))
+        facts = {"levels": data.spec.levels, "shape": np.array(data.spec.shape), "scale": scale}
         export_npz(path, {**facts, **params})
         return _run.finish(
             run,
             {
                 "parameters": _samples.parameter_count(params),
-                "train_accuracy": right(params, train),
-                "test_accuracy": right(params, test),
+                "train_accuracy": right(params, data.train),
+                "test_accuracy": right(params, data.test),
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             },
         )
+
+
+def parts(config: Config, data: Data) -> tuple[FeatureNetwork, Any]:
+    """The network, and the map from levels to its inputs."""
+    data.require("images", labels=True)
+    network = FeatureNetwork(
+        classes=data.spec.classes or 0,
+        width=config.width,
+        channels=config.channels,
+        dropout=config.dropout,
+    )
+    return network, data.scaling()
+
+
+def build(config: Config, data: Data) -> System:
+    """The classifier with its loss; nothing is sampled."""
+    network, scaling = parts(config, data)
+
+    def loss(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        key_noise, key_shift, key_drop = jax.random.split(key, 3)
+        x = shifted(key_shift, batch["x"], config.shift)
+        logits = network.apply(params, scaling.dequantise(key_noise, x), dropout_key=key_drop)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return losses, {"right": (jnp.argmax(logits, 1) == batch["label"]).astype(jnp.float32)}
+
+    def init(key: jax.Array) -> Any:
+        return network.init(key, jnp.zeros((1, *data.spec.shape)))
+
+    rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
+    return System(init, loss, optax.adamw(rate, weight_decay=config.weight_decay))
 
 
 def shifted(key: jax.Array, x: jax.Array, most: int) -> jax.Array:

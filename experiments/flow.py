@@ -21,16 +21,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from experiments import _pictures, _run, _samples
-from genjax import flows
-from genjax.data import DENSITIES, DataSpec, Scaling, load
-from genjax.metrics import Likelihood, test_log_likelihood
+from experiments import _pictures, _run
+from experiments._data import Data, load_data
+from experiments._system import Row, System, train
+from genjax import checks, flows
 from genjax.networks.coupling import Glow, PlanarFlow, RealNVP, SplineFlow
 from genjax.networks.tarflow import TarFlow
-from genjax.training import export_npz, init_state, make_train_step
 
 # Layers (couplings, steps per level, planar maps, blocks) and width where the config has none.
 SIZES = {
@@ -40,10 +38,17 @@ SIZES = {
     "glow": (8, 64),
     "tarflow": (4, 64),
 }
+ROWS = (
+    Row("planar", "Flow, planar", None, {"model": "planar"}),
+    Row("realnvp", "Flow, RealNVP", {"model": "realnvp"}, {"model": "realnvp"}),
+    Row("spline", "Flow, spline", {"model": "spline"}, {"model": "spline"}),
+    Row("glow", "Flow, Glow", {"model": "glow"}, None),
+    Row("tarflow", "Flow, TarFlow", {"model": "tarflow"}, None),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_run.RunConfig):
+class Config(_run.TrainConfig):
     """Train a flow by maximum likelihood and measure it on the test split."""
 
     model: Literal["planar", "realnvp", "spline", "glow", "tarflow"] = "spline"
@@ -80,155 +85,171 @@ class Config(_run.RunConfig):
     clip: float = 1.0
     """Largest norm of the gradient."""
     ema: float = 0.995
-    """Decay of the averaged weights, which are evaluated."""
     held_out: float = 0.1
     """Share of the training split kept for choosing the best step."""
     steps: int = 3000
-    """Updates in all, those before a resume included."""
     steps_per_call: int = 50
-    """Updates in one call of the compiled program."""
     evaluate_every: int = 250
     """Steps between evaluations on the held-out part."""
     log_every: int = 50
-    """Steps between lines of metrics.jsonl."""
     draws: int = 8
     """Dequantisations of each test image in the reported bits."""
 
 
-class Flow(NamedTuple):
-    """A trained thing: a bijection of (params, label, dropout key), its base, its preparation."""
-
-    init: Callable[[jax.Array, jax.Array], Any]
-    log_prob: Callable[..., jax.Array]  # (params, y, label, dropout key) -> [batch], nats
-    sample: Callable[..., jax.Array]  # (params, key, n, label) -> y
-    scaling: Scaling | None
-    evaluations: int | None = 1  # passes through the network, one after another, for a sample
-
-
 def main(config: Config) -> dict[str, Any]:
     """Train, evaluate, draw; returns the summary."""
-    if not 0 < config.held_out < 1:
-        raise ValueError(f"held_out must lie in (0, 1), got {config.held_out}")
-    train, spec = load(config.dataset, "train", data_dir=config.data_dir)
-    test, _ = load(config.dataset, "test", data_dir=config.data_dir)
-    kept = int(len(train["x"]) * (1 - config.held_out))
-    held = {name: array[kept:] for name, array in train.items()}
-    train = {name: array[:kept] for name, array in train.items()}
-    flow = build(config, spec)
-    key_init, key_run, key_test, key_draw = jax.random.split(jax.random.key(config.seed), 4)
-    optimizer = make_optimizer(config)
-    loss_fn = make_loss(config, flow, spec)
-    # Glow's actnorm is set from this batch.
-    first = prepare(flow, config, key_init, jnp.asarray(train["x"][: config.batch_size]))
-    params = jax.jit(flow.init)(key_init, first)
-    state = init_state(params, optimizer, key_run, ema_decays=(config.ema,))
-    evaluate = make_evaluate(config, flow)
-
-    def validate(state: Any) -> dict[str, Any]:
-        return {"nats": -evaluate(state.ema_params(config.ema), key_test, held, 1).log_likelihood}
-
-    with _run.start_run(config) as run:
-        step_fn = make_train_step(
-            loss_fn, optimizer, mesh=_run.mesh(config), steps_per_call=config.steps_per_call
-        )
-        batches = _run.batches(config, train)
-        state = _run.fit(run, state, step_fn, batches, evaluate=validate, best="nats")
-        best = _run.best_state(run, state)
-        params = best.ema_params(config.ema)
-        export_npz(run.folder / "params.npz", params)
-        scored = evaluate(params, key_test, test, config.draws if spec.levels else 1)
-        classes = spec.classes if config.conditional else None
-        summary = {
-            "model": config.model,
-            "parameters": _samples.parameter_count(params),
-            **draw(run, flow, params, key_draw, _samples.sample_count(train, spec), classes),
-            "best_step": int(best.step),
-            "test_log_likelihood": scored.log_likelihood,
-            "standard_error": scored.standard_error,
-        }
-        if spec.levels is None:
-            exact = jnp.mean(DENSITIES[spec.name].log_prob(jnp.asarray(test["x"])))
-            summary["exact_log_likelihood"] = exact
-            summary["kl_to_exact"] = exact - scored.log_likelihood
-            draw_density(run.folder, flow, params, spec, test["x"], key_draw)
-        else:
-            if not config.noise:
-                summary["bits_per_dim"] = scored.bits_per_dim
-            draw_images(run.folder, config, flow, params, spec, key_draw)
-        return _run.finish(run, summary)
+    checks.positive("held_out", config.held_out)
+    data = load_data(config)
+    system = build(config, data)
+    return train(config, system, data, _pictures.density_report(system, data))
 
 
-def build(config: Config, spec: DataSpec) -> Flow:
-    """The flow of the config for data of that shape."""
-    default_layers, default_width = SIZES[config.model]
-    layers = default_layers if config.layers is None else config.layers
-    width = default_width if config.width is None else config.width
-    images = spec.levels is not None
-    if not images and config.model in ("glow", "tarflow"):
-        raise ValueError(f"model {config.model!r} is for images, got dataset {spec.name!r}")
+def build(config: Config, data: Data) -> System:
+    """The flow of the config, its loss and its optimizer."""
+    flow, scaling = make_flow(config, data), data.scaling(0.0 if unit(config, data) else -1.0)
+
+    def prepare(key: jax.Array, x: jax.Array) -> jax.Array:
+        """Data as the flow sees it: dequantised, or noisy."""
+        if not config.noise:
+            return scaling.dequantise(key, x)
+        y = scaling.to_continuous(x.astype(jnp.int32))
+        return y + config.noise * jax.random.normal(key, y.shape)
+
+    def init(key: jax.Array) -> Any:
+        # Glow's actnorm is set from this batch.
+        return flow.init(key, prepare(key, jnp.asarray(data.train["x"][: config.batch_size])))
+
+    def loss(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        key_noise, key_net, key_label = jax.random.split(key, 3)
+        y, label = prepare(key_noise, batch["x"]), None
+        if config.conditional and data.spec.classes:
+            drop = jax.random.bernoulli(key_label, config.label_drop, batch["label"].shape)
+            label = jnp.where(drop, data.spec.classes, batch["label"])
+        return -flow.log_prob(params, y, label, key_net), {}
+
+    def log_prob(params: Any, key: Any, y: jax.Array) -> jax.Array:
+        return flow.log_prob(params, prepare(key, y) if config.noise else y)
+
+    def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
+        return scaling.to_levels(flow.sample(params, key, n, label))
+
+    # With noise the density is of noisy data, and says nothing of the levels' bits.
+    bits = {"bits": False} if config.noise else {}
+    return System(
+        init,
+        loss,
+        make_optimizer(config),
+        sample,
+        log_prob,
+        None if config.noise else scaling,
+        likelihood={"num_draws": config.draws if data.kind == "images" else 1, **bits},
+        evaluations=flow.passes,
+        labels=data.labels() if config.conditional else None,
+        best="nats",
+    )
+
+
+class Flow(NamedTuple):
+    """A network between data as it sees them and its base."""
+
+    init: Callable[[jax.Array, jax.Array], Any]  # (key, y) -> params
+    log_prob: Callable[..., jax.Array]  # (params, y, label, dropout key) -> [batch], nats
+    sample: Callable[..., jax.Array]  # (params, key, n, label) -> y
+    passes: int  # through the network, one after another, for a sample
+
+
+class Core(NamedTuple):
+    """The network, the shapes that it takes and gives, and what else it takes."""
+
+    network: Any
+    shape: tuple[int, ...]
+    base: Any  # shape, or tree of shapes
+    dropout: bool = True
+    label: bool = False
+
+
+def unit(config: Config, data: Data) -> bool:
+    """Whether data are dequantised onto the unit interval, where margins come first."""
+    return data.kind == "images" and not config.noise
+
+
+def splines(config: Config, data: Data) -> Any:
+    """The splines of the margins, and of spline couplings."""
+    return flows.rational_quadratic(
+        config.bins, *((0.0, 1.0) if unit(config, data) else (-6.0, 6.0))
+    )
+
+
+def core(config: Config, data: Data) -> Core:
+    """The network of the config for data of that shape."""
+    if config.model in ("glow", "tarflow") and data.kind != "images":
+        raise ValueError(f"model {config.model!r} is for images, got dataset {data.spec.name!r}")
     if (config.conditional or config.noise) and config.model != "tarflow":
         raise ValueError("conditional and noise need model 'tarflow'")
-    event = tuple(spec.shape)
+    layers, width = (
+        default if given is None else given
+        for given, default in zip((config.layers, config.width), SIZES[config.model], strict=True)
+    )
+    event, hidden, drop = data.spec.shape, (width,) * config.depth, {"dropout": config.dropout}
     flat = (math.prod(event),)
-    unit = images and not config.noise
-    spline = flows.rational_quadratic(config.bins, *((0.0, 1.0) if unit else (-6.0, 6.0)))
-    inner, base_shape, takes_label = flat, flat, False
-    options: dict[str, Any] = {"dropout": config.dropout}
     if config.model == "planar":
-        network, options = PlanarFlow(layers), {}
-    elif config.model == "realnvp":
-        network = RealNVP(layers, (width,) * config.depth, **options)
-    elif config.model == "spline":
-        hidden = (width,) * config.depth
+        return Core(PlanarFlow(layers), flat, flat, dropout=False)
+    if config.model == "realnvp":
+        return Core(RealNVP(layers, hidden, **drop), flat, flat)
+    if config.model == "spline":
         # Two dimensions have but two orders; many are shuffled.
-        network = SplineFlow(layers, hidden, spline, images, seed=config.seed, **options)
-    elif config.model == "glow":
-        network = Glow(2, layers, width, seed=config.seed, **options)
-        inner, base_shape = event, network.shapes(event)
-    else:
-        classes = spec.classes if config.conditional else None
-        network = TarFlow(config.patch, layers, config.depth, width, classes=classes, **options)
-        inner, takes_label = event, classes is not None
-        side = config.patch
-        tokens = (event[0] // side) * (event[1] // side)
-        base_shape = (tokens, side * side * event[2])
-    uniform = unit and config.model == "spline"
+        shuffled = data.kind == "images"
+        spline = splines(config, data)
+        return Core(
+            SplineFlow(layers, hidden, spline, shuffled, seed=config.seed, **drop), flat, flat
+        )
+    if config.model == "glow":
+        glow = Glow(2, layers, width, seed=config.seed, **drop)
+        return Core(glow, event, glow.shapes(event))
+    classes = data.spec.classes if config.conditional else None
+    tarflow = TarFlow(config.patch, layers, config.depth, width, classes=classes, **drop)
+    tokens = (event[0] // config.patch) * (event[1] // config.patch)
+    return Core(tarflow, event, (tokens, config.patch**2 * event[2]), label=classes is not None)
+
+
+def make_flow(config: Config, data: Data) -> Flow:
+    """Margins, logit map and network as one flow; the spline couplings need no logit map."""
+    net, event, margins = core(config, data), tuple(data.spec.shape), unit(config, data)
+    uniform = margins and config.model == "spline"
+    spline, logit = splines(config, data), flows.logit(config.alpha)
 
     def base(scale: float = 1.0) -> flows.Base:
-        return flows.uniform(base_shape) if uniform else flows.normal(base_shape, scale)
+        return flows.uniform(net.base) if uniform else flows.normal(net.base, scale)
 
     def bijection(label: Any = None, key: Any = None, guidance: float = 0.0) -> flows.Bijection:
-        """Margins, logit and network, with the label and the dropout key closed over."""
-        extra = {"label": label} if takes_label else {}
-        drop = {"dropout_key": key} if options else {}
+        """The whole, with the label and the dropout key closed over."""
+        extra = {"label": label} if net.label else {}
+        drop = {"dropout_key": key} if net.dropout else {}
 
         def forward(params: Any, x: jax.Array) -> Any:
-            return network.apply(params, x.reshape(len(x), *inner), **extra, **drop)
+            return net.network.apply(params, x.reshape(len(x), *net.shape), **extra, **drop)
 
         def inverse(params: Any, z: Any) -> Any:
             if config.model == "tarflow":
                 guided = {**extra, **({"guidance": guidance} if guidance else {})}
-                return network.apply(params, z, inner, method="inverse", **guided)
-            x, log_det = network.apply(params, z, inverse=True)
+                return net.network.apply(params, z, net.shape, method="inverse", **guided)
+            x, log_det = net.network.apply(params, z, inverse=True)
             return x.reshape(len(x), *event), log_det
 
-        parts = [flows.Bijection(forward, inverse)]
-        if unit and not uniform:
-            parts.insert(0, flows.logit(config.alpha))
-        if unit:
-            parts.insert(0, flows.elementwise(spline))
-        return flows.chain(parts)
+        first = [flows.elementwise(spline)] if margins else []
+        second = [logit] if margins and not uniform else []
+        return flows.chain([*first, *second, flows.Bijection(forward, inverse)])
 
     def tree(params: Any) -> list[Any]:
-        margins = [params["margins"]] if unit else []
-        return [*margins, *([None] if unit and not uniform else []), params["network"]]
+        first = [params["margins"]] if margins else []
+        return [*first, *([None] if margins and not uniform else []), params["network"]]
 
     def init(key: jax.Array, y: jax.Array) -> Any:
         params: dict[str, Any] = {}
-        if unit:
+        if margins:
             params["margins"] = jnp.zeros((*event[:-1], spline.size, event[-1]))
-            y = y if uniform else flows.logit(config.alpha).forward(None, y)[0]
-        params["network"] = network.init(key, y.reshape(len(y), *inner))
+            y = y if uniform else logit.forward(None, y)[0]
+        params["network"] = net.network.init(key, y.reshape(len(y), *net.shape))
         return params
 
     def log_prob(params: Any, y: jax.Array, label: Any = None, key: Any = None) -> jax.Array:
@@ -241,35 +262,8 @@ def build(config: Config, spec: DataSpec) -> Flow:
             y = flows.denoise(lambda y: log_prob(params, y, label), y, config.noise)
         return y
 
-    scaling = None if not images else Scaling(spec.levels or 0, 0.0 if unit else -1.0, 1.0)
     # TarFlow goes through its tokens one after another.
-    passes = base_shape[0] if config.model == "tarflow" else 1
-    return Flow(init, log_prob, sample, scaling, passes)
-
-
-def prepare(flow: Flow, config: Config, key: jax.Array, x: jax.Array) -> jax.Array:
-    """Data as the flow sees it: dequantised, or noisy."""
-    if flow.scaling is None:
-        return x
-    if config.noise:
-        y = flow.scaling.to_continuous(x)
-        return y + config.noise * jax.random.normal(key, y.shape)
-    return flow.scaling.dequantise(key, x)
-
-
-def make_loss(config: Config, flow: Flow, spec: DataSpec) -> Callable[..., Any]:
-    """Negative log-likelihood as loss(params, key, batch) -> (losses, aux)."""
-
-    def loss_fn(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        key_noise, key_net, key_label = jax.random.split(key, 3)
-        y = prepare(flow, config, key_noise, batch["x"])
-        label = batch.get("label") if config.conditional else None
-        if label is not None:
-            drop = jax.random.bernoulli(key_label, config.label_drop, label.shape)
-            label = jnp.where(drop, spec.classes or 0, label)
-        return -flow.log_prob(params, y, label, key_net), {}
-
-    return loss_fn
+    return Flow(init, log_prob, sample, net.base[0] if config.model == "tarflow" else 1)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -283,69 +277,6 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         optax.clip_by_global_norm(config.clip),
         optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay, mask=matrices),
     )
-
-
-def make_evaluate(config: Config, flow: Flow) -> Callable[..., Likelihood]:
-    """Score a split: evaluate(params, key, arrays, draws)."""
-
-    def score(params: Any, key: jax.Array, x: Any, draws: int) -> Likelihood:
-        def log_prob(key: jax.Array, y: jax.Array) -> jax.Array:
-            if config.noise:
-                y = prepare(flow, config, key, y.astype(jnp.int32))
-            return flow.log_prob(params, y)
-
-        scaling = None if config.noise else flow.scaling
-        x = jnp.asarray(x, jnp.float32) if scaling is None else x
-        return test_log_likelihood(
-            log_prob, key, x, scaling=scaling, batch_size=256, num_draws=draws
-        )
-
-    compiled = jax.jit(score, static_argnums=3)
-    return lambda params, key, arrays, draws: compiled(params, key, arrays["x"], draws)
-
-
-def draw(
-    run: _run.Run, flow: Flow, params: Any, key: jax.Array, count: int, classes: int | None = None
-) -> dict[str, Any]:
-    """Leave `count` samples in the run's folder, the classes in turn; what they cost."""
-    label = {} if classes is None else {"label": jnp.arange(count) % classes}
-
-    @jax.jit
-    def sample(params: Any) -> jax.Array:
-        y = flow.sample(params, key, count, **label)
-        return y if flow.scaling is None else flow.scaling.to_levels(y)
-
-    return _samples.save_samples(run, lambda: sample(params), evaluations=flow.evaluations)[1]
-
-
-def draw_images(
-    folder: Any, config: Config, flow: Flow, params: Any, spec: DataSpec, key: jax.Array
-) -> None:
-    """Write samples, by class in columns where the model takes labels."""
-    label = jnp.arange(100) % (spec.classes or 1) if config.conditional else None
-    y = jax.jit(lambda p, k: flow.sample(p, k, 100, label))(params, key)
-    images = flow.scaling.to_levels(y) if flow.scaling else y
-    _pictures.save_grid(folder / "samples.png", images, high=(spec.levels or 2) - 1, columns=10)
-
-
-def draw_density(
-    folder: Any, flow: Flow, params: Any, spec: DataSpec, data: np.ndarray, key: jax.Array
-) -> None:
-    """Write the density and samples of the flow beside the data."""
-    limit = 1.15 * float(np.abs(data).max())
-    axis = np.linspace(-limit, limit, 200)
-    grid = jnp.asarray(np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2), jnp.float32)
-    density = np.exp(np.asarray(jax.jit(flow.log_prob)(params, grid))).reshape(200, 200)
-    samples = np.asarray(jax.jit(lambda p, k: flow.sample(p, k, 5000))(params, key))
-
-    def draw(axes: Any) -> None:
-        axes[0].imshow(density, origin="lower", extent=(-limit, limit) * 2)
-        axes[0].set(title="density of the flow")
-        for axis, points, title in ((axes[1], samples, "samples"), (axes[2], data, spec.name)):
-            axis.plot(*points.T, ".", markersize=1)
-            axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-
-    _pictures.save_figure(folder / "density.png", draw, panels=3)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ vary much), their ratio, and the curvature of the paths.
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -27,19 +26,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _pictures, _run, _samples
+from experiments import _pictures, _run, _samples, _system
+from experiments._data import Data, load_data
+from experiments._system import Measures, Row, System, prepare, weights
 from genjax import checks, flows
-from genjax.data import DENSITIES, DataSpec, Scaling, load
+from genjax.data import DENSITIES
 from genjax.metrics import sliced_wasserstein
 from genjax.networks import TimeMLP
-from genjax.training import export_npz, init_state, make_train_step
+from genjax.training import export_npz
 from genjax.transport import sinkhorn_from_cost
 
+ROWS = (
+    Row(
+        "flow_matching",
+        "Flow matching",
+        images={"methods": ("flow",), "width": 256, "dropout": 0.1},
+        plane={"methods": ("flow",)},
+    ),
+)
 Method = Literal["flow", "reflow", "ot", "sinkhorn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_run.RunConfig):
+class Config(_run.TrainConfig):
     """Train flows by flow matching and compare their paths."""
 
     dataset: str = "8gaussians"
@@ -65,17 +74,12 @@ class Config(_run.RunConfig):
     learning_rate: float = 2e-3
     """Adam's largest rate, falling along a cosine."""
     ema: float = 0.999
-    """Decay of the averaged weights, which are evaluated."""
     steps: int = 8000
     """Updates of each method."""
     batch_size: int = 512
-    """Examples in one update."""
     steps_per_call: int = 50
-    """Updates in one call of the compiled program."""
     log_every: int = 100
-    """Steps between lines of metrics.jsonl."""
     save_every: int = 4000
-    """Steps between checkpoints."""
     reflow_pairs: int = 65536
     """Pairs drawn from the first flow for the second."""
     sample_steps: int = 100
@@ -88,149 +92,99 @@ class Config(_run.RunConfig):
 
 def main(config: Config) -> dict[str, Any]:
     """Train every method, compare, draw; returns the summary."""
-    if (
-        "reflow" in config.methods
-        and "flow" not in config.methods[: config.methods.index("reflow")]
-    ):
+    before = config.methods[: config.methods.index("reflow")] if "reflow" in config.methods else ()
+    if "reflow" in config.methods and "flow" not in before:
         raise ValueError(f"methods must have flow before reflow, got {config.methods}")
-    train, spec = load(config.dataset, "train", data_dir=config.data_dir)
-    if config.conditional and not spec.classes:
-        raise ValueError(f"conditional needs a data set with classes, got {spec.name!r}")
-    keys = dict(zip(("init", "run", "data", "draw", "pairs"), jax.random.split(
-        jax.random.key(config.seed), 5), strict=True))  # fmt: skip
-    network = TimeMLP(
-        config.width,
-        config.depth,
-        classes=spec.classes if config.conditional else None,
-        dropout=config.dropout,
-    )
-    fresh = fresh_data(config, spec)
-    key_a, key_b, key_noise = (jax.random.split(k, config.draws) for k in
-                               jax.random.split(keys["data"], 3))  # fmt: skip
-    real = [fresh(key) for key in key_a]
-    noises = [jax.random.normal(key, real[0].shape) for key in key_noise]
-    noise = noises[0]
-    label = None
-    if config.conditional:
-        label = jax.random.randint(keys["draw"], (len(noise),), 0, spec.classes or 1)
-
+    data = load_data(config)
+    compare = Comparison(config, data)
     with _run.start_run(config) as run:
-        summary: dict[str, Any] = {
-            "dataset": config.dataset,
-            "distance_fresh": mean_distance(keys["draw"], real, [fresh(key) for key in key_b]),
-        }
+        summary: dict[str, Any] = {"distance_fresh": compare.distance_fresh()}
         trained: dict[str, Any] = {}
-        samples: dict[str, Any] = {}
         for method in config.methods:
-            data, start = (
-                train,
-                jax.jit(network.init)(keys["init"], jnp.zeros((1, *spec.shape)), jnp.zeros(1)),
-            )
-            if method == "reflow":
-                start = trained["flow"]
-                data = pairs_of(config, network, start, spec, keys["pairs"])
-            params = fit(config, run, network, start, spec, data, method, keys["run"])
-            trained[method] = params
-            export_npz(run.folder / f"{method}.npz", params)
-            field = velocity(network, params, label)
-            run_many = jax.jit(
-                lambda x, f=field: flows.integrate(f, x, num_steps=config.sample_steps)
-            )
-            run_once = jax.jit(lambda x, f=field: flows.integrate(f, x, num_steps=1))
-            all_many, all_once = [run_many(x) for x in noises], [run_once(x) for x in noises]
-            many, once = all_many[0], all_once[0]
-            far = mean_distance(keys["draw"], real, all_many)
-            bend = jax.jit(lambda x, f=field: flows.curvature(f, x))(noise)
-            cost = jnp.mean(jnp.sum(jnp.square(many - noise).reshape(len(noise), -1), axis=1))
-            summary |= {
-                f"distance_{method}": far,
-                f"ratio_{method}": far / summary["distance_fresh"],
-                f"distance_{method}_one_step": mean_distance(keys["draw"], real, all_once),
-                f"curvature_{method}": jnp.mean(bend),
-                f"transport_cost_{method}": cost,
-            }
-            samples |= {f"{method}, {config.sample_steps} steps": many, f"{method}, 1 step": once}
-        draw(run.folder, config, spec, real[0], samples)
-        summary["sampled_method"] = config.methods[-1]
-        summary |= leave_samples(run, network, trained[config.methods[-1]], train, spec)
+            trained[method] = fit(config, run, data, method, trained.get("flow"))
+            summary |= compare(method, trained[method])
+        compare.draw(run.folder)
+        last = config.methods[-1]
+        measures = Measures(config, build(config, data), data)
+        summary |= {"sampled_method": last, **measures.of(run, trained[last])}
         return _run.finish(run, summary)
 
 
-def fit(
-    config: Config,
-    whole: _run.Run,
-    network: TimeMLP,
-    params: Any,
-    spec: DataSpec,
-    data: Any,
-    method: str,
-    key: jax.Array,
-) -> Any:
-    """Train one method in its own folder; returns the averaged weights.
+def fit(config: Config, whole: _run.Run, data: Data, method: Method, flow: Any) -> Any:
+    """Train one method in its own folder; returns the averaged weights. `flow`: those of the first
+    flow, where reflow begins.
 
     The budget `max_seconds` is each method's; the whole run's steps and seconds are their sums.
     """
     folder = whole.folder / method
-    rate = optax.cosine_decay_schedule(config.learning_rate, config.steps, 0.01)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-    # Copied, since a train step takes the memory of the state that it is given.
-    state = init_state(jax.tree.map(jnp.copy, params), optimizer, key, ema_decays=(config.ema,))
     resume = config.resume and (folder / "config.json").exists()
-    own = dataclasses.replace(config, run_dir=str(folder), resume=resume)
-    with _run.start_run(own, name=method) as run:
-        step_fn = make_train_step(
-            make_loss(config, network, spec, method),
-            optimizer,
-            mesh=_run.mesh(config),
-            steps_per_call=config.steps_per_call,
-        )
-        batches = _run.batches(config, data)
-        if method == "ot":
-            batches = paired(config, spec, batches)
-        state = _run.fit(run, state, step_fn, batches)
-        _run.finish(run, {})
+    own = dataclasses.replace(config, run_dir=str(folder), resume=resume, methods=(method,))
+    system = build(own, data)
+    if method == "reflow":
+        pairs = pairs_of(config, data, flow)
+        data, system = data._replace(train=pairs), system._replace(init=lambda key: flow)
+    training = prepare(own, system, data)
+    with _run.start_run(own) as run:
+        params = weights(own, system, _run.fit(run, *training))
+        export_npz(run.folder / "params.npz", params)
+        _run.finish(run, {"parameters": _samples.parameter_count(params)})
     whole.training_seconds += run.training_seconds
     whole.first_call_seconds += run.first_call_seconds
     whole.steps_done = (whole.steps_done or 0) + (run.steps_done or 0)
     whole.ended_by_budget |= run.ended_by_budget
-    return state.ema_params(config.ema)
+    return params
 
 
-def leave_samples(
-    run: _run.Run, network: TimeMLP, params: Any, train: Any, spec: DataSpec
-) -> dict[str, Any]:
-    """Leave samples of the last method in the run's folder, the classes in turn; their cost."""
-    config: Any = run.config
-    count = _samples.sample_count(train, spec)
-    label = jnp.arange(count) % (spec.classes or 1) if config.conditional else None
-
-    @jax.jit
-    def sample(params: Any) -> jax.Array:
-        noise = jax.random.normal(jax.random.key(config.seed + 1), (count, *spec.shape))
-        x = flows.integrate(velocity(network, params, label), noise, num_steps=config.sample_steps)
-        return x if spec.levels is None else Scaling(spec.levels).to_levels(x)
-
-    _, cost = _samples.save_samples(run, lambda: sample(params), evaluations=config.sample_steps)
-    return {"parameters": _samples.parameter_count(params), **cost}
+def make_network(config: Config, data: Data) -> TimeMLP:
+    """The field's network, with labels where the config asks for them."""
+    if config.conditional and not data.spec.classes:
+        raise ValueError(f"conditional needs a data set with classes, got {data.spec.name!r}")
+    classes = data.spec.classes if config.conditional else None
+    return TimeMLP(config.width, config.depth, classes=classes, dropout=config.dropout)
 
 
-def make_loss(config: Config, network: TimeMLP, spec: DataSpec, method: str) -> Callable[..., Any]:
-    """Pairs, then regression, as loss(params, key, batch) -> (losses, aux)."""
+def velocity(network: TimeMLP, params: Any, label: Any = None, key: Any = None) -> Any:
+    """The field v(x, t), with label and dropout key closed over."""
+    return lambda x, t: network.apply(params, x, t, label=label, dropout_key=key)
+
+
+def build(config: Config, data: Data) -> System:
+    """The last of the config's methods: pairs, then regression on their paths."""
+    method, network, scaling = config.methods[-1], make_network(config, data), data.scaling()
     path = flows.vp_path() if config.path == "vp" else flows.ot_path(config.sigma_min)
     coupling = sinkhorn_plan(config.epsilon) if method == "sinkhorn" else None
 
-    def loss_fn(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def init(key: jax.Array) -> Any:
+        return network.init(key, jnp.zeros((1, *data.spec.shape)), jnp.zeros(1))
+
+    def loss(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         key_data, key_pairs, key_time, key_net = jax.random.split(key, 4)
-        label = batch.get("label") if config.conditional else None
+        label = batch["label"] if config.conditional else None
         field = velocity(network, params, label, key_net)
         if method in ("reflow", "ot"):  # paired before
             x0, x1 = batch["x0"], batch["x1"]
         else:
-            x = prepare(spec, key_data, batch["x"])
+            x = scaling.dequantise(key_data, batch["x"])
             x0, x1 = flows.sample_pairs(key_pairs, x, coupling=coupling, label=label)
         return flows.flow_matching_loss(field, key_time, x0, x1, path=path)
 
-    return loss_fn
+    def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
+        noise = jax.random.normal(key, (n, *data.spec.shape))
+        field = velocity(network, params, label)
+        return scaling.to_levels(flows.integrate(field, noise, num_steps=config.sample_steps))
+
+    rate = optax.cosine_decay_schedule(config.learning_rate, config.steps, 0.01)
+    system = System(
+        init,
+        loss,
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)),
+        sample,
+        evaluations=config.sample_steps,
+        labels=data.labels() if config.conditional else None,
+    )
+    if method != "ot":
+        return system
+    return system._replace(batches=lambda batches: paired(config, scaling, batches))
 
 
 def exact_assignment(cost: jax.Array) -> jax.Array:
@@ -250,7 +204,7 @@ def exact_assignment(cost: jax.Array) -> jax.Array:
 
 
 def paired(
-    config: Config, spec: DataSpec, batches: Callable[[int], Any]
+    config: Config, scaling: Any, batches: Callable[[int], Any]
 ) -> Callable[[int], dict[str, np.ndarray]]:
     """Batches of data with the noise that the exact assignment gives them: x0, x1 (and label)."""
     root = jax.random.fold_in(jax.random.key(config.seed), jax.process_index())
@@ -258,7 +212,7 @@ def paired(
     @jax.jit
     def noise_and_data(step: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         key_data, key_noise = jax.random.split(jax.random.fold_in(root, step))
-        x1 = prepare(spec, key_data, x)
+        x1 = scaling.dequantise(key_data, x)
         return jax.random.normal(key_noise, x1.shape), x1
 
     def batch(step: int) -> dict[str, np.ndarray]:
@@ -281,23 +235,12 @@ def sinkhorn_plan(share: float) -> Callable[[jax.Array], jax.Array]:
     return lambda cost: sinkhorn_from_cost(cost, epsilon=share * jnp.mean(cost)).plan()
 
 
-def velocity(network: TimeMLP, params: Any, label: Any = None, key: Any = None) -> Any:
-    """The field v(x, t), with label and dropout key closed over."""
-    return lambda x, t: network.apply(params, x, t, label=label, dropout_key=key)
-
-
-def prepare(spec: DataSpec, key: jax.Array, x: jax.Array) -> jax.Array:
-    """Images are dequantised to [-1, 1]; points stay as they are."""
-    return x if spec.levels is None else Scaling(spec.levels).dequantise(key, x)
-
-
-def pairs_of(
-    config: Config, network: TimeMLP, params: Any, spec: DataSpec, key: jax.Array
-) -> dict[str, np.ndarray]:
+def pairs_of(config: Config, data: Data, params: Any) -> dict[str, np.ndarray]:
     """Pairs (noise, end of its path) of the trained flow, with labels where it takes them."""
-    count = config.reflow_pairs
-    x0 = jax.random.normal(key, (count, *spec.shape))
-    label = jnp.arange(count) % (spec.classes or 1) if config.conditional else None
+    count, network = config.reflow_pairs, make_network(config, data)
+    key = jax.random.fold_in(_system.keys(config.seed).sample, 1)
+    x0 = jax.random.normal(key, (count, *data.spec.shape))
+    label = data.labels(count) if config.conditional else None
 
     def part(inputs: Any) -> flows.Pairs:
         x0, label = inputs
@@ -307,44 +250,78 @@ def pairs_of(
     split = lambda a: a.reshape(-1, min(count, 4096), *a.shape[1:])  # noqa: E731
     inputs = (split(x0), None if label is None else split(label))
     pairs = jax.jit(lambda inputs: jax.lax.map(part, inputs))(inputs)
-    x0, x1 = (np.asarray(leaf).reshape(count, *spec.shape) for leaf in pairs)
-    extra = {} if label is None else {"label": np.asarray(label, np.int32)}
-    return {"x0": x0, "x1": x1, **extra}
+    x0, x1 = (np.asarray(leaf).reshape(count, *data.spec.shape) for leaf in pairs)
+    return {"x0": x0, "x1": x1, **({} if label is None else {"label": np.asarray(label)})}
 
 
-def fresh_data(config: Config, spec: DataSpec) -> Callable[[jax.Array], jax.Array]:
-    """Draw fresh data: of the density itself, or half of the images of the test split."""
-    if spec.levels is None:
-        return lambda key: DENSITIES[spec.name].sample(key, config.samples)
-    test, _ = load(config.dataset, "test", data_dir=config.data_dir)
+class Comparison:
+    """What is measured of every method: distances to fresh data, curvature, cost of transport."""
 
-    def half(key: jax.Array) -> jax.Array:
-        x = jax.random.permutation(key, jnp.asarray(test["x"]))[: len(test["x"]) // 2]
-        return prepare(spec, key, x)
+    def __init__(self, config: Config, data: Data):
+        self.config, self.data, self.network = config, data, make_network(config, data)
+        key, key_label, self.key_distance = jax.random.split(_system.keys(config.seed).test, 3)
+        key_a, key_b, key_noise = (
+            jax.random.split(k, config.draws) for k in jax.random.split(key, 3)
+        )
+        self.real, self.again = ([self.fresh(key) for key in keys] for keys in (key_a, key_b))
+        self.noises = [jax.random.normal(key, self.real[0].shape) for key in key_noise]
+        self.label, self.samples = None, {}
+        if config.conditional:
+            size = (len(self.noises[0]),)
+            self.label = jax.random.randint(key_label, size, 0, data.spec.classes or 1)
 
-    return half
+    def fresh(self, key: jax.Array) -> jax.Array:
+        """Fresh data: of the density itself, or half of the images of the test split."""
+        if self.data.kind == "points":
+            return DENSITIES[self.data.spec.name].sample(key, self.config.samples)
+        test = jnp.asarray(self.data.test["x"])
+        return self.data.scaling().dequantise(
+            key, jax.random.permutation(key, test)[: len(test) // 2]
+        )
 
+    def distance(self, samples: list[jax.Array]) -> jax.Array:
+        """Sliced Wasserstein distance (p = 2) to fresh data, the mean over the draws."""
+        flat = [[x.reshape(len(x), -1) for x in xs] for xs in (self.real, samples)]
+        keys = jax.random.split(self.key_distance, len(samples))
+        return jnp.mean(jnp.stack([sliced_wasserstein(*z) for z in zip(keys, *flat, strict=True)]))
 
-def mean_distance(key: jax.Array, xs: list[jax.Array], ys: list[jax.Array]) -> jax.Array:
-    """Mean of the distances of pairs of samples, each with directions of its own."""
-    pairs = zip(jax.random.split(key, len(xs)), xs, ys, strict=True)
-    return jnp.mean(jnp.stack([distance(*pair) for pair in pairs]))
+    def distance_fresh(self) -> jax.Array:
+        """The distance between two fresh samples of the data."""
+        return self.distance(self.again)
 
+    def __call__(self, method: str, params: Any) -> dict[str, Any]:
+        """The numbers of one method."""
+        field = velocity(self.network, params, self.label)
+        many, once = (
+            [run(x) for x in self.noises]
+            for run in (
+                jax.jit(lambda x, n=n: flows.integrate(field, x, num_steps=n))
+                for n in (self.config.sample_steps, 1)
+            )
+        )
+        noise, far = self.noises[0], self.distance(many)
+        self.samples |= {
+            f"{method}, {self.config.sample_steps} steps": many[0],
+            f"{method}, 1 step": once[0],
+        }
+        return {
+            f"distance_{method}": far,
+            f"ratio_{method}": far / self.distance_fresh(),
+            f"distance_{method}_one_step": self.distance(once),
+            f"curvature_{method}": jnp.mean(jax.jit(lambda x: flows.curvature(field, x))(noise)),
+            f"transport_cost_{method}": jnp.sum(jnp.square(many[0] - noise)) / len(noise),
+        }
 
-def distance(key: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Sliced Wasserstein distance (p = 2) of two samples, events flattened."""
-    return sliced_wasserstein(key, x.reshape(len(x), -1), y.reshape(len(y), -1))
-
-
-def draw(folder: Path, config: Config, spec: DataSpec, real: Any, samples: dict[str, Any]) -> None:
-    """Write samples of every method beside the data."""
-    if spec.levels is None:
-        _pictures.save_points(folder / "samples.png", {config.dataset: real, **samples})
-        return
-    for title, x in samples.items():
-        name = title.replace(", ", "_").replace(" ", "_")
-        levels = Scaling(spec.levels).to_levels(x[:100])
-        _pictures.save_grid(folder / f"{name}.png", levels, high=spec.levels - 1, columns=10)
+    def draw(self, folder: Any) -> None:
+        """Write samples of every method beside the data."""
+        if self.data.kind == "points":
+            sets = {self.config.dataset: self.real[0], **self.samples}
+            _pictures.save_points(folder / "methods.png", sets)
+            return
+        for title, x in self.samples.items():
+            name = title.replace(", ", "_").replace(" ", "_")
+            levels, high = self.data.scaling().to_levels(x[:100]), (self.data.spec.levels or 0) - 1
+            _pictures.save_grid(folder / f"{name}.png", levels, high=high, columns=10)
 
 
 if __name__ == "__main__":

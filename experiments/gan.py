@@ -8,12 +8,12 @@
     python -m experiments.gan --conditional --condition concat
     python -m experiments.gan --dataset 25gaussians --steps 20000
 
-Samples of the averaged generator are scored: k-NN precision and recall in pixel space, the share of
-copies, and where labels are asked for, how many of them a classifier trained on real images reads
-back; in the plane the modes covered. The run folder gets samples.npy and samples.png.
+Samples of the averaged generator are judged, see experiments/_judge.py; the run folder gets
+samples.npy and samples.png.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -22,26 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _pictures, _run, _samples
+from experiments import _run
+from experiments._data import Data, load_data
+from experiments._system import Row, System, train
 from genjax.adversarial import gan, hinge, least_squares, r1_penalty
-from genjax.data import DENSITIES, DataSpec, Scaling, load
-from genjax.data.synthetic import GaussianMixture
-from genjax.metrics import (
-    high_quality_share,
-    memorisation_share,
-    modes_covered,
-    precision_recall,
-    reverse_kl_modes,
-)
 from genjax.networks import MLP, DCGANCritic, DCGANGenerator, init_power, spectral_normalise
-from genjax.training import critic_batches, init_saddle_state, make_saddle_step
 
-MOST_MODES = 25  # moons and swissroll are mixtures too, of many Gaussians along a curve
+ROWS = (Row("gan", "GAN", images={}, plane={}),)
 OBJECTIVES = {"gan": gan, "hinge": hinge, "least_squares": least_squares}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdversarialConfig(_run.RunConfig):
+class AdversarialConfig(_run.TrainConfig):
     """What GAN, f-GAN and WGAN share: two networks and their optimisers."""
 
     dataset: str = "digits"
@@ -61,11 +53,9 @@ class AdversarialConfig(_run.RunConfig):
     base: int = 2
     """Side of the smallest feature map (dcgan)."""
     steps: int = 5000
-    """Updates of the generator."""
     batch_size: int = 64
     """Examples, and samples, in one update."""
     steps_per_call: int = 20
-    """Updates in one call of the compiled program."""
     n_critic: int = 1
     """Updates of the critic before each one of the generator."""
     learning_rate: float = 5e-4
@@ -75,7 +65,6 @@ class AdversarialConfig(_run.RunConfig):
     beta2: float = 0.999
     """Adam's second decay."""
     ema: float = 0.998
-    """Decay of the averaged generator, which is the one that is sampled."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,97 +86,105 @@ class Players(NamedTuple):
     init_generator: Callable[[jax.Array], Any]
     score: Callable[[Any, jax.Array, Any], jax.Array]  # (params, x, label) -> scores [batch]
     generate: Callable[[Any, jax.Array, Any], jax.Array]  # (params, z, label) -> x
-    prepare: Callable[[jax.Array], jax.Array]  # data as loaded -> what the critic sees
 
 
 def main(config: Config) -> dict[str, Any]:
     """Train, sample, evaluate; returns the summary."""
-    arrays, spec = load(config.dataset, "train", data_dir=config.data_dir)
-    players = build(config, spec)
-    init_critic, score, project = players.init_critic, players.score, None
-    if config.spectral:
-        init_critic, score, project = spectral(players)
-    objective = OBJECTIVES[config.objective]
-
-    def critic_loss(critic: Any, generator: Any, key: Any, batch: Any) -> Any:
-        real, fake, label = real_and_fake(config, players, generator, key, batch)
-        losses = objective(score(critic, real, label), score(critic, fake, label))
-        total = losses.critic
-        if config.r1:
-            penalty = r1_penalty(lambda x: score(critic, x, label), real)
-            total = total + config.r1 / 2 * jnp.mean(penalty)
-        return total, {"bound": losses.bound}
-
-    def generator_loss(critic: Any, generator: Any, key: Any, batch: Any) -> Any:
-        _, fake, label = real_and_fake(config, players, generator, key, batch)
-        scores = score(critic, fake, label)
-        return objective(scores, scores).generator, {}
-
-    changed = players._replace(init_critic=init_critic, score=score)
-    return train(config, changed, arrays, spec, critic_loss, generator_loss, project=project)
+    data = load_data(config)
+    return train(config, build(config, data), data)
 
 
-def build(config: AdversarialConfig, spec: DataSpec) -> Players:
+def build(config: Config, data: Data) -> System:
+    """The two players with the objective of the config."""
+
+    def penalty(score: Any, key: Any, real: Any, fake: Any) -> Any:
+        return config.r1 / 2 * jnp.mean(r1_penalty(score, real)), {}
+
+    players, objective = networks(config, data), OBJECTIVES[config.objective]
+    system = saddle(config, data, players, objective, penalty if config.r1 else None)
+    if not config.spectral:
+        return system
+
+    # The power vectors are what no gradient moves: the iteration goes on after each update.
+    def power(vectors: Any, critic: Any, seen: Any = None) -> Any:
+        return spectral_normalise(critic, vectors)[1]
+
+    def init_carry(key: jax.Array, params: Any) -> Any:
+        start = init_power(params["critic"], jax.random.split(key)[0])
+        return power(start, params["critic"])
+
+    return system._replace(init_carry=init_carry, absorb=(power, None))
+
+
+def networks(config: AdversarialConfig, data: Data) -> Players:
     """Both networks for a data set."""
-    plane, event = spec.levels is None, tuple(spec.shape)
-    size = int(np.prod(event))
-    classes = spec.classes if config.conditional else None
-    if config.conditional and classes is None:
-        raise ValueError(f"conditional needs labels, which the data set {spec.name!r} has not")
-    if plane and config.network == "dcgan":
-        raise ValueError(f"network must be mlp for points in the plane ({spec.name!r})")
-    scaling = None if plane else Scaling(spec.levels)
-    z, x = jnp.zeros((1, config.latent_dim)), jnp.zeros((1, *event))
-    label = None if classes is None else jnp.zeros(1, jnp.int32)
-    spread = 1.0
-
+    if config.conditional and data.spec.classes is None:
+        name = data.spec.name
+        raise ValueError(f"conditional needs labels, which the data set {name!r} has not")
     if config.network == "dcgan":
-        stages = int(np.log2(event[0] / config.base))
-        sizes = {
-            "size": event[0],
-            "channels": event[2],
-            "width": max(config.width // 2 ** (stages - 1), 1),
-            "base": config.base,
-            "classes": classes,
-        }
-        critic, generator = (
-            DCGANCritic(condition=config.condition, **sizes),
-            DCGANGenerator(**sizes),
-        )
-        score, generate = critic.apply, generator.apply
-        init_critic = lambda key: critic.init(key, x, label)  # noqa: E731
-        init_generator = lambda key: generator.init(key, z, label)  # noqa: E731
-    else:
-        hidden = (config.width,) * config.depth
-        joined = classes is not None and config.condition == "concat"
-        # One output for each class: <w_label, features>, the projection critic.
-        outputs = 1 + (classes or 0) * (not joined)
-        critic_mlp = MLP((*hidden, outputs), activation=leaky)
-        generator_mlp = MLP((*hidden, size), activation=jax.nn.relu)
-        spread = 4.0 if plane else 1.0
+        if data.kind == "points":
+            name = data.spec.name
+            raise ValueError(f"network must be mlp for points in the plane ({name!r})")
+        return convolutions(config, data)
+    return perceptrons(config, data)
 
-        def score(params: Any, x: jax.Array, label: Any) -> jax.Array:
-            flat = x.reshape(len(x), -1) / spread
-            if joined:
-                flat = jnp.concatenate([flat, jax.nn.one_hot(label, classes)], axis=1)
-            out = critic_mlp.apply(params, flat)
-            if outputs == 1:
-                return out[:, 0]
-            return out[:, 0] + jnp.take_along_axis(out[:, 1:], label[:, None], axis=1)[:, 0]
 
-        def generate(params: Any, z: jax.Array, label: Any) -> jax.Array:
-            if classes is not None:
-                z = jnp.concatenate([z, jax.nn.one_hot(label, classes)], axis=1)
-            out = generator_mlp.apply(params, z).reshape(len(z), *event)
-            return spread * out if plane else jnp.tanh(out)
+def convolutions(config: AdversarialConfig, data: Data) -> Players:
+    """DCGAN's pair."""
+    height, _, channels = data.spec.shape
+    sizes = {
+        "size": height,
+        "channels": channels,
+        "width": max(config.width // 2 ** (int(np.log2(height / config.base)) - 1), 1),
+        "base": config.base,
+        "classes": data.spec.classes if config.conditional else None,
+    }
+    critic = DCGANCritic(condition=config.condition, **sizes)
+    generator = DCGANGenerator(**sizes)
+    z, x = jnp.zeros((1, config.latent_dim)), jnp.zeros((1, *data.spec.shape))
+    label = jnp.zeros(1, jnp.int32) if config.conditional else None
+    return Players(
+        lambda key: critic.init(key, x, label),
+        lambda key: generator.init(key, z, label),
+        critic.apply,
+        generator.apply,
+    )
 
-        inputs = jnp.zeros((1, size + (classes or 0) * joined))
-        noise = jnp.zeros((1, config.latent_dim + (classes or 0)))
-        init_critic = lambda key: critic_mlp.init(key, inputs)  # noqa: E731
-        init_generator = lambda key: generator_mlp.init(key, noise)  # noqa: E731
 
-    prepare = (lambda x: x) if scaling is None else scaling.to_continuous
-    return Players(init_critic, init_generator, score, generate, prepare)
+def perceptrons(config: AdversarialConfig, data: Data) -> Players:
+    """Fully connected networks: images in (-1, 1), points on their own scale."""
+    plane, event = data.kind == "points", data.spec.shape
+    size, spread = math.prod(event), 4.0 if plane else 1.0
+    classes = (data.spec.classes or 0) if config.conditional else 0
+    joined = classes if config.condition == "concat" else 0
+    # One output for each class: <w_label, features>, the projection critic.
+    outputs = 1 + classes - joined
+    hidden = (config.width,) * config.depth
+    critic = MLP((*hidden, outputs), activation=leaky)
+    generator = MLP((*hidden, size), activation=jax.nn.relu)
+
+    def score(params: Any, x: jax.Array, label: Any) -> jax.Array:
+        flat = x.reshape(len(x), -1) / spread
+        if joined:
+            flat = jnp.concatenate([flat, jax.nn.one_hot(label, classes)], axis=1)
+        out = critic.apply(params, flat)
+        if outputs == 1:
+            return out[:, 0]
+        return out[:, 0] + jnp.take_along_axis(out[:, 1:], label[:, None], axis=1)[:, 0]
+
+    def generate(params: Any, z: jax.Array, label: Any) -> jax.Array:
+        if classes:
+            z = jnp.concatenate([z, jax.nn.one_hot(label, classes)], axis=1)
+        out = generator.apply(params, z).reshape(len(z), *event)
+        return spread * out if plane else jnp.tanh(out)
+
+    inputs, noise = jnp.zeros((1, size + joined)), jnp.zeros((1, config.latent_dim + classes))
+    return Players(
+        lambda key: critic.init(key, inputs),
+        lambda key: generator.init(key, noise),
+        score,
+        generate,
+    )
 
 
 def leaky(x: jax.Array) -> jax.Array:
@@ -195,139 +192,67 @@ def leaky(x: jax.Array) -> jax.Array:
     return jax.nn.leaky_relu(x, 0.2)
 
 
-def spectral(players: Players) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """The critic with its weights divided by their largest singular values.
+def saddle(
+    config: AdversarialConfig,
+    data: Data,
+    players: Players,
+    objective: Callable[[jax.Array, jax.Array], Any],
+    penalty: Callable[..., Any] | None = None,
+    *,
+    project: Callable[[Any], Any] | None = None,
+) -> System:
+    """The two players under an objective, with their optimisers.
 
-    Its parameters are {"weights", "power"}; the power iteration goes on after each update.
+    penalty(score, key, real, fake) gives what is added to the critic's loss, and terms to log.
     """
+    scaling = data.scaling()
+
+    def real_and_fake(generator: Any, key: Any, batch: Any) -> tuple[Any, Any, Any]:
+        label = batch["label"] if config.conditional else None
+        real = scaling.to_continuous(batch["x"])
+        z = jax.random.normal(jax.random.fold_in(key, 0), (len(real), config.latent_dim))
+        return real, players.generate(generator, z, label), label
+
+    def scores(critic: Any, label: Any, power: Any) -> Callable[[jax.Array], jax.Array]:
+        """The critic; with `power` its weights are divided by their largest singular values."""
+        weights = spectral_normalise(critic, *power)[0] if power else critic
+        return lambda x: players.score(weights, x, label)
+
+    def critic_loss(critic: Any, generator: Any, key: Any, batch: Any, *power: Any) -> Any:
+        real, fake, label = real_and_fake(generator, key, batch)
+        score = scores(critic, label, power)
+        losses = objective(score(real), score(fake))
+        total, terms = losses.critic, {"bound": losses.bound}
+        if penalty is not None:
+            more, found = penalty(score, jax.random.fold_in(key, 1), real, fake)
+            total, terms = total + more, terms | found
+        return total, terms, *(None for _ in power)
+
+    def generator_loss(critic: Any, generator: Any, key: Any, batch: Any, *power: Any) -> Any:
+        _, fake, label = real_and_fake(generator, key, batch)
+        fooled = scores(critic, label, power)(fake)
+        return objective(fooled, fooled).generator, {}, *(None for _ in power)
+
+    def adam(updates: int) -> optax.GradientTransformation:
+        rate = optax.cosine_decay_schedule(config.learning_rate, updates, alpha=0.1)
+        return optax.adam(rate, b1=config.beta1, b2=config.beta2)
 
     def init(key: jax.Array) -> Any:
-        weights = players.init_critic(key)
-        return project({"weights": weights, "power": init_power(weights, key)})
+        key_c, key_g = jax.random.split(key)
+        return {"critic": players.init_critic(key_c), "generator": players.init_generator(key_g)}
 
-    def score(params: Any, x: jax.Array, label: Any) -> jax.Array:
-        weights, _ = spectral_normalise(params["weights"], params["power"])
-        return players.score(weights, x, label)
+    def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
+        z = jax.random.normal(key, (n, config.latent_dim))
+        return scaling.to_levels(players.generate(params, z, label))
 
-    def project(params: Any) -> Any:
-        return {**params, "power": spectral_normalise(params["weights"], params["power"])[1]}
-
-    return init, score, project
-
-
-def real_and_fake(
-    config: AdversarialConfig, players: Players, generator: Any, key: Any, batch: Any
-) -> tuple[jax.Array, jax.Array, Any]:
-    """The batch as the critic sees it, as many samples of the generator, and their labels."""
-    label = batch["label"] if config.conditional else None
-    real = players.prepare(batch["x"])
-    z = jax.random.normal(jax.random.fold_in(key, 0), (len(real), config.latent_dim))
-    return real, players.generate(generator, z, label), label
-
-
-def adam(config: AdversarialConfig, updates: int) -> optax.GradientTransformation:
-    """Adam for so many updates."""
-    rate = optax.cosine_decay_schedule(config.learning_rate, updates, alpha=0.1)
-    return optax.adam(rate, b1=config.beta1, b2=config.beta2)
-
-
-def train(
-    config: AdversarialConfig,
-    players: Players,
-    arrays: Any,
-    spec: DataSpec,
-    critic_loss: Any,
-    generator_loss: Any,
-    *,
-    project: Any = None,
-    simultaneous: bool = False,
-) -> dict[str, Any]:
-    """Train both players, sample the averaged generator, score the samples."""
-    key_c, key_g, key_run, key_z = jax.random.split(jax.random.key(config.seed), 4)
-    optimizers = adam(config, config.steps * config.n_critic), adam(config, config.steps)
-    critic = jax.jit(players.init_critic)(key_c)
-    generator = jax.jit(players.init_generator)(key_g)
-    state = init_saddle_state(critic, generator, *optimizers, key_run, ema_decays=(config.ema,))
-
-    count = _samples.sample_count(arrays, spec)
-    label = None
-    if config.conditional:
-        label = jnp.arange(count, dtype=jnp.int32) % spec.classes
-
-    @jax.jit
-    def sample(params: Any) -> jax.Array:
-        z = jax.random.normal(key_z, (count, config.latent_dim))
-        x = players.generate(params, z, label)
-        return x if spec.levels is None else Scaling(spec.levels).to_levels(x)
-
-    def evaluate(state: Any) -> dict[str, float]:
-        samples = np.asarray(sample(state.ema_params(config.ema)))
-        return measure(config, arrays, samples, label)
-
-    with _run.start_run(config) as run:
-        step_fn = make_saddle_step(
-            critic_loss,
-            generator_loss,
-            *optimizers,
-            n_critic=config.n_critic,
-            project=project,
-            simultaneous=simultaneous,
-            mesh=_run.mesh(config),
-            steps_per_call=config.steps_per_call,
-        )
-        batches = critic_batches(_run.batches(config, arrays), config.n_critic)
-        state = _run.fit(run, state, step_fn, batches, evaluate=evaluate)
-        params = state.ema_params(config.ema)
-        samples, cost = _samples.save_samples(run, lambda: sample(params), evaluations=1)
-        path = run.folder / "samples.png"
-        if spec.levels is None:
-            _pictures.save_points(path, {"data": arrays["x"][:2000], "samples": samples[:2000]})
-        else:
-            columns = spec.classes if config.conditional else 10
-            _pictures.save_grid(
-                path, samples[: 10 * columns], high=spec.levels - 1, columns=columns
-            )
-        cost["parameters"] = _samples.parameter_count((critic, params))
-        return _run.finish(run, {"examples": len(arrays["x"]), **cost, **evaluate(state)})
-
-
-def measure(
-    config: AdversarialConfig, arrays: Any, samples: np.ndarray, label: Any = None
-) -> dict[str, float]:
-    """Score samples against the data: modes in the plane; precision, recall and copies of images,
-    and the share of labels that a classifier of real images reads back."""
-    if config.dataset in DENSITIES:
-        density = DENSITIES[config.dataset]
-        if not isinstance(density, GaussianMixture) or len(density.means) > MOST_MODES:
-            return {}
-        near = {"means": density.means, "std": density.std}
-        return {
-            "modes": int(modes_covered(samples, **near)),
-            "high_quality_share": float(high_quality_share(samples, **near)),
-            "reverse_kl_modes": float(reverse_kl_modes(samples, density.means)),
-        }
-    held_out = load(config.dataset, "test", data_dir=config.data_dir)[0]["x"]
-    flat = [x.reshape(len(x), -1).astype(np.float32) for x in (arrays["x"], held_out, samples)]
-    precision, recall = precision_recall(flat[0][: len(samples)], flat[2], k=3)
-    scores = {
-        "precision": float(precision),
-        "recall": float(recall),
-        "memorised": float(memorisation_share(*flat)),
-    }
-    if label is not None:
-        scores["label_accuracy"] = label_accuracy(flat[0], arrays["label"], flat[2], label)
-    return scores
-
-
-def label_accuracy(images: Any, labels: Any, samples: Any, asked: Any) -> float:
-    """Share of samples in which a support vector machine of real images reads the label asked for.
-
-    On the digits' test split it reads 99.2% of the real labels.
-    """
-    from sklearn.svm import SVC
-
-    classifier = SVC(gamma=0.001, C=10).fit(images[:10_000], labels[:10_000])
-    return float(np.mean(classifier.predict(samples) == np.asarray(asked)))
+    return System(
+        init,
+        (critic_loss, generator_loss),
+        (adam(config.steps * config.n_critic), adam(config.steps)),
+        sample,
+        labels=data.labels() if config.conditional else None,
+        step_options={"n_critic": config.n_critic, "project": project},
+    )
 
 
 if __name__ == "__main__":

@@ -16,10 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import _pictures, _run
-from experiments.sinkhorn_gan import score
-from genjax.data import load
-from genjax.data.scaling import Scaling
+from experiments import _judge, _pictures, _run
+from experiments._data import Data, load_data
 from genjax.metrics import sliced_wasserstein
 from genjax.training.record import MetricsLog
 from genjax.transport import sinkhorn_divergence, squared_euclidean
@@ -53,15 +51,12 @@ class Config(_run.RunConfig):
 
 def main(config: Config) -> dict[str, Any]:
     """Run the flow, draw it, measure where it ends; returns the summary."""
-    _run.refuse_budget(config, "the flow runs in one compiled call")
-    arrays, spec = load(config.dataset, "train", data_dir=config.data_dir)
-    held_out = load(config.dataset, "test", data_dir=config.data_dir)[0]["x"]
-    plane, event = spec.levels is None, tuple(spec.shape)
-    scaling = Scaling(spec.levels or 256)
+    data = load_data(config)
+    scaling = data.scaling()
     key_start, key_data, key_score = jax.random.split(jax.random.key(config.seed), 3)
-    chosen = jax.random.permutation(key_data, len(arrays["x"]))[: config.num_particles]
-    data = arrays["x"][np.asarray(chosen)]
-    y = jnp.asarray(data if plane else scaling.to_continuous(data)).reshape(len(data), -1)
+    chosen = jax.random.permutation(key_data, len(data.train["x"]))[: config.num_particles]
+    target = data.train["x"][np.asarray(chosen)]
+    y = jnp.asarray(scaling.to_continuous(target)).reshape(len(target), -1)
     x = config.spread * jax.random.normal(key_start, y.shape)
 
     with _run.start_run(config) as run:
@@ -74,17 +69,16 @@ def main(config: Config) -> dict[str, Any]:
             log.write(step, {name: values[step] for name, values in trace.items()})
         log.close()
 
-        end = path[-1]
-        samples = end if plane else np.asarray(scaling.to_levels(end.reshape(-1, *event)))
+        samples = np.asarray(scaling.to_levels(path[-1].reshape(-1, *data.spec.shape)))
         np.save(run.folder / "samples.npy", samples)
-        draw(run.folder, path, data, spec, config)
-        flat = [z.reshape(len(z), -1).astype(np.float32) for z in (samples, held_out)]
+        draw(run.folder, path, target, data, config)
+        pair = [z.reshape(len(z), -1).astype(np.float32) for z in (samples, data.test["x"])]
         summary = {
             "divergence_start": trace["divergence"][0],
             "divergence_end": trace["divergence"][-1],
             "largest_marginal_error": trace["marginal_error"].max(),
-            "sliced_wasserstein": sliced_wasserstein(key_score, *flat),
-            **score(config.dataset, arrays["x"], held_out, samples),
+            "sliced_wasserstein": sliced_wasserstein(key_score, *pair),
+            **_judge.judge(_judge.reference(data), samples),
         }
         return _run.finish(run, summary)
 
@@ -121,19 +115,20 @@ def flow(
     return jnp.concatenate([x[None], path]), numbers
 
 
-def draw(folder: Any, path: np.ndarray, data: np.ndarray, spec: Any, config: Config) -> None:
+def draw(folder: Any, path: np.ndarray, target: np.ndarray, data: Data, config: Config) -> None:
     """Write the strip of pictures, and the animation where it is asked for."""
     # Most of the way is covered early: times 0, 1, ... in equal ratios.
     shown = np.geomspace(1, config.steps, config.frames - 1).round().astype(int)
     shown = np.concatenate([[0], shown])
-    if spec.levels is not None:
-        rows = path[shown, : min(12, len(data))].reshape(-1, *spec.shape)
-        _pictures.save_grid(folder / "flow.png", rows, columns=min(12, len(data)), low=-1, high=1)
+    if data.kind == "images":
+        columns = min(12, len(target))
+        rows = path[shown, :columns].reshape(-1, *data.spec.shape)
+        _pictures.save_grid(folder / "flow.png", rows, columns=columns, low=-1, high=1)
         return
     titles = {f"step {n}": path[n] for n in shown}
-    _pictures.save_points(folder / "flow.png", {**titles, "data": data})
+    _pictures.save_points(folder / "flow.png", {**titles, "data": target})
     if config.animation:
-        _animate(folder / "flow.gif", path, data)
+        _animate(folder / "flow.gif", path, target)
 
 
 def _animate(file: Any, frames: np.ndarray, data: np.ndarray) -> None:

@@ -19,15 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import _pictures, _run, diffusion
+from experiments._data import load_data
+from experiments._system import reopen
 from genjax import diffusion as gd
-from genjax.data import Scaling, load
-from genjax.training import init_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(_run.RunConfig):
     """Restore degraded test images."""
 
+    dataset: Literal["model"] = "model"
+    """The test images of the data set that the model was trained on."""
     model: str = "runs/diffusion/1"
     """Folder of a run of experiments.diffusion on images."""
     task: Literal["inpaint", "deblur"] = "inpaint"
@@ -42,38 +44,25 @@ class Config(_run.RunConfig):
     """Steps of the (ancestral) sampler."""
     num_images: int = 100
     """Test images that are restored."""
-    steps: int = 1
-    """Not used: nothing is trained."""
 
 
 def main(config: Config) -> dict[str, Any]:
     """Degrade, restore, measure, draw; returns the summary."""
     if config.method == "replacement" and config.task != "inpaint":
         raise ValueError("method=replacement is for task=inpaint, where pixels are seen unchanged")
-    trained = diffusion.read_config(diffusion.Config(), config.model)
-    train, spec = load(trained.dataset, "train", data_dir=config.data_dir)
-    test, _ = load(trained.dataset, "test", data_dir=config.data_dir)
-    if spec.levels is None:
-        raise ValueError(f"model must be of images, {config.model} is of {spec.name!r}")
-    model = diffusion.build(trained, spec, train["x"])
-    key_init, key_noise, key_draw = jax.random.split(jax.random.key(config.seed), 3)
-    like = init_state(
-        jax.jit(model.init)(key_init),
-        diffusion.make_optimizer(trained),
-        key_init,
-        ema_decays=(trained.ema,),
-    )
-    params = diffusion.restore(config.model, like).ema_params(trained.ema)
-
-    scaling, x = Scaling(spec.levels), test["x"][: config.num_images]
-    truth = scaling.to_continuous(jnp.asarray(x)) - model.shift
-    mask = hidden_square(spec.shape)
+    _, params, trained = reopen(config.model, data_dir=config.data_dir)
+    data = load_data(trained)
+    data.require("images")
+    model = diffusion.make_model(trained, data)
+    key_noise, key_sample = jax.random.split(jax.random.key(config.seed))
+    x, mask = data.test["x"][: config.num_images], hidden_square(data.spec.shape)
+    truth = data.scaling().to_continuous(jnp.asarray(x)) - model.shift
     operator = blur if config.task == "deblur" else (lambda y: y * ~mask)
     noise = config.noise_std * jax.random.normal(key_noise, truth.shape)
     observed = operator(truth) + (noise if config.task == "deblur" else noise * ~mask)
     with _run.start_run(config) as run:
-        restored = jax.jit(lambda params: restore(config, model, params, operator, observed, mask,
-                                                  key_draw))(params)  # fmt: skip
+        given = operator, observed, mask, key_sample
+        restored = jax.jit(lambda params: restore(config, model, params, *given))(params)
         rows = [np.asarray(y) + model.shift for y in (observed, restored, truth)]
         columns = min(10, len(x))
         _pictures.save_grid(
@@ -83,22 +72,17 @@ def main(config: Config) -> dict[str, Any]:
             high=1.0,
             columns=columns,
         )
-        free = jnp.broadcast_to(
-            jnp.asarray(train["x"], jnp.float32).mean(0, keepdims=True), x.shape
-        )
-        levels = (model.shift + np.asarray(restored) + 1) / 2 * spec.levels - 0.5
-        where = np.asarray(mask) if config.task == "inpaint" else np.ones((1, *spec.shape))
+        mean = np.float32(data.train["x"]).mean(0, keepdims=True)
+        levels = (rows[1] + 1) / 2 * (data.spec.levels or 0) - 0.5
+        where = np.asarray(mask) if config.task == "inpaint" else np.ones(mask.shape)
+        misfit = jnp.sqrt(jnp.mean(jnp.square(operator(restored) - observed)))
         return _run.finish(
             run,
             {
-                "task": config.task,
-                "method": config.method,
                 # Root mean square errors in grey levels, over what was hidden (or blurred).
                 "error": rms(levels - x, where),
-                "error_of_the_mean_image": rms(np.asarray(free) - x, where),
-                "misfit_of_the_observation": float(
-                    jnp.sqrt(jnp.mean(jnp.square(operator(restored) - observed)))
-                ),
+                "error_of_the_mean_image": rms(mean - x, where),
+                "misfit_of_the_observation": misfit,
             },
         )
 

@@ -15,19 +15,25 @@ Gaussian mixture and kernel density, the floor. The folder gets leaderboard.md, 
 """
 
 import dataclasses
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments import _judge, _run
 from experiments import _leaderboard_report as report
 from experiments import _leaderboard_runs as runs
 from experiments import _leaderboard_scores as scores
-from experiments import _run
-from experiments._leaderboard_families import FAMILIES
+from experiments._data import Data, load_data
+from experiments._system import Row
 from genjax import checks
 from genjax.metrics import Measured
+
+# In the order of the table; each has its rows as ROWS.
+MODULES = ("ppca", "vae", "f_gan", "gan", "wgan", "sinkhorn_gan", "flow", "flow_matching",
+           "continuous_flow", "diffusion")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,28 +64,29 @@ def main(config: Config) -> dict[str, Any]:
     checks.integer("seeds", config.seeds, 1)
     checks.positive("seconds_per_family", config.seconds_per_family)
     checks.between("calibrate", config.calibrate, 0, 1)
+    families = rows_of(MODULES)
     for name in config.families:
-        checks.one_of("families", name, FAMILIES)
+        checks.one_of("families", name, families)
     name = f"{config.dataset}-{config.seconds_per_family:g}s"
     folder = Path(config.run_dir or Path("runs", "leaderboard", name)).absolute()
-    data = scores.reference(config.dataset, config.data_dir)
-    plane = data.spec.levels is None
-    chosen = config.families or [n for n, f in FAMILIES.items() if f.options(plane) is not None]
+    data = load_data(config)
+    reference = _judge.reference(data)
+    chosen = config.families or [n for n, f in families.items() if f.options(data.kind) is not None]
     folder.mkdir(parents=True, exist_ok=True)
 
     shown: dict[str, np.ndarray] = {}
-    rows = [outside(config, data, shown), *floors(config, data, shown)]
+    rows = [outside(reference, shown), *floors(config, reference, shown)]
     for i, name in enumerate(chosen):
-        print(f"{i + 1} of {len(chosen)}: {FAMILIES[name].title}", flush=True)
-        rows.append(family_row(config, folder, name, data, shown))
-    net = data.extractor
+        print(f"{i + 1} of {len(chosen)}: {families[name].title}", flush=True)
+        rows.append(family_row(config, folder / name, families[name], reference, shown))
+    net = reference.extractor
     board = {
         "dataset": config.dataset,
         "seconds_per_family": config.seconds_per_family,
         "seeds": config.seeds,
         "extractor": None if net is None else {"name": net.name, "sha256": net.sha256},
-        "count": data.count,
-        "train_count": len(data.train["plain"]),
+        "count": reference.count,
+        "train_count": len(reference.train["plain"]),
         "rows": rows,
     }
     _run.write_json(folder / "leaderboard.json", board)
@@ -90,27 +97,36 @@ def main(config: Config) -> dict[str, Any]:
     return board
 
 
-def outside(config: Config, data: scores.Reference, shown: dict[str, np.ndarray]) -> dict[str, Any]:
+def rows_of(modules: Sequence[str]) -> dict[str, Row]:
+    """The rows of the experiments, by their names."""
+    found = {}
+    for name in modules:
+        module = importlib.import_module(f"experiments.{name}")
+        found |= {row.name: row._replace(module=module.__name__) for row in module.ROWS}
+    return found
+
+
+def outside(reference: _judge.Reference, shown: dict[str, np.ndarray]) -> dict[str, Any]:
     """The row of the test split."""
-    samples, costs = scores.ceiling(data, config.dataset, config.data_dir)
     title = "Test split, the ceiling"
-    shown[title] = visible(data, samples)
-    records = scores.score(data, samples)
-    return row(title, [entry(0, None, records, {**scores.numbers(records), **costs})])
+    samples, costs = scores.ceiling(reference.data)
+    shown[title] = visible(reference.data, samples)
+    records = _judge.score(reference, samples)
+    return row(title, [entry(0, None, records, {**_judge.numbers(records), **costs})])
 
 
 def floors(
-    config: Config, data: scores.Reference, shown: dict[str, np.ndarray]
+    config: Config, reference: _judge.Reference, shown: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """The rows of scikit-learn's density models."""
     found = []
-    for title in scores.floors(config.dataset, config.data_dir, 0):
+    for title in scores.floors(reference.data, 0):
         entries = []
         for seed in range(config.seeds):
-            samples, costs = scores.floors(config.dataset, config.data_dir, seed)[title]()
-            shown.setdefault(title, visible(data, samples))
-            records = scores.score(data, samples, seed)
-            entries.append(entry(seed, None, records, {**scores.numbers(records), **costs}))
+            samples, costs = scores.floors(reference.data, seed)[title]()
+            shown.setdefault(title, visible(reference.data, samples))
+            records = _judge.score(reference, samples, seed)
+            entries.append(entry(seed, None, records, {**_judge.numbers(records), **costs}))
         found.append(row(title, entries))
     return found
 
@@ -118,23 +134,22 @@ def floors(
 def family_row(
     config: Config,
     folder: Path,
-    name: str,
-    data: scores.Reference,
+    family: Row,
+    reference: _judge.Reference,
     shown: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     """The row of a family: its runs, made or reused, and their measurements."""
-    family = FAMILIES[name]
-    options = family.options(data.spec.levels is None)
+    options = family.options(reference.data.kind)
     if options is None:
         reason = f"{family.module} does not support {config.dataset}"
-        return row(family.title, [], reason, name)
+        return row(family.title, [], reason, family.name)
     options = {**options, "dataset": config.dataset, "data_dir": config.data_dir}
     entries, reasons = [], []
     for seed in range(config.seeds):
-        with runs.alone(folder / name):
+        with runs.alone(folder):
             outcome = runs.obtain(
                 family,
-                folder / name,
+                folder,
                 options,
                 seed=seed,
                 seconds=config.seconds_per_family,
@@ -148,14 +163,14 @@ def family_row(
             continue
         try:
             samples, summary = runs.read(outcome.folder)
-            records = scores.score(data, samples, seed)
+            records = _judge.score(reference, samples, seed)
         except (ValueError, OSError) as error:
             reasons.append(f"its samples cannot be measured: {error}")
             continue
-        values = {**scores.numbers(records), **scores.costs(summary, data.spec)}
+        values = {**_judge.numbers(records), **scores.costs(summary, reference.data.spec)}
         entries.append(entry(seed, outcome, records, values))
-        shown.setdefault(family.title, visible(data, samples))
-    return row(family.title, entries, reasons[0] if reasons else None, name, options)
+        shown.setdefault(family.title, visible(reference.data, samples))
+    return row(family.title, entries, reasons[0] if reasons else None, family.name, options)
 
 
 def entry(
@@ -192,10 +207,11 @@ def row(
     }
 
 
-def visible(data: scores.Reference, samples: np.ndarray) -> np.ndarray:
+def visible(data: Data, samples: np.ndarray) -> np.ndarray:
     """The samples that the picture shows: images in [0, 1], or points."""
-    few = samples[: 1000 if data.spec.levels is None else 25]
-    return few if data.spec.levels is None else few / (data.spec.levels - 1)
+    if data.kind == "points":
+        return samples[:1000]
+    return samples[:25] / ((data.spec.levels or 2) - 1)
 
 
 if __name__ == "__main__":

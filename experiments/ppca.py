@@ -13,87 +13,77 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from experiments import _pictures, _run, _samples
-from genjax.data import DataSpec, Scaling, load
-from genjax.metrics import Likelihood, test_log_likelihood
+from experiments import _judge, _pictures, _run, _samples
+from experiments._data import Data, load_data
+from experiments._system import Row
+from genjax.metrics import test_log_likelihood
 from genjax.variational import PPCA, ppca_fit, ppca_log_likelihood
 
+ROWS = (Row("ppca", "PPCA", images={}, trained=False),)
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(_run.RunConfig):
     """Fit probabilistic PCA and measure it on the test split."""
 
-    dataset: str = "digits"
-    """Image data set by name."""
-    data_dir: str | None = None
-    """Folder of the prepared data sets (default: the usual one of tensorflow_datasets)."""
-    run_dir: str | None = None
-    """Folder of this run (default: the next free number in runs/ppca)."""
     components: int = 30
     """Dimensions of the latent variable."""
     draws: int = 8
     """Dequantisations of each test image."""
-    seed: int = 0
-    """Seed of the dequantisation and of the samples."""
 
 
 def main(config: Config) -> dict[str, Any]:
     """Fit on the train split, evaluate on the test split; returns the summary."""
-    train, spec = load(config.dataset, "train", data_dir=config.data_dir)
-    test, _ = load(config.dataset, "test", data_dir=config.data_dir)
-    run_config = _run.RunConfig(
-        dataset=config.dataset, run_dir=config.run_dir, seed=config.seed, steps=1
-    )
-    with _run.start_run(run_config, name="ppca") as run:
+    data = load_data(config)
+    data.require("images")
+    shape, scaling = (data.count, *data.spec.shape), data.scaling()
+    with _run.start_run(config) as run:
         begun = time.monotonic()
-        model, scaling = fit(train["x"], spec, config.components, config.seed)
-        jax.block_until_ready(model)
+        model = jax.block_until_ready(fit(data, config.components, config.seed))
         run.training_seconds = time.monotonic() - begun
-        scores = evaluate(model, scaling, test["x"], config.seed, config.draws)
-        count = _samples.sample_count(train, spec)
-        draw = jax.jit(lambda key: scaling.to_levels(sample(model, key, count)))
-        images, cost = _samples.save_samples(
-            run,
-            lambda: draw(jax.random.key(config.seed)).reshape(count, *spec.shape),
-            evaluations=1,
+        draw = jax.jit(lambda key: scaling.to_levels(sample(model, key, data.count)).reshape(shape))
+        samples, cost = _samples.save_samples(
+            run, lambda: draw(jax.random.key(config.seed)), evaluations=1
         )
-        _pictures.save_grid(run.folder / "samples.png", images[:64], high=scaling.levels - 1)
+        _pictures.save_samples(run.folder / "samples.png", data, samples)
         return _run.finish(
             run,
             {
-                "components": config.components,
-                "draws": config.draws,
-                "test_log_likelihood": scores.log_likelihood,
-                "standard_error": scores.standard_error,
-                "bits_per_dim": scores.bits_per_dim,
                 "parameters": _samples.parameter_count(model),
                 **cost,
+                **score(data, config.components, config.seed, config.draws, model=model),
+                **_judge.judge(_judge.reference(data), samples),
             },
         )
 
 
-def fit(x: np.ndarray, spec: DataSpec, components: int, seed: int) -> tuple[PPCA, Scaling]:
-    """Fit to one dequantisation of the images `x`."""
-    if spec.levels is None:
-        raise ValueError(f"dataset must be of images, got {spec.name!r}, which has no levels")
-    scaling = Scaling(spec.levels)
-    y = scaling.dequantise(jax.random.key(seed), x)
-    return ppca_fit(y.reshape(len(x), -1), components), scaling
+def fit(data: Data, components: int, seed: int) -> PPCA:
+    """Fit to one dequantisation of the training images."""
+    y = data.scaling().dequantise(jax.random.key(seed), data.train["x"])
+    return ppca_fit(y.reshape(len(y), -1), components)
 
 
-def evaluate(model: PPCA, scaling: Scaling, x: np.ndarray, seed: int, draws: int = 8) -> Likelihood:
-    """Bound log P of the levels `x`, in nats and bits per dimension."""
-    return jax.jit(
+def score(
+    data: Data, components: int, seed: int, draws: int = 8, *, model: PPCA | None = None
+) -> dict[str, Any]:
+    """Bound log P of the test images' levels, in nats and bits per dimension."""
+    fitted = fit(data, components, seed) if model is None else model
+    x = data.test["x"].reshape(len(data.test["x"]), -1)
+    found = jax.jit(
         lambda key: test_log_likelihood(
-            lambda _, y: ppca_log_likelihood(model, y),
+            lambda _, y: ppca_log_likelihood(fitted, y),
             key,
-            x.reshape(len(x), -1),
-            scaling=scaling,
+            x,
+            scaling=data.scaling(),
             num_draws=draws,
         )
     )(jax.random.key(seed + 1))
+    return {
+        "test_log_likelihood": found.log_likelihood,
+        "standard_error": found.standard_error,
+        "bits_per_dim": found.bits_per_dim,
+    }
 
 
 def sample(model: PPCA, key: jax.Array, count: int) -> jax.Array:

@@ -23,18 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _pictures, _run, _samples
-from genjax.data import DENSITIES, load
-from genjax.data.scaling import Scaling
-from genjax.data.synthetic import GaussianMixture
-from genjax.metrics import (
-    high_quality_share,
-    memorisation_share,
-    modes_covered,
-    precision_recall,
-)
+from experiments import _run
+from experiments._data import Data, load_data
+from experiments._system import Row, System, train
 from genjax.networks import MLP
-from genjax.training import init_state, make_train_step
 from genjax.transport import (
     cosine,
     minibatch_energy_distance,
@@ -42,11 +34,18 @@ from genjax.transport import (
     squared_euclidean,
 )
 
-EMA = 0.995
+OTGAN = {"variant": "otgan", "generator_updates": 3}
+ROWS = (
+    Row("sinkhorn_fixed", "Sinkhorn, fixed cost", {"variant": "fixed"}, {"variant": "fixed"}),
+    Row(
+        "sinkhorn_learned", "Sinkhorn, learned cost", {"variant": "learned"}, {"variant": "learned"}
+    ),
+    Row("otgan", "OT-GAN", OTGAN, OTGAN),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_run.RunConfig):
+class Config(_run.TrainConfig):
     """Train a generator by transport."""
 
     dataset: str = "digits"
@@ -58,7 +57,7 @@ class Config(_run.RunConfig):
     batch_size: int | None = None  # type: ignore[assignment]
     """Examples, and samples, in one update (default: 512 for images, 256 in the plane)."""
     steps_per_call: int = 50
-    """Updates in one call of the compiled program."""
+    ema: float = 0.995
     epsilon: float | None = None
     """Entropy, in parts of the mean cost (default: 0.01 for images, 0.0015 in the plane)."""
     num_iterations: int = 10
@@ -103,81 +102,59 @@ PLANE = {
 }
 
 
-def settled(config: Any, defaults: dict[str, Any]) -> Any:
+def settled(config: Any, kind: str) -> Any:
     """Give the options that were left open their values for this kind of data."""
+    defaults = {"images": IMAGES, "points": PLANE}[kind]
     left = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **left)
 
 
 def main(config: Config) -> dict[str, Any]:
     """Train, sample, evaluate; returns the summary."""
-    config = settled(config, PLANE if config.dataset in DENSITIES else IMAGES)
-    arrays, spec = load(config.dataset, "train", data_dir=config.data_dir)
-    held_out = load(config.dataset, "test", data_dir=config.data_dir)[0]["x"]
-    plane = spec.levels is None
-    event = tuple(spec.shape)
-    size = int(np.prod(event))
-    scaling = Scaling(spec.levels or 256)
-    spread = float(np.std(arrays["x"])) if plane else 1.0
+    data = load_data(config)
+    config = settled(config, data.kind)
+    return train(config, build(config, data), data)
 
+
+def build(config: Config, data: Data) -> System:
+    """The generator, and the features of a learned cost."""
+    config = settled(config, data.kind)
+    plane, event = data.kind == "points", data.spec.shape
+    size, scaling = math.prod(event), data.scaling()
+    spread = float(np.std(data.train["x"])) if plane else 1.0
     generator = MLP((config.width,) * config.depth + (size,), activation=jax.nn.relu)
     critic = MLP((config.width, config.width, config.features), activation=jax.nn.leaky_relu)
 
-    def generate(params: Any, z: jax.Array) -> jax.Array:
-        out: Any = generator.apply(params, z)
+    def init(key: jax.Array) -> Any:
+        key_x, key_f = jax.random.split(key)
+        params = {"generator": initialise(generator, key_x, config.latent_dim)}
+        if config.variant != "fixed":
+            params["critic"] = initialise(critic, key_f, size)
+        return params
+
+    def generate(params: Any, key: jax.Array, n: int) -> jax.Array:
+        out = generator.apply(params["generator"], jax.random.normal(key, (n, config.latent_dim)))
         return spread * out if plane else jnp.tanh(out)
 
     def embed(params: Any, x: jax.Array) -> jax.Array:
         # On the sphere the learned cost is at most 4: it cannot grow without end.
-        features: Any = critic.apply(params, x)
-        return unit(features)
+        return unit(critic.apply(params["critic"], x))
 
-    def loss_fn(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y = batch["x"] if plane else scaling.to_continuous(batch["x"])
-        n = len(y)
-        y = y.reshape(n, size)
-        x = generate(params["generator"], jax.random.normal(key, (n, config.latent_dim)))
+    def loss(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        n = len(batch["x"])
+        y = scaling.to_continuous(batch["x"]).reshape(n, size)
+        x = generate(params, key, n)
         if config.variant != "fixed":
-            x, y = embed(params["critic"], x), embed(params["critic"], y)
+            x, y = embed(params, x), embed(params, y)
         value, error = LOSSES[config.variant](x, y, config.epsilon, config)
         # One number for the whole batch: every example carries it, and so does their mean.
         return jnp.full((n,), value), {"marginal_error": jnp.full((n,), error)}
 
-    key_x, key_f, key_run, key_z = jax.random.split(jax.random.key(config.seed), 4)
-    params = {"generator": initialise(generator, key_x, config.latent_dim)}
-    if config.variant != "fixed":
-        params["critic"] = initialise(critic, key_f, size)
-    optimizer = two_players(config)
-    state = init_state(params, optimizer, key_run, ema_decays=(EMA,))
+    def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
+        return scaling.to_levels(generate(params, key, n).reshape(n, *event))
 
-    @jax.jit
-    def sample(params: Any, key: jax.Array) -> jax.Array:
-        count = config.num_samples if plane else len(arrays["x"])
-        x = generate(params["generator"], jax.random.normal(key, (count, config.latent_dim)))
-        return x if plane else scaling.to_levels(x.reshape(count, *event))
-
-    def evaluate(state: Any) -> dict[str, float]:
-        scores = {}
-        for name, params in {"": state.params, "ema_": state.ema_params(EMA)}.items():
-            samples = np.asarray(sample(params, key_z))
-            for metric, value in score(config.dataset, arrays["x"], held_out, samples).items():
-                scores[name + metric] = value
-        return scores
-
-    with _run.start_run(config) as run:
-        step_fn = make_train_step(
-            loss_fn, optimizer, mesh=_run.mesh(config), steps_per_call=config.steps_per_call
-        )
-        state = _run.fit(run, state, step_fn, _run.batches(config, arrays), evaluate=evaluate)
-        averaged = state.ema_params(EMA)
-        samples, cost = _samples.save_samples(run, lambda: sample(averaged, key_z), evaluations=1)
-        cost["parameters"] = _samples.parameter_count(averaged)
-        if plane:
-            sets = {"data": arrays["x"][:2000], "samples": samples[:2000]}
-            _pictures.save_points(run.folder / "samples.png", sets)
-        else:
-            _pictures.save_grid(run.folder / "samples.png", samples[:100], high=scaling.levels - 1)
-        return _run.finish(run, {"variant": config.variant, **cost, **evaluate(state)})
+    count = config.num_samples if plane else None
+    return System(init, loss, two_players(config), sample, count=count)
 
 
 def two_players(config: Config) -> optax.GradientTransformation:
@@ -202,7 +179,7 @@ def two_players(config: Config) -> optax.GradientTransformation:
 
 def initialise(network: Any, key: jax.Array, size: int) -> Any:
     """Draw the parameters, with He's factor for the half of the variance that relu takes away."""
-    params = jax.jit(network.init)(key, jnp.zeros((1, size)))
+    params = network.init(key, jnp.zeros((1, size)))
     return jax.tree.map(lambda w: math.sqrt(2) * w if w.ndim == 2 else w, params)
 
 
@@ -245,29 +222,6 @@ LOSSES: dict[str, Callable[..., tuple[Any, Any]]] = {
     "learned": divergence,
     "otgan": energy,
 }
-
-
-def score(dataset: str, arrays: Any, held_out: Any, samples: np.ndarray) -> dict[str, float]:
-    """Modes covered and the share near a mode; for images k-NN precision and recall against the
-    training set in pixel space, and the share of samples that copy a training image."""
-    if dataset in DENSITIES:
-        density = DENSITIES[dataset]
-        if not isinstance(density, GaussianMixture):
-            return {}
-        near = {"means": density.means, "std": density.std}
-        # A mode counts as covered from a twentieth of its share on.
-        least = max(1, len(samples) // (20 * len(density.means)))
-        return {
-            "modes": int(modes_covered(samples, least=least, **near)),
-            "share_within_3_std": float(high_quality_share(samples, **near)),
-        }
-    flat = [x.reshape(len(x), -1).astype(np.float32) for x in (arrays, held_out, samples)]
-    precision, recall = precision_recall(flat[0], flat[2], k=3)
-    return {
-        "precision": float(precision),
-        "recall": float(recall),
-        "memorised": float(memorisation_share(*flat)),
-    }
 
 
 if __name__ == "__main__":

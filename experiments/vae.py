@@ -12,10 +12,9 @@ discretised logistics, or a categorical law over the levels. Two objectives:
     python -m experiments.vae --latent-dim 2                  (the latent map is the latent space)
     python -m experiments.vae --dataset mnist --network conv --steps 20000 --weight-decay 0.01
 
-Whatever the objective, the test split is scored by the ELBO and by the importance weighted bound
-with many samples, in nats and in bits per dimension, beside probabilistic PCA. The run folder
-gets summary.json, metrics.jsonl, checkpoints and four pictures: samples, reconstructions,
-interpolation, latent_map.
+Whatever the objective, the test split is scored by the importance weighted bound with many samples
+and by the ELBO, in nats and in bits per dimension, beside probabilistic PCA. The run folder gets
+four pictures: samples, reconstructions, interpolation, latent_map.
 """
 
 import dataclasses
@@ -28,12 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _pictures, _run, _samples, ppca
+from experiments import _judge, _pictures, _run, _system, ppca
+from experiments._data import Data, load_data
+from experiments._system import Row, System, train
 from genjax import checks
-from genjax.data import DataSpec, Scaling, load
-from genjax.metrics import Likelihood, test_log_likelihood
+from genjax.data import DataSpec, Scaling
 from genjax.networks import ConvDecoder, ConvEncoder, ResidualMLP
-from genjax.training import export_npz, init_state, make_train_step, shard_batch
 from genjax.variational import (
     categorical_log_likelihood,
     elbo,
@@ -44,9 +43,11 @@ from genjax.variational import (
     ppca_posterior,
 )
 
+ROWS = (Row("vae", "VAE", images={}),)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_run.RunConfig):
+class Config(_run.TrainConfig):
     """Train a variational autoencoder and measure it on the test split."""
 
     objective: Literal["elbo", "iwae"] = "elbo"
@@ -79,11 +80,8 @@ class Config(_run.RunConfig):
     clip: float = 5.0
     """Largest norm of the gradient."""
     ema: float = 0.99
-    """Decay of the averaged weights, which are the ones that are reported."""
     steps: int = 3000
-    """Updates in all, those before a resume included."""
     steps_per_call: int = 50
-    """Updates in one call of the compiled program."""
     test_samples: int = 512
     """K of the importance weighted bound on the test split, best a multiple of 32."""
     ppca_components: int = 30
@@ -102,63 +100,71 @@ class Model(NamedTuple):
 def main(config: Config) -> dict[str, Any]:
     """Train, evaluate, draw; returns the summary."""
     check(config)
-    train, spec = load(config.dataset, "train", data_dir=config.data_dir)
-    test, _ = load(config.dataset, "test", data_dir=config.data_dir)
-    model = build(config, spec)
-    loss_fn = make_loss(config, model)
-    key_init, key_run, key_test, key_draw = jax.random.split(jax.random.key(config.seed), 4)
-    optimizer = make_optimizer(config)
-    state = init_state(jax.jit(model.init)(key_init), optimizer, key_run, ema_decays=(config.ema,))
-    evaluate = make_evaluate(config, model, test["x"])
-    mesh, batches = _run.mesh(config), _run.batches(config, train)
-    shard_batch(mesh, batches(0))  # a batch that does not fit is refused before a file is written
+    data = load_data(config)
+    data.require("images")
+    model = make_model(config, data.spec)
 
-    def validate(state: Any) -> dict[str, Any]:
-        return {"bound": evaluate(state.ema_params(config.ema), key_test).log_likelihood}
+    def report(run: _run.Run, params: Any, samples: np.ndarray) -> dict[str, Any]:
+        draw_pictures(run.folder, model, params, data, _system.keys(config.seed).sample)
+        bound = _judge.likelihood(
+            system._replace(log_prob=bound_of(model, 0)), data, num_draws=1, estimator="bound"
+        )(params, _system.keys(config.seed).test, data.test)
+        linear = ppca.score(data, config.ppca_components, config.seed)
+        return {
+            "test_bound": bound["test_log_likelihood"],
+            "bits_per_dim_bound": bound["bits_per_dim"],
+            "bits_per_dim_ppca": linear["bits_per_dim"],
+        }
 
-    with _run.start_run(config) as run:
-        step_fn = make_train_step(
-            loss_fn, optimizer, mesh=mesh, steps_per_call=config.steps_per_call
-        )
-        state = _run.fit(
-            run,
-            state,
-            step_fn,
-            batches,
-            evaluate=lambda s: {
-                "bound": evaluate(s.ema_params(config.ema), key_test).log_likelihood
-            },
-        )
-        params = state.ema_params(config.ema)
-        export_npz(run.folder / "params.npz", params)
-        draw_pictures(run.folder, model, params, spec, test, key_draw)
-        count = _samples.sample_count(train, spec)
-        sample = jax.jit(lambda params, key: draw(model, params, key, spec, count))
-        _, cost = _samples.save_samples(run, lambda: sample(params, key_draw), evaluations=1)
+    system = build(config, data)
+    return train(config, system, data, report)
 
-        bound = evaluate(params, key_test)
-        likelihood = evaluate(params, key_test, config.test_samples)
-        raw = evaluate(state.params, key_test, config.test_samples)
-        baseline = ppca.evaluate(
-            *ppca.fit(train["x"], spec, config.ppca_components, config.seed), test["x"], config.seed
+
+def build(config: Config, data: Data) -> System:
+    """The model with its objective, scored by the importance weighted bound."""
+    check(config)
+    data.require("images")
+    model = make_model(config, data.spec)
+    # So many samples at once, and the rest one after another, to bound the memory.
+    chunk = math.gcd(config.test_samples, 32) if config.test_samples >= 32 else config.test_samples
+
+    def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
+        def hundred(key: jax.Array) -> jax.Array:  # a hundred at a time: memory for the levels
+            key_z, key_x = jax.random.split(key)
+            z = jax.random.normal(key_z, (100, config.latent_dim))
+            log_probs = level_log_probs(model, params, z, data.spec.levels or 0)
+            return jax.random.categorical(key_x, log_probs, axis=0).astype(jnp.uint8)
+
+        images = jax.lax.map(hundred, jax.random.split(key, -(-n // 100)))
+        return images.reshape(-1, *data.spec.shape)[:n]
+
+    return System(
+        model.init,
+        make_loss(config, model),
+        make_optimizer(config),
+        sample,
+        bound_of(model, chunk),
+        likelihood={
+            "batch_size": 120,
+            "num_draws": config.test_samples // chunk,
+            "estimator": "importance",
+        },
+    )
+
+
+def bound_of(model: Model, samples: int) -> Callable[..., jax.Array]:
+    """log_prob for `System`: the IWAE bound of so many samples, with 0 the ELBO by eight."""
+
+    def log_prob(params: Any, key: jax.Array, x: jax.Array) -> jax.Array:
+        networks = (
+            lambda x: model.encode(params, x),
+            lambda x, z: model.log_likelihood(x, model.decode(params, z)),
         )
-        return _run.finish(
-            run,
-            {
-                "objective": config.objective,
-                "parameters": _samples.parameter_count(params),
-                **cost,
-                "test_bound": bound.log_likelihood,
-                "test_iwae": likelihood.log_likelihood,
-                "test_iwae_standard_error": likelihood.standard_error,
-                "iwae_samples": config.test_samples,
-                "bits_per_dim": likelihood.bits_per_dim,
-                "bits_per_dim_bound": bound.bits_per_dim,
-                "bits_per_dim_without_averaging": raw.bits_per_dim,
-                "bits_per_dim_ppca": baseline.bits_per_dim,
-                "ppca_components": config.ppca_components,
-            },
-        )
+        if samples:
+            return -iwae(*networks, key, x, num_samples=samples)[0]
+        return -elbo(*networks, key, x, num_samples=8)[0]
+
+    return log_prob
 
 
 def check(config: Config) -> None:
@@ -171,11 +177,9 @@ def check(config: Config) -> None:
         raise ValueError(f"beta must be 1 with objective iwae, got {config.beta}")
 
 
-def build(config: Config, spec: DataSpec) -> Model:
+def make_model(config: Config, spec: DataSpec) -> Model:
     """Encoder, decoder and likelihood for images of the data set."""
-    if spec.levels is None:
-        raise ValueError(f"dataset must be of images, got {spec.name!r}, which has no levels")
-    event, latent, levels = tuple(spec.shape), config.latent_dim, spec.levels
+    event, latent, levels = tuple(spec.shape), config.latent_dim, spec.levels or 0
     numbers = levels if config.likelihood == "categorical" else 3 * config.components
     scaling = Scaling(levels)
     if config.network == "conv":
@@ -250,36 +254,6 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     )
 
 
-def make_evaluate(config: Config, model: Model, x: np.ndarray) -> Callable[..., Likelihood]:
-    """Score the test images: evaluate(params, key) the ELBO, with `samples` the IWAE bound."""
-
-    def score(params: Any, key: jax.Array, samples: int = 0) -> Likelihood:
-        def encode(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return model.encode(params, x)
-
-        def log_likelihood(x: jax.Array, z: jax.Array) -> jax.Array:
-            return model.log_likelihood(x, model.decode(params, z))
-
-        # So many samples at once, and the rest one after another, to bound the memory.
-        chunk = math.gcd(samples, 32) if samples >= 32 else samples
-
-        def log_prob(key: jax.Array, x: jax.Array) -> jax.Array:
-            if samples:
-                return -iwae(encode, log_likelihood, key, x, num_samples=chunk)[0]
-            return -elbo(encode, log_likelihood, key, x, num_samples=8)[0]
-
-        return test_log_likelihood(
-            log_prob,
-            key,
-            jnp.asarray(x, jnp.float32),
-            batch_size=120,
-            num_draws=samples // chunk if samples else 1,
-            estimator="importance" if samples else "bound",
-        )
-
-    return jax.jit(score, static_argnums=2)
-
-
 def level_log_probs(model: Model, params: Any, z: jax.Array, levels: int) -> jax.Array:
     """log p of every level of every pixel given z: [levels, batch, *event]."""
     raw = model.decode(params, z)
@@ -288,25 +262,9 @@ def level_log_probs(model: Model, params: Any, z: jax.Array, levels: int) -> jax
     return jax.lax.map(each, jnp.arange(levels)).reshape(levels, *raw.shape[:-1])
 
 
-def draw(model: Model, params: Any, key: jax.Array, spec: DataSpec, count: int) -> jax.Array:
-    """Samples of the model, uint8 [count, *event], a hundred at a time: memory for the levels."""
-    latent = jax.eval_shape(model.encode, params, jnp.zeros((1, *spec.shape)))[0].shape[1]
-
-    def hundred(key: jax.Array) -> jax.Array:
-        key_z, key_x = jax.random.split(key)
-        log_probs = level_log_probs(
-            model, params, jax.random.normal(key_z, (100, latent)), spec.levels or 0
-        )
-        return jax.random.categorical(key_x, log_probs, axis=0).astype(jnp.uint8)
-
-    images = jax.lax.map(hundred, jax.random.split(key, -(-count // 100)))
-    return images.reshape(-1, *spec.shape)[:count]
-
-
-def draw_pictures(
-    folder: Any, model: Model, params: Any, spec: DataSpec, test: Any, key: jax.Array
-) -> None:
-    """Write samples, reconstructions, interpolation and the latent map."""
+def draw_pictures(folder: Any, model: Model, params: Any, data: Data, key: jax.Array) -> None:
+    """Write reconstructions, interpolation and the latent map."""
+    spec, test = data.spec, data.test
     levels = spec.levels or 0
 
     log_probs = jax.jit(lambda z: level_log_probs(model, params, z, levels))
@@ -318,14 +276,10 @@ def draw_pictures(
     save = lambda name, images, columns: _pictures.save_grid(  # noqa: E731
         folder / f"{name}.png", images, high=levels - 1, columns=columns
     )
-    key_z, key_x, key_q = jax.random.split(key, 3)
     x, latent = test["x"], encode(test["x"][:1])[0].shape[1]
 
-    z = jax.random.normal(key_z, (100, latent))
-    save("samples", np.asarray(jax.random.categorical(key_x, log_probs(z), axis=0)), 10)
-
     # Rows of images above rows of what is expected from one sample of their codes.
-    z = gaussian_sample(key_q, *encode(x[:40]))
+    z = gaussian_sample(key, *encode(x[:40]))
     rows = np.stack([x[:40].reshape(4, 10, *spec.shape), expected(z).reshape(4, 10, *spec.shape)])
     save("reconstructions", rows.swapaxes(0, 1).reshape(-1, *spec.shape), 10)
 

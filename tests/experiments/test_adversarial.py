@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import f_gan, gan, mode_collapse, wgan
+from experiments import _data, _judge, f_gan, f_gan_study, gan, mode_collapse, w1_estimates, wgan
+from genjax.data import DENSITIES, load
 
 SMALL = {"batch_size": 32, "width": 16, "steps_per_call": 1, "progress": False, "devices": 1}
 
@@ -63,9 +64,9 @@ def test_wgan_in_the_plane(constraint, tmp_path):
 @pytest.mark.slow
 def test_estimates_of_w1_on_the_line(tmp_path):
     """A few steps: every constraint's bound over its largest slope stays below the exact W1."""
-    summary = wgan.main(wgan.Config(dataset="line", steps=30, run_dir=str(tmp_path / "run")))
+    summary = w1_estimates.main(w1_estimates.Config(steps=30, run_dir=str(tmp_path / "run")))
     check_folder(tmp_path, summary, "critics.png")
-    for constraint in wgan.CONSTRAINTS:
+    for constraint in w1_estimates.CONSTRAINTS:
         assert summary[f"{constraint}_estimate"] <= summary["exact_w1"] * 1.001
     assert summary["lipschitz_largest_slope"] <= 1 + 1e-3
     assert summary["lipschitz_estimate"] > 0.5 * summary["exact_w1"]
@@ -91,12 +92,12 @@ def test_direct_fits_are_the_papers():
         "jeffreys": (1.3218, 1.7034),
         "reverse_kl": (1.5782, 1.6319),
     }
-    fits = {name: f_gan.fit_directly(name) for name in paper}
+    fits = {name: f_gan_study.fit_directly(name) for name in paper}
     for name, (mean, std) in paper.items():
         np.testing.assert_allclose(fits[name][:2], (mean, std), atol=5e-3)
     assert sorted(paper, key=lambda n: fits[n][0]) == list(paper)
     # KL matches moments.
-    weights, means, stds = map(np.array, zip(*f_gan.MIXTURE, strict=True))
+    weights, means, stds = map(np.array, zip(*f_gan_study.MIXTURE, strict=True))
     mean = weights @ means
     np.testing.assert_allclose(fits["kl"][0], mean, rtol=1e-4)
     variance = weights @ (stds**2 + means**2) - mean**2
@@ -105,13 +106,13 @@ def test_direct_fits_are_the_papers():
 
 @pytest.mark.slow
 def test_study_approaches_the_direct_fit(tmp_path):
-    summary = f_gan.main(
-        f_gan.Config(
+    summary = f_gan_study.main(
+        f_gan_study.Config(
             divergence="reverse_kl",
             steps=400,
             batch_size=128,
-            study_n_critic=2,
-            study_width=32,
+            n_critic=2,
+            width=32,
             run_dir=str(tmp_path / "run"),
         )
     )
@@ -121,7 +122,7 @@ def test_study_approaches_the_direct_fit(tmp_path):
 
 @pytest.mark.slow
 def test_study_lands_within_three_percent(tmp_path):
-    summary = f_gan.main(f_gan.Config(run_dir=str(tmp_path / "run")))
+    summary = f_gan_study.main(f_gan_study.Config(run_dir=str(tmp_path / "run")))
     assert summary["largest_error"] < 0.03
 
 
@@ -134,32 +135,33 @@ def test_mode_collapse_counts(objective, tmp_path):
     summary = mode_collapse.main(config)
     check_folder(tmp_path, summary, "modes.png")
     # A seed of the vmapped runs is the run of that seed.
-    density = mode_collapse.DENSITIES["25gaussians"]
+    density = DENSITIES["25gaussians"]
     train = jax.jit(mode_collapse.make_train(config, density, objective))
     alone = train(jax.random.split(jax.random.key(0), 2)[1])
     together = np.load(tmp_path / "run" / "samples.npz")[objective][1]
     np.testing.assert_allclose(alone["samples"], together, rtol=1e-3, atol=1e-4)
-    assert int(alone["covered"]) == summary[objective]["modes_by_seed"][1]
+    assert int(alone["modes"]) == summary[objective]["modes_by_seed"][1]
 
 
 def test_modes_of_the_mixture_itself():
-    density = mode_collapse.DENSITIES["25gaussians"]
+    density = DENSITIES["25gaussians"]
     samples = density.sample(jax.random.key(0), 2500)
     near = (samples, jnp.asarray(density.means), density.std)
     assert mode_collapse.modes_covered(*near, least=10) == 25
 
 
 def test_label_accuracy_of_real_digits():
-    train, _ = gan.load("digits", "train")
-    test, _ = gan.load("digits", "test")
-    flat = [a["x"].reshape(len(a["x"]), -1) for a in (train, test)]
-    accuracy = gan.label_accuracy(flat[0], train["label"], flat[1], test["label"])
+    (train, spec), (test, _) = load("digits", "train"), load("digits", "test")
+    data = _data.Data(train, test, spec)
+    accuracy = _judge.label_accuracy(data, test["x"].reshape(360, 64), test["label"])
     assert accuracy == pytest.approx(0.992, abs=5e-4)
 
 
 def test_bad_config(tmp_path):
     with pytest.raises(ValueError, match="divergence must be one of"):
         f_gan.main(f_gan.Config(divergence="kll", run_dir=str(tmp_path / "a")))
+    with pytest.raises(ValueError, match="divergence must be one of"):
+        f_gan_study.main(f_gan_study.Config(divergence="kll", run_dir=str(tmp_path / "a")))
     with pytest.raises(ValueError, match="no conditional critic"):
         wgan.main(wgan.Config(constraint="lipschitz", conditional=True))
     with pytest.raises(ValueError, match="needs labels"):

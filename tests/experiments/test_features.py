@@ -30,5 +30,5 @@ def test_shifts():
 
 
 def test_points_have_no_features():
-    with pytest.raises(ValueError, match="images with labels, got 'moons'"):
+    with pytest.raises(ValueError, match="images, got 'moons' of points"):
         features.main(features.Config(dataset="moons"))

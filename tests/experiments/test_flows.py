@@ -82,7 +82,7 @@ def test_batches_are_paired_within_the_class_by_the_exact_assignment():
         "x": rng.integers(0, 17, (12, 8, 8, 1)).astype(np.uint8),
         "label": np.repeat(np.int32([0, 1, 2]), 4),
     }
-    batch = flow_matching.paired(config, DIGITS, lambda step: given)
+    batch = flow_matching.paired(config, DIGITS.scaling(), lambda step: given)
     found, again, other = batch(5), batch(5), batch(6)
     for name in ("x0", "x1", "label"):
         np.testing.assert_array_equal(found[name], again[name])

@@ -1,39 +1,42 @@
 """The leaderboard: a tiny one, whole, and its parts."""
 
 import dataclasses
+import importlib
 import json
 import math
-import re
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from matplotlib import image
 
+from experiments import _data, _judge, _run, leaderboard
 from experiments import _leaderboard_report as report
 from experiments import _leaderboard_runs as runs
 from experiments import _leaderboard_scores as scores
-from experiments import _run, leaderboard
-from experiments._leaderboard_families import FAMILIES, Family
+from experiments._system import Row
 from genjax.data import DENSITIES, load
 
 STUB = "tests.experiments.stub"
 TINY = {
-    "wide": Family("Wide", STUB, {}, {"spread": 2.0}),
-    "broken": Family("Broken", STUB, {}, {"spread": -1.0}),
-    "narrow": Family("Narrow", STUB, {}, {"spread": 0.1}),
+    "wide": Row("wide", "Wide", {}, {"spread": 2.0}, module=STUB),
+    "broken": Row("broken", "Broken", {}, {"spread": -1.0}, module=STUB),
+    "narrow": Row("narrow", "Narrow", {}, {"spread": 0.1}, module=STUB),
 }
 TINY_CONFIG = leaderboard.Config(dataset="8gaussians", seconds_per_family=0.2, calibrate=0.0)
 
 
+def reference(dataset):
+    return _judge.reference(_data.load_data(leaderboard.Config(dataset=dataset)))
+
+
 @pytest.fixture(scope="module")
 def digits():
-    return scores.reference("digits")
+    return reference("digits")
 
 
 def test_two_families_and_one_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(leaderboard, "FAMILIES", TINY)
+    monkeypatch.setattr(leaderboard, "rows_of", lambda _: TINY)
     monkeypatch.setattr(leaderboard, "floors", lambda *_: [])  # have a test of their own
     config = dataclasses.replace(TINY_CONFIG, run_dir=str(tmp_path))
     board = leaderboard.main(config)
@@ -44,9 +47,9 @@ def test_two_families_and_one_that_fails(tmp_path, monkeypatch):
     # The one that fails says why and stops nobody.
     failed = rows["Broken"]
     assert (failed["mean"], failed["runs"]) == ({}, [])
-    assert failed["reason"] == "ValueError: spread must be positive, got -1.0"
+    assert failed["reason"] == "spread must be positive, got -1.0"
     text = (tmp_path / "leaderboard.md").read_text()
-    assert "| Broken | failed: ValueError: spread must be positive, got -1.0 |" in text
+    assert "| Broken | failed: spread must be positive, got -1.0 |" in text
 
     # The budget ended the training; costs are read from the run.
     mean, summary = rows["Wide"]["mean"], runs._read(tmp_path / "wide/seed0/summary.json")
@@ -79,14 +82,14 @@ def test_two_families_and_one_that_fails(tmp_path, monkeypatch):
 def test_scores_are_those_of_the_metrics(digits):
     """Blocks of as many samples as the test split has, each against the whole training split."""
     samples = load("digits", "train")[0]["x"][:800]
-    records = scores.score(digits, samples)
-    found = scores.numbers(records)
+    records = _judge.score(digits, samples)
+    found = _judge.numbers(records)
     for record in records:
         used = ("none", (1437, 360, 360)) if "memor" in record.metric else ("digits", (1437, 360))
         assert (record.extractor, record.counts) == used
     assert len({record.hash for record in records}) == 2
     views = [digits.views(samples[i : i + 360])["features"] for i in (0, 360)]
-    pairs = [scores.PRECISION_RECALL(digits.train["features"], view, k=3) for view in views]
+    pairs = [_judge.PRECISION_RECALL(digits.train["features"], view, k=3) for view in views]
     np.testing.assert_allclose(found["precision"], np.mean([p.precision for p in pairs]), rtol=1e-5)
     np.testing.assert_allclose(found["recall"], np.mean([p.recall for p in pairs]), rtol=1e-5)
     real = digits.train["features"].astype(np.float64)
@@ -100,22 +103,22 @@ def test_scores_are_those_of_the_metrics(digits):
     # Copies of the training split are precise, and memorised.
     assert found["precision"] == found["memorised"] == 1
     with pytest.raises(ValueError, match="samples must be at least 360, got 100"):
-        scores.score(digits, samples[:100])
+        _judge.score(digits, samples[:100])
     with pytest.raises(ValueError, match="shape"):
-        scores.score(digits, samples[:, :4])
+        _judge.score(digits, samples[:, :4])
 
 
 def test_the_plane():
-    data = scores.reference("8gaussians")
+    data = reference("8gaussians")
     assert data.extractor is None
     x = np.asarray(DENSITIES["8gaussians"].sample(jax.random.key(5), data.count))
-    found = scores.numbers(scores.score(data, x))
+    found = _judge.numbers(_judge.score(data, x))
     assert found["precision"] > 0.9
     assert found["coverage"] > 0.9
     assert found["frechet"] < 0.05
     with pytest.raises(ValueError, match="finite"):
-        scores.score(data, np.where(np.arange(len(x))[:, None] == 3, np.nan, x))
-    costs = scores.costs({"test_log_likelihood": -2.0, "samples": 10}, data.spec)
+        _judge.score(data, np.where(np.arange(len(x))[:, None] == 3, np.nan, x))
+    costs = scores.costs({"test_log_likelihood": -2.0, "samples": 10}, data.data.spec)
     assert costs == {"bits_per_dim": pytest.approx(2 / (2 * math.log(2)))}
 
 
@@ -148,7 +151,7 @@ def test_how_a_process_is_called_and_what_it_says(tmp_path):
     log = tmp_path / "log"
     log.write_text("Traceback\nValueError: no\n\n----\n")
     assert runs.last_line(log) == "ValueError: no"
-    slow = runs._run(Family("", "experiments", {}, {}), tmp_path / "run", {}, log, timeout=0.01)
+    slow = runs._run(Row("", "", module="experiments"), tmp_path / "run", {}, log, timeout=0.01)
     assert slow == "took more than 0.01 seconds"
 
 
@@ -167,16 +170,15 @@ def test_table_of_several_seeds():
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_every_family_names_options_that_its_experiment_has():
-    for name, family in FAMILIES.items():
-        path = Path(leaderboard.__file__).with_name(
-            family.module.removeprefix("experiments.") + ".py"
-        )
-        known = path.read_text() + Path(_run.__file__).read_text()
-        known += path.with_name("gan.py").read_text()  # f_gan and wgan share its options
-        for options in (family.images, family.plane):
-            for option in options or {}:
-                assert re.search(rf"^    {option}: ", known, re.M), f"{name}: {option}"
+def test_every_row_names_options_that_its_experiment_has():
+    for name, row in leaderboard.rows_of(leaderboard.MODULES).items():
+        module = importlib.import_module(row.module)
+        fields = {field.name for field in dataclasses.fields(module.Config)}
+        for options in (row.images, row.plane):
+            assert set(options or {}) <= fields, name
+        if row.trained:
+            assert {"steps", "max_seconds", "devices"} <= fields
+            assert callable(module.build)
 
 
 def test_bad_input(tmp_path):
@@ -194,13 +196,13 @@ def test_bad_input(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("dataset", "bits"), [("digits", (2.6, 3.3)), ("8gaussians", (1, 2))])
 def test_floors(dataset, bits):
-    data = scores.reference(dataset)
-    ceiling = scores.numbers(scores.score(data, scores.ceiling(data, dataset, None)[0]))
-    for make in scores.floors(dataset, None, 0).values():
+    data = reference(dataset)
+    ceiling = _judge.numbers(_judge.score(data, scores.ceiling(data.data)[0]))
+    for make in scores.floors(data.data, 0).values():
         samples, costs = make()
         assert samples.dtype == (np.uint8 if dataset == "digits" else np.float32)
         assert bits[0] < costs["bits_per_dim"] < bits[1]
-        found = scores.numbers(scores.score(data, samples))
+        found = _judge.numbers(_judge.score(data, samples))
         # The plane's law is a mixture of Gaussians: its floors lie within the ceiling's own error.
         low, high = (1, 30) if dataset == "digits" else (0.1, 10)
         assert low * ceiling["frechet"] < found["frechet"] < high * ceiling["frechet"]
@@ -214,7 +216,11 @@ def test_every_family_leaves_a_row(dataset, tmp_path):
     board = leaderboard.main(leaderboard.Config(**options))
     assert [row["title"] for row in board["rows"] if row["reason"]] == []
     images = dataset == "digits"
-    expected = [f.title for f in FAMILIES.values() if (f.images if images else f.plane) is not None]
+    expected = [
+        f.title
+        for f in leaderboard.rows_of(leaderboard.MODULES).values()
+        if (f.images if images else f.plane) is not None
+    ]
     assert [row["title"] for row in board["rows"]][3:] == expected
     assert all(row["mean"]["training_seconds"] < 10 for row in board["rows"][3:])
     assert image.imread(tmp_path / "leaderboard.png").ndim == 3

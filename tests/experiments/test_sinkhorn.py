@@ -23,7 +23,7 @@ def test_images(tmp_path):
     config = sinkhorn_gan.Config(variant="learned", run_dir=str(run), **SMALL)
     summary = sinkhorn_gan.main(config)
     assert json.loads((run / "summary.json").read_text()) == summary
-    assert {"precision", "recall", "memorised", "ema_precision", "ema_recall"} <= summary.keys()
+    assert {"precision", "recall", "memorised"} <= summary.keys()
     samples = np.load(run / "samples.npy")
     assert samples.shape == (1437, 8, 8, 1)
     assert samples.dtype == np.uint8
@@ -40,7 +40,7 @@ def test_the_plane(tmp_path):
     )
     summary = sinkhorn_gan.main(config)
     assert 0 <= summary["modes"] <= 8
-    assert 0 <= summary["share_within_3_std"] <= 1
+    assert 0 <= summary["high_quality_share"] <= 1
     losses = [line["loss"] for line in metrics(run)]
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
@@ -64,7 +64,7 @@ def test_losses_are_blind_to_scale_and_pull_samples_to_the_data(variant, key):
 
 def test_features_go_up_once_in_several_steps():
     config = sinkhorn_gan.Config(generator_updates=3, learning_rate=0.1, critic_learning_rate=0.1)
-    optimizer = sinkhorn_gan.two_players(sinkhorn_gan.settled(config, sinkhorn_gan.IMAGES))
+    optimizer = sinkhorn_gan.two_players(sinkhorn_gan.settled(config, "images"))
     params = {"generator": jnp.ones(2), "critic": jnp.ones(2)}
     state = optimizer.init(params)
     path = [params]
@@ -93,7 +93,7 @@ def test_particles_reach_the_modes(tmp_path):
     summary = gradient_flow.main(config)
     assert json.loads((run / "summary.json").read_text()) == summary
     assert summary["divergence_end"] < 0.01 * summary["divergence_start"]
-    assert summary["share_within_3_std"] > 0.95
+    assert summary["high_quality_share"] > 0.95
     assert np.load(run / "samples.npy").shape == (160, 2)
     assert (run / "flow.png").exists()
     assert len(metrics(run)) == 40

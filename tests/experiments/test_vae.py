@@ -40,9 +40,9 @@ def short_run(tmp_path_factory):
 def test_summary(short_run):
     folder, summary = short_run
     assert json.loads((folder / "summary.json").read_text()) == summary
-    bits = -summary["test_iwae"] / (64 * math.log(2))
+    bits = -summary["test_log_likelihood"] / (64 * math.log(2))
     np.testing.assert_allclose(summary["bits_per_dim"], bits, rtol=1e-5)
-    assert summary["test_bound"] < summary["test_iwae"]
+    assert summary["test_bound"] < summary["test_log_likelihood"]
     # Forty updates already beat the linear model by far.
     assert summary["bits_per_dim"] < 3.0 < summary["bits_per_dim_ppca"]
     np.testing.assert_allclose(summary["bits_per_dim_ppca"], 3.285, atol=0.005)
@@ -63,7 +63,7 @@ def test_files(short_run):
 
 @pytest.mark.parametrize("likelihood", ["mixture", "categorical"])
 def test_levels_of_a_pixel_sum_to_one(likelihood):
-    model = vae.build(dataclasses.replace(SHORT, likelihood=likelihood), SPEC)
+    model = vae.make_model(dataclasses.replace(SHORT, likelihood=likelihood), SPEC)
     numbers = 17 if likelihood == "categorical" else 9
     raw = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, numbers)), (17, numbers))
     log_probs = model.log_likelihood(jnp.arange(17), raw)
@@ -79,7 +79,7 @@ def test_levels_of_a_pixel_sum_to_one(likelihood):
 )
 def test_variants_have_a_loss_per_example_and_a_gradient(changes, key):
     config = dataclasses.replace(SHORT, **changes)
-    model = vae.build(config, SPEC)
+    model = vae.make_model(config, SPEC)
     params = jax.jit(model.init)(key)
     loss_fn = vae.make_loss(config, model)
 
@@ -103,7 +103,7 @@ def test_variants_have_a_loss_per_example_and_a_gradient(changes, key):
 @pytest.mark.parametrize("network", ["mlp", "conv"])
 def test_mnist_shapes(network, key):
     config = dataclasses.replace(SHORT, network=network)
-    model = vae.build(config, DataSpec("mnist", "images", (28, 28, 1), 256, 10))
+    model = vae.make_model(config, DataSpec("mnist", "images", (28, 28, 1), 256, 10))
     batch = {"x": jax.ShapeDtypeStruct((5, 28, 28, 1), jnp.uint8)}
     params = jax.eval_shape(model.init, key)
     losses, _ = jax.eval_shape(vae.make_loss(config, model), params, key, batch)
@@ -118,7 +118,7 @@ def test_bad_input(tmp_path):
         run(objective="iwae", beta=4.0)
     with pytest.raises(ValueError, match="did you mean 'digits'"):
         run(dataset="digit")
-    with pytest.raises(ValueError, match="dataset must be of images, got 'moons'"):
+    with pytest.raises(ValueError, match="dataset must be of images"):
         run(dataset="moons")
     with pytest.raises(ValueError, match="batch_size must be at most the split's 1437 examples"):
         run(batch_size=2000)

@@ -17,7 +17,7 @@ from tests.training.problem import make_batch, make_params, noisy_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_run.RunConfig):
+class Config(_run.TrainConfig):
     steps: int = 40
     batch_size: int = 16
     save_every: int = 10

@@ -1,0 +1,74 @@
+"""Both splits of a data set, and how its levels become numbers: the one place for that."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from genjax.data import DataSpec, load
+
+
+class Points(NamedTuple):
+    """What `Scaling` is to levels, for data that are numbers (or tokens) already: the identity."""
+
+    def to_continuous(self, x: Any) -> Any:
+        return x
+
+    def dequantise(self, key: Any, x: Any) -> Any:
+        return x
+
+    def to_levels(self, y: Any) -> Any:
+        return y
+
+
+class Data(NamedTuple):
+    """Both splits of a data set, and what a model must know of it."""
+
+    train: Mapping[str, np.ndarray]
+    test: Mapping[str, np.ndarray]
+    spec: DataSpec
+    held_out: Mapping[str, np.ndarray] | None = None
+    """A part of the train split that is not trained on, to choose the best checkpoint by."""
+
+    @property
+    def kind(self) -> str:
+        """points, images or tokens."""
+        return self.spec.kind
+
+    def scaling(self, low: float = -1.0, high: float = 1.0) -> Any:
+        """Between data as loaded and the numbers that a model sees: `Scaling`, or the identity."""
+        return self.spec.scaling(low, high) or Points()
+
+    @property
+    def count(self) -> int:
+        """Samples that a run leaves: as many as it has examples to train on, at most 5,000; in the
+        plane 10,000."""
+        return 10_000 if self.kind == "points" else min(len(self.train["x"]), 5000)
+
+    def labels(self, count: int | None = None) -> jax.Array:
+        """Labels to ask of so many samples (default: `count`), the classes in turn."""
+        return jnp.arange(count or self.count, dtype=jnp.int32) % (self.spec.classes or 1)
+
+    def require(self, kind: str, *, labels: bool = False) -> None:
+        """Raise ValueError where the data are of another kind, or have no labels."""
+        if self.kind != kind:
+            raise ValueError(f"dataset must be of {kind}, got {self.spec.name!r} of {self.kind}")
+        if labels and self.spec.classes is None:
+            raise ValueError(f"dataset must have labels, which {self.spec.name!r} has not")
+
+
+def load_data(config: Any) -> Data:
+    """Load the data set that the config names. Of the train split it keeps back the share
+    `held_out`, where the config has such a field."""
+    train, spec = load(config.dataset, "train", data_dir=config.data_dir)
+    test, _ = load(config.dataset, "test", data_dir=config.data_dir)
+    held_out = getattr(config, "held_out", 0.0)
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must lie in [0, 1), got {held_out}")
+    if not held_out:
+        return Data(train, test, spec)
+    kept = int(len(train["x"]) * (1 - held_out))
+    held = {name: array[kept:] for name, array in train.items()}
+    return Data({name: array[:kept] for name, array in train.items()}, test, spec, held)
