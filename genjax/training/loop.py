@@ -69,10 +69,10 @@ def fit(
     later is saved. An error in `batches` is raised after the state is saved. SIGTERM and SIGINT
     save the state and raise Stopped (exit status 0); a second one acts as usual.
     """
-    for name, value in {"save_every": save_every, "log_every": log_every}.items():
-        checks.integer(name, value, 1)
     from tqdm import tqdm
 
+    for name, value in {"save_every": save_every, "log_every": log_every}.items():
+        checks.integer(name, value, 1)
     checks.integer("num_steps", num_steps, 0)
     checks.integer("steps_per_call", steps_per_call, 1)
     checks.integer("evaluate_every", evaluate_every, 0)

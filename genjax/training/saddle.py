@@ -20,7 +20,7 @@ from genjax.training.state import (
     ema_read,
     ema_update,
 )
-from genjax.training.step import bind_step, compile_step
+from genjax.training.step import compile_step
 from genjax.training.update import (
     Metrics,
     Player,
@@ -209,14 +209,8 @@ def make_saddle_step(
     """
     checks.integer("n_critic", options.get("n_critic", 1), 1)
     players = (critic_loss, generator_loss, critic_optimizer, generator_optimizer)
-    return compile_step(
-        bind_step(saddle_step, *players, axis_name=parallel.AXIS if pmap else None, **options),
-        mesh=mesh,
-        pmap=pmap,
-        steps_per_call=steps_per_call,
-        accumulate=options.get("accumulate", 1),
-        batch_axis=1,
-    )
+    common = {"mesh": mesh, "pmap": pmap, "steps_per_call": steps_per_call, "batch_axis": 1}
+    return compile_step(saddle_step, *players, **common, **options)
 
 
 def critic_batches(batches: Callable[[int], Batch], n_critic: int) -> Callable[[int], Batch]:

@@ -94,36 +94,34 @@ def make_train_step(
     inside a loop.
     """
     return compile_step(
-        bind_step(
-            train_step, loss_fn, optimizer, axis_name=parallel.AXIS if pmap else None, **options
-        ),
+        train_step,
+        loss_fn,
+        optimizer,
         mesh=mesh,
         pmap=pmap,
         steps_per_call=steps_per_call,
-        accumulate=options.get("accumulate", 1),
+        **options,
     )
 
 
-def bind_step(step: Callable[..., Any], *given: Any, **options: Any) -> Callable[..., Any]:
-    """Fix all but state and batch; a misspelt option raises TypeError here, not when called."""
-    inspect.signature(step).bind_partial(*given, **options)
-    return functools.partial(step, *given, **options)
-
-
 def compile_step(
-    step: Callable[[Any, Batch], tuple[Any, Metrics]],
-    *,
+    step: Callable[..., tuple[Any, Metrics]],
+    *given: Any,
     mesh: Mesh | None = None,
     pmap: bool = False,
     steps_per_call: int = 1,
-    accumulate: int = 1,
     batch_axis: int = 0,
+    **options: Any,
 ) -> Callable[[Any, Batch], tuple[Any, Metrics]]:
-    """Compile any pure (state, batch) -> (state, metrics) for a mesh, see `make_train_step`.
+    """Compile the pure step(*given, state, batch, **options) for a mesh, see `make_train_step`.
 
-    batch_axis: the axis of the batch that counts examples, where it is not the first.
+    batch_axis: the axis of the batch that counts examples, where it is not the first. A misspelt
+    option raises TypeError here, not at the first call.
     """
     checks.integer("steps_per_call", steps_per_call, 1)
+    inspect.signature(step).bind_partial(*given, **options)
+    step = functools.partial(step, *given, axis_name=parallel.AXIS if pmap else None, **options)
+    accumulate = options.get("accumulate", 1)
     mesh = parallel.data_mesh() if mesh is None else mesh
     devices = mesh.devices.size
     several = steps_per_call > 1
@@ -143,9 +141,8 @@ def compile_step(
             devices=list(mesh.devices.flat),
         )
     else:
-        compiled = jax.jit(
-            program, in_shardings=(whole, split), out_shardings=whole, donate_argnums=0
-        )
+        shardings = {"in_shardings": (whole, split), "out_shardings": whole}
+        compiled = jax.jit(program, donate_argnums=0, **shardings)
 
     def call(state: Any, batch: Batch) -> tuple[Any, Metrics]:
         processes = jax.process_count()
