@@ -24,6 +24,8 @@ import numpy as np
 from genjax import checks
 from genjax.training.state import check_layout, is_key, layout
 
+__all__ = ["CheckpointError", "Checkpoints"]
+
 log = logging.getLogger("genjax")
 
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from genjax.training.state import leaf_name
 
+__all__ = ["export_npz", "load_npz"]
+
 
 def export_npz(path: str | os.PathLike, params: Any) -> None:
     """Write parameters to a plain .npz with names 'a/b/c', readable by numpy alone.

@@ -19,6 +19,8 @@ from genjax.training.state import leaf_name
 from genjax.training.update import first_bad_term
 from genjax.typing import Batch
 
+__all__ = ["NonFiniteError", "Stopped", "fit"]
+
 Numbers = Mapping[str, Any]
 
 

@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from genjax.training.state import is_key
 from genjax.typing import Batch
 
+__all__ = ["data_mesh", "initialize_distributed", "shard_batch"]
+
 AXIS = "data"
 
 

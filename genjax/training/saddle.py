@@ -32,6 +32,15 @@ from genjax.training.update import (
 )
 from genjax.typing import AbsorbFn, Batch, Params
 
+__all__ = [
+    "SaddleState",
+    "critic_batches",
+    "init_saddle_state",
+    "make_saddle_step",
+    "saddle_step",
+    "train_scan",
+]
+
 # (critic params, generator params, key, batch) -> (a loss [] or losses [batch], named terms), and
 # with a carry (..., batch, carry) -> (loss, terms, seen)
 SaddleLoss = Callable[..., tuple[Any, ...]]

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from genjax import checks
 from genjax.typing import Params
 
+__all__ = ["TrainState", "init_state"]
+
 # The fields are `Any` because a pytree is also filled with shapes, shardings and tracers.
 
 

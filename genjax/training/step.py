@@ -15,6 +15,8 @@ from genjax.training.state import TrainState, ema_update
 from genjax.training.update import Metrics, Player, Rule, all_finite, step_key, update
 from genjax.typing import AbsorbFn, Batch, LossFn
 
+__all__ = ["make_train_step", "train_step"]
+
 
 def train_step(
     loss_fn: LossFn,
