@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from genjax.networks.convolution import Conv, convolve
-from genjax.networks.mlp import on_flat
+from genjax.networks.layers import on_flat
 
 
 def pair(kernel, stride, dtype=None):
