@@ -1,10 +1,23 @@
 """Strictness for every test: shapes checked by beartype, rank promotion and warnings are errors."""
 
+import gc
 import os
+import pathlib
+import shutil
 
 # Devices are read once, when jax starts: eight emulated ones for the parallel tests.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Compiled programs are kept between runs, for both workers and for the processes that tests start:
+# a program of one operation takes 16 ms to compile and 5 ms to read.
+CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# An old cache holds programs of old code: beyond this many bytes it is begun anew.
+CACHE_LIMIT = 2**30
+# Compiled programs held in memory are dropped between two files beyond this many bytes.
+MEMORY_LIMIT = 1.5 * 2**30
 
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
@@ -19,6 +32,25 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_addoption(parser):
     parser.addoption("--rounds", type=int, default=1, help="run every test this many times")
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput") or not CACHE.is_dir():
+        return
+    if sum(entry.stat().st_size for entry in os.scandir(CACHE)) > CACHE_LIMIT:
+        shutil.rmtree(CACHE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Drop compiled programs after a file that leaves the worker large."""
+    yield
+    resident = pathlib.Path("/proc/self/statm")
+    if not resident.exists():
+        return
+    if int(resident.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MEMORY_LIMIT:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_generate_tests(metafunc):
