@@ -1,22 +1,15 @@
 """Data: images by name, 2-D densities, batches as a function of (seed, step), scaling."""
 
-from genjax.data.loading import DataSpec, load
-from genjax.data.pipeline import Records, batch_at, check_arrays, num_examples, stream
-from genjax.data.scaling import Scaling
-from genjax.data.synthetic import DENSITIES, Checkerboard, Density, GaussianMixture, Pinwheel
-
-__all__ = [
-    "DENSITIES",
-    "Checkerboard",
-    "DataSpec",
-    "Density",
-    "GaussianMixture",
-    "Pinwheel",
-    "Records",
-    "Scaling",
-    "batch_at",
-    "check_arrays",
-    "load",
-    "num_examples",
-    "stream",
-]
+from genjax.data.loading import DataSpec as DataSpec
+from genjax.data.loading import load as load
+from genjax.data.pipeline import Records as Records
+from genjax.data.pipeline import batch_at as batch_at
+from genjax.data.pipeline import check_arrays as check_arrays
+from genjax.data.pipeline import num_examples as num_examples
+from genjax.data.pipeline import stream as stream
+from genjax.data.scaling import Scaling as Scaling
+from genjax.data.synthetic import DENSITIES as DENSITIES
+from genjax.data.synthetic import Checkerboard as Checkerboard
+from genjax.data.synthetic import Density as Density
+from genjax.data.synthetic import GaussianMixture as GaussianMixture
+from genjax.data.synthetic import Pinwheel as Pinwheel

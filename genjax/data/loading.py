@@ -38,8 +38,8 @@ class DataSpec(NamedTuple):
     def scaling(self, low: float = -1.0, high: float = 1.0) -> Scaling | None:
         """The map of an image's levels onto [low, high); None for points and tokens.
 
-        Points are numbers already, tokens have no order that a number could keep. Raises
-        ValueError for an unknown kind and for images without levels.
+        Points are numbers already, tokens have no order. Raises ValueError for an unknown kind and
+        for images without levels.
         """
         checks.one_of("kind", self.kind, KINDS)
         if self.kind != "images":

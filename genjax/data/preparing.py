@@ -80,7 +80,11 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
                 stack.enter_context(tensorflow_stand_in())
                 builder.download_and_prepare(download_dir=str(root / "downloads"))
         except Exception as error:
-            raise unprepared(name, root, f"{type(error).__name__}: {error}"[:200]) from error
+            reason = f"{type(error).__name__}: {error}"[:200]
+            raise RuntimeError(
+                f"{name} is not prepared under {root} and cannot be prepared here ({reason}). "
+                f"Where there is a network, run: python -m genjax.data {name} --data-dir {root}"
+            ) from error
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(builder.data_dir, target)
@@ -88,14 +92,6 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
             if not (target / "dataset_info.json").exists():
                 raise
     return target
-
-
-def unprepared(name: str, root: str | os.PathLike, reason: str) -> RuntimeError:
-    """Build the one error for a data set that is not there: why, and the command that makes it."""
-    return RuntimeError(
-        f"{name} is not prepared under {root} and cannot be prepared here ({reason}). Where there "
-        f"is a network, run: python -m genjax.data {name} --data-dir {root}"
-    )
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def variational_bound(
     """Bound on -log P(x) in nats for the chain of `num_steps` `ancestral_step`s (Ho et al. 2020).
 
     KL(q(x_T | x) || N(0, sigma_T^2 I)) + sum_i KL(q(x_{i-1} | x_i, x) || p(x_{i-1} | x_i))
-    - log P(x | x_1), eq. 5: one noise draw per step with `every_step`, else one step i per example,
+    - log P(x | x_1), eq. 5: noise at every step with `every_step`, else one step i per example,
     times T: unbiased either way. x holds `levels` values from `low` to `high`. `mix` sets the
     model's variance as in `ancestral_step`; x_1 is decoded with standard deviation sigma(t_1).
     Returns (losses [batch], aux: "prior", "diffusion", "reconstruction").

@@ -32,7 +32,7 @@ def check_times(t: Array | float | int, process: Process, name: str = "t") -> No
 def _components(
     kind: str, process: Process, t: Array, sigma_data: Scalar
 ) -> tuple[Array, Array, Array]:
-    """(p, q, alpha q - sigma p) with prediction = p x_0 + q eps; the last is formed directly."""
+    """(p, q, alpha q - sigma p) with prediction = p x_0 + q eps; the last without cancellation."""
     alpha, sigma, ratio = process.alpha(t), process.sigma(t), process.noise_ratio(t)
     one = jnp.ones_like(alpha)
     if kind == "x0":
@@ -48,8 +48,8 @@ def _components(
 
 
 def _positive(x: Array) -> Array:
-    """The value, or the least positive one: what divides at sigma = 0 stays finite."""
-    # Its fourth power, in the loss of a score, still leaves room for large errors.
+    """The value, at least tiny^(3/16): a division by it stays finite at sigma = 0."""
+    # A score's loss divides by its fourth power: 1e28 in float32, times errors of up to 1e10.
     return jnp.maximum(x, jnp.finfo(x.dtype).tiny ** 0.1875)
 
 

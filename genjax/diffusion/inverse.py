@@ -17,8 +17,8 @@ from genjax.numerics import event_norm, expand_to, sum_event
 from genjax.typing import DenoiserFn
 
 Operator = Callable[[Array], Array]
-# Draws 0, 1, ... belong to the wrapped step.
-REPLACEMENT_DRAW = 1 << 16
+# Normals 0, 1, ... of a move belong to the wrapped step.
+REPLACEMENT_NOISE = 1 << 16
 
 
 def replacement(
@@ -37,7 +37,7 @@ def replacement(
     def replaced(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:
         checks.shape("x", x, known.shape)
         moved, denoised = step(denoise, x, move)
-        noise = move.normal(REPLACEMENT_DRAW, x)
+        noise = move.normal(REPLACEMENT_NOISE, x)
         noised = move.process.alpha(move.s) * known + move.process.sigma(move.s) * noise
         return jnp.where(mask, noised, moved), jnp.where(mask, known, denoised)
 
@@ -114,7 +114,7 @@ def pseudoinverse_guidance(
     noise_std: Scalar = 0.0,
     data_std: Scalar = 1.0,
     covariance: str = "isotropic",
-    solver_steps: int = 16,
+    num_steps: int = 16,
 ) -> DenoiserFn:
     """PiGDM: the denoiser of the posterior where Cov[x_0 | x_t] is taken to be C_t.
 
@@ -122,12 +122,12 @@ def pseudoinverse_guidance(
     A (Song et al. 2023, eqs 7-8). "isotropic": C_t = r^2 I with 1 / r^2 = 1 / data_std^2 + (alpha /
     sigma)^2, exact for data N(m, data_std^2 I); "tweedie": C_t = sigma^2 / alpha J, exact for any
     Gaussian data and the exact denoiser, at one product with J per solver step. The system is
-    solved by `solver_steps` conjugate gradient steps, example by example.
+    solved by `num_steps` steps of conjugate gradients, example by example.
     """
     checks.one_of("covariance", covariance, ["isotropic", "tweedie"])
     checks.at_least("noise_std", noise_std, 0)
     checks.positive("data_std", data_std)
-    checks.integer("solver_steps", solver_steps, 1)
+    checks.integer("num_steps", num_steps, 1)
 
     def guided(x: Array, t: Array) -> Array:
         mean, push = jax.linearize(lambda x: denoise(x, t), x)
@@ -141,7 +141,7 @@ def pseudoinverse_guidance(
             image = spread * image if covariance == "isotropic" else gain * push(image)
             return operator(image) + noise_std**2 * v
 
-        solved = _conjugate_gradient(system, observation - operator(mean), solver_steps)
+        solved = _conjugate_gradient(system, observation - operator(mean), num_steps)
         (gradient,) = pull(adjoint(solved)[0])
         return mean + gain * gradient
 

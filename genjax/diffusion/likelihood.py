@@ -44,7 +44,9 @@ def log_likelihood(
         shape = (y.shape[0], num_probes, *y.shape[1:])
         probes = jnp.moveaxis(indexed_rademacher(key, shape, first_index, y.dtype), 1, 0)
     denoise_at = at_one_time(denoise)
-    low, high = (jnp.log(process.noise_ratio(t)).astype(y.dtype) for t in _ends(process))
+    low, high = (
+        jnp.log(process.noise_ratio(t)).astype(y.dtype) for t in (process.t_min, process.t_max)
+    )
 
     def slope(_: None, state: tuple[Array, Array], u: Array) -> tuple[Array, Array]:
         t = process.time_of_log_snr(-2 * u)
@@ -63,7 +65,3 @@ def log_likelihood(
     prior = -0.5 * (sum_event(jnp.square(end / jnp.exp(high))) + dims * (LOG_2PI + 2 * high))
     volume = volume - dims * process.log_alpha(process.t_min)
     return prior + volume, {"prior": prior, "volume": volume}
-
-
-def _ends(process: Process) -> tuple:
-    return process.t_min, process.t_max

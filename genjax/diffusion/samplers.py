@@ -1,7 +1,7 @@
 """Sampling: one scan of a pure step over a grid of times, or an adaptive probability flow.
 
-Sample i is a function of (key, i): every draw folds the step and the sample's index into the key,
-so that a batch, its chunks and its shards agree.
+Sample i is a function of (key, i): its noise at each step comes from the key with the step and i
+folded in, so that a batch, its chunks and its shards agree.
 """
 
 import functools
@@ -43,10 +43,10 @@ def sample(
     x_init: Float[Array, "batch *event"] | None = None,
     first_index: Index = 0,
 ) -> Float[Array, "batch *event"]:
-    """Draw samples [batch, *event]: fold `step` over the decreasing `times` in one scan.
+    """Samples [batch, *event]: fold `step` over the decreasing `times` in one scan.
 
     `denoise` maps (x_t [batch, *event], t [batch]) to E[x_0 | x_t]. `x_init` at times[0] replaces
-    the draw from N(0, sigma(t_max)^2 I). Where the times end at 0 the last step returns the
+    the start in N(0, sigma(t_max)^2 I). Where the times end at 0 the last step returns the
     denoised mean; where they end above, a sample of that noise level. `first_index` is the index
     of row 0: chunks that state it agree with the whole. Options of a step come by
     `functools.partial`, for example partial(ddim_step, eta=1.0). Raises where times do not

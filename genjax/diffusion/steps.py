@@ -40,7 +40,7 @@ class Move(NamedTuple):
     t_before: Array
 
     def key(self, n: int) -> PRNGKey:
-        """The key of this step's n-th draw; `row_keys` and `normal` make rows independent."""
+        """The n-th key of this step; `row_keys` and `normal` make the rows of it."""
         return jax.random.fold_in(self.step_key, n)
 
     def row_keys(self, n: int, num: int) -> Array:
@@ -79,7 +79,7 @@ def ancestral_step(
     *,
     mix: Scalar = 0.0,
 ) -> tuple[Array, Array]:
-    """Draw x_s from q(x_s | x_t, x_0 = D): Algorithm 4 of the notes; DDPM (Ho et al. 2020).
+    """Sample x_s from q(x_s | x_t, x_0 = D): Algorithm 4 of the notes; DDPM (Ho et al. 2020).
 
     The variance is beta^mix beta~^(1 - mix) (Nichol & Dhariwal 2021, eq. 15): 0 is the posterior
     variance beta~ = r v (`posterior`), which vanishes at s = 0; 1 is the forward variance.

@@ -1,68 +1,34 @@
 """Metrics on arrays of features: distances, fidelity, modes, likelihood, provenance."""
 
-from genjax.metrics.distances import (
-    Moments,
-    feature_moments,
-    frechet_distance,
-    sinkhorn_distance,
-    sliced_wasserstein,
-)
-from genjax.metrics.extractors import Extractor, feature_extractor
-from genjax.metrics.fidelity import (
-    DensityCoverage,
-    PrecisionRecall,
-    TwoSampleTest,
-    classifier_two_sample,
-    density_coverage,
-    inception_score,
-    memorisation_share,
-    precision_recall,
-)
-from genjax.metrics.kernels import (
-    KERNELS,
-    KID,
-    gaussian_kernel,
-    kid,
-    laplacian_kernel,
-    mmd,
-    polynomial_kernel,
-    rational_quadratic_kernel,
-)
-from genjax.metrics.likelihood import Likelihood, bits_per_dim, test_log_likelihood
-from genjax.metrics.modes import high_quality_share, modes_covered, reverse_kl_modes
-from genjax.metrics.provenance import Measured, hash_of, measure
-
-__all__ = [
-    "KERNELS",
-    "KID",
-    "DensityCoverage",
-    "Extractor",
-    "Likelihood",
-    "Measured",
-    "Moments",
-    "PrecisionRecall",
-    "TwoSampleTest",
-    "bits_per_dim",
-    "classifier_two_sample",
-    "density_coverage",
-    "feature_extractor",
-    "feature_moments",
-    "frechet_distance",
-    "gaussian_kernel",
-    "hash_of",
-    "high_quality_share",
-    "inception_score",
-    "kid",
-    "laplacian_kernel",
-    "measure",
-    "memorisation_share",
-    "mmd",
-    "modes_covered",
-    "polynomial_kernel",
-    "precision_recall",
-    "rational_quadratic_kernel",
-    "reverse_kl_modes",
-    "sinkhorn_distance",
-    "sliced_wasserstein",
-    "test_log_likelihood",
-]
+from genjax.metrics.distances import Moments as Moments
+from genjax.metrics.distances import feature_moments as feature_moments
+from genjax.metrics.distances import frechet_distance as frechet_distance
+from genjax.metrics.distances import sinkhorn_distance as sinkhorn_distance
+from genjax.metrics.distances import sliced_wasserstein as sliced_wasserstein
+from genjax.metrics.extractors import Extractor as Extractor
+from genjax.metrics.extractors import feature_extractor as feature_extractor
+from genjax.metrics.fidelity import DensityCoverage as DensityCoverage
+from genjax.metrics.fidelity import PrecisionRecall as PrecisionRecall
+from genjax.metrics.fidelity import TwoSampleTest as TwoSampleTest
+from genjax.metrics.fidelity import classifier_two_sample as classifier_two_sample
+from genjax.metrics.fidelity import density_coverage as density_coverage
+from genjax.metrics.fidelity import inception_score as inception_score
+from genjax.metrics.fidelity import memorisation_share as memorisation_share
+from genjax.metrics.fidelity import precision_recall as precision_recall
+from genjax.metrics.kernels import KERNELS as KERNELS
+from genjax.metrics.kernels import KID as KID
+from genjax.metrics.kernels import gaussian_kernel as gaussian_kernel
+from genjax.metrics.kernels import kid as kid
+from genjax.metrics.kernels import laplacian_kernel as laplacian_kernel
+from genjax.metrics.kernels import mmd as mmd
+from genjax.metrics.kernels import polynomial_kernel as polynomial_kernel
+from genjax.metrics.kernels import rational_quadratic_kernel as rational_quadratic_kernel
+from genjax.metrics.likelihood import Likelihood as Likelihood
+from genjax.metrics.likelihood import bits_per_dim as bits_per_dim
+from genjax.metrics.likelihood import test_log_likelihood as test_log_likelihood
+from genjax.metrics.modes import high_quality_share as high_quality_share
+from genjax.metrics.modes import modes_covered as modes_covered
+from genjax.metrics.modes import reverse_kl_modes as reverse_kl_modes
+from genjax.metrics.provenance import Measured as Measured
+from genjax.metrics.provenance import hash_of as hash_of
+from genjax.metrics.provenance import measure as measure

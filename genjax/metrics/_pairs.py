@@ -20,9 +20,10 @@ MoreFeatures: TypeAlias = Float[Array, "m d"] | Float[np.ndarray, "m d"]
 Scalar: TypeAlias = Float[Array, ""] | Float[np.ndarray, ""]
 
 _BLOCK_ENTRIES = 2**22
-# Not 1024: with rows of a power of two apart, passes along columns miss the cache.
+# Not 1,024: where rows lie a power of two bytes apart, reading down a column misses the cache.
 _MOST_ROWS = 1000
-_LANES = 50  # wide enough for vectors, and the lists that are kept stay in the cache
+# Columns compared at once: several vector registers, while k rows of them stay in the cache.
+_LANES = 50
 
 
 def check_features(least: int, why: str = "", **features: Any) -> None:
@@ -41,7 +42,7 @@ def check_features(least: int, why: str = "", **features: Any) -> None:
 
 
 def nan_unless_finite(value: Array, *inputs: Array) -> Array:
-    """Give NaN where an input holds one: under `jax.jit` nothing can raise, and counts hide it."""
+    """Give NaN where an input holds one: under `jax.jit` nothing raises, and counts stay finite."""
     total = sum(jnp.sum(x, dtype=jnp.float32) for x in inputs)
     return jnp.where(jnp.isfinite(total), value, jnp.nan)
 
@@ -76,7 +77,7 @@ def squared_norms(x: Features) -> Float[Array, " n"]:
 
 
 def _even_blocks(size: int, most: int) -> tuple[int, int]:
-    """Number and length of equal blocks of at most `most` rows, so that few rows are filling."""
+    """Number and length of equal blocks of at most `most` rows, with little padding."""
     count = -(-size // most)
     return count, -(-size // count)
 
@@ -86,7 +87,7 @@ def map_row_blocks(
 ) -> tuple[Any, Array]:
     """Apply `function(rows [b, d], index [b])` to blocks of x's rows of at most 2^22 / width.
 
-    Returns its results stacked [blocks, ...] and `valid` [blocks, b]: the last block is filled up
+    Returns its results stacked [blocks, ...] and `valid` [blocks, b]: the last block is padded
     with rows of zeros, whose index is n or more.
     """
     size = x.shape[0]
@@ -111,7 +112,7 @@ def k_smallest(values: Float[Array, "n m"], k: int, axis: int = 1) -> Array:
                 best[i], piece = jnp.minimum(best[i], piece), jnp.maximum(best[i], piece)
         values = jnp.concatenate(best, axis=axis)
     values = values if axis else values.T
-    # k passes of running minima.
+    # The k smallest distinct values, one pass each.
     level = jnp.full(values.shape[:1], -jnp.inf, values.dtype)
     levels, counts = [], []
     for _ in range(k):
@@ -124,9 +125,9 @@ def k_smallest(values: Float[Array, "n m"], k: int, axis: int = 1) -> Array:
 
 
 def block_pairs(x: Array) -> tuple[Array, tuple[Array, Array]]:
-    """x's rows in equal blocks [blocks, b, d], filled with zeros, and all pairs i <= j of them.
+    """x's rows in equal blocks [blocks, b, d], padded with zeros, and all pairs i <= j of them.
 
-    For what is symmetric: half of the products.
+    A symmetric function of two rows needs no other pairs.
     """
     count, block = _even_blocks(x.shape[0], _MOST_ROWS)
     blocks = jnp.pad(x, ((0, count * block - x.shape[0]), (0, 0)))
@@ -137,18 +138,18 @@ def block_pairs(x: Array) -> tuple[Array, tuple[Array, Array]]:
 def kth_neighbour(x: Float[Array, "n d"], k: int) -> Float[Array, " n"]:
     """Squared distance of each point to its k-th nearest other point.
 
-    Wants points around the origin. Distances between two blocks of points are formed once and
-    serve the rows and the columns.
+    Accurate for centred points: rounding grows with |x|^2. Distances between two blocks are
+    computed once and serve both blocks' points.
     """
     size = x.shape[0]
     blocks, pairs = block_pairs(x)
     count, block, _ = blocks.shape
-    # A filling row is infinitely far from all.
+    # A padding row is infinitely far from all.
     norms = jnp.pad(squared_norms(x), (0, count * block - size), constant_values=jnp.inf)
     norms = norms.reshape(count, block)
     itself = jnp.eye(block, dtype=bool)
 
-    def nearer(best: Array, i: Array, distances: Array, axis: int) -> Array:
+    def merge(best: Array, i: Array, distances: Array, axis: int) -> Array:
         found = k_smallest(distances, k, axis)
         return best.at[i].set(k_smallest(jnp.concatenate([best[i], found], axis=1), k))
 
@@ -156,8 +157,8 @@ def kth_neighbour(x: Float[Array, "n d"], k: int) -> Float[Array, " n"]:
         i, j = pair
         distances = squared_distances(blocks[i], blocks[j], norms=(norms[i], norms[j]))
         distances = jnp.where((i == j) & itself, jnp.inf, distances)
-        best = nearer(best, i, distances, 1)
-        return nearer(best, j, jnp.where(i == j, jnp.inf, distances), 0), None
+        best = merge(best, i, distances, 1)
+        return merge(best, j, jnp.where(i == j, jnp.inf, distances), 0), None
 
     best = jnp.full((count, block, k), jnp.inf, x.dtype)
     best, _ = jax.lax.scan(update, best, pairs)

@@ -191,8 +191,8 @@ def sinkhorn_distance(
     if divergence is None:
         from genjax.transport import sinkhorn_divergence as divergence
     if epsilon is None:
-        between = jnp.sum((jnp.mean(x, axis=0) - jnp.mean(y, axis=0)) ** 2)
-        epsilon = 0.05 * (between + jnp.sum(jnp.var(x, axis=0)) + jnp.sum(jnp.var(y, axis=0)))
+        of_means = jnp.sum((jnp.mean(x, axis=0) - jnp.mean(y, axis=0)) ** 2)
+        epsilon = 0.05 * (of_means + jnp.sum(jnp.var(x, axis=0)) + jnp.sum(jnp.var(y, axis=0)))
     result = divergence(x, y, epsilon=epsilon)
     converged = getattr(result, "converged", True)
     if checks.is_concrete(converged) and not converged:

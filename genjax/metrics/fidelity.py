@@ -52,7 +52,7 @@ def precision_recall(real: Features, fake: MoreFeatures, *, k: int = 3) -> Preci
 
     def block(rows: Array, index: Array) -> tuple[Array, Array]:
         distances = squared_distances(rows, y, norms=(squared_norms(rows), norms_y))
-        # A filling row reaches nothing: its radius is below every distance.
+        # A padding row contains nothing: its radius is below every distance.
         radius = radii_x.at[index].get(mode="fill", fill_value=-1)
         hit = jnp.any(distances <= radius[:, None], axis=0)
         return hit, jnp.any(distances <= radii_y[None, :], axis=1)

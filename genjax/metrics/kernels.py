@@ -68,7 +68,7 @@ def kid(
             .set(1)
             for v, rows in zip((x, y), chosen, strict=True)
         ]
-        xx, yy = (_own_subset_sums(kernel, *of) for of in zip((x, y), members, strict=True))
+        xx, yy = (_symmetric_subset_sums(kernel, *of) for of in zip((x, y), members, strict=True))
         xy = _subset_sums(kernel, x, y, members[0], members[1])
         values = _unbiased(xx, yy, xy, subset_size, subset_size)
     else:
@@ -110,8 +110,8 @@ def mmd(
     xy = _kernel_sum(kernel, x, y, False)
     if unbiased:
         return _unbiased(xx, yy, xy, n, m)
-    # k(x_i, x_i) by itself: among the others its distance is 0 only up to rounding, of which the
-    # Laplacian kernel takes the root.
+    # k(x_i, x_i) is computed apart: among all pairs |x_i - x_i|^2 is a rounding error, and the
+    # Laplacian kernel takes its root.
     xx, yy = xx + _diagonal_sum(kernel, x), yy + _diagonal_sum(kernel, y)
     return xx / float(n**2) + yy / float(m**2) - 2 * xy / float(n * m)
 
@@ -151,19 +151,19 @@ def _subset_sums(kernel: KernelFn, x: Array, y: Array, in_x: Array, in_y: Array)
     """Sum of k(x_i, y_j) over i and j in each subset [s], from 0/1 memberships [s, n], [s, m]."""
 
     def block(rows: Array, index: Array) -> Array:
-        # Filling rows have an index beyond the last one and belong to no subset.
+        # Padding rows have an index beyond the last one and belong to no subset.
         member = in_x.at[:, index].get(mode="fill", fill_value=0)
         return _sums(kernel(rows, y).astype(in_x.dtype), member, in_y)
 
     return jnp.sum(map_row_blocks(block, x, y.shape[0])[0], axis=0)
 
 
-def _own_subset_sums(kernel: KernelFn, x: Array, member: Array) -> Array:
+def _symmetric_subset_sums(kernel: KernelFn, x: Array, member: Array) -> Array:
     """Sum of k(x_i, x_j) over i != j in each subset [s]; every pair is formed once."""
     blocks, pairs = block_pairs(x)
     count, block, _ = blocks.shape
     itself = jnp.eye(block, dtype=bool)
-    # Filling rows belong to no subset.
+    # Padding rows belong to no subset.
     member = jnp.pad(member, ((0, 0), (0, count * block - x.shape[0])))
     member = jnp.moveaxis(member.reshape(-1, count, block), 1, 0)
 
@@ -189,7 +189,7 @@ def _unbiased(xx: Array, yy: Array, xy: Array, n: int, m: int) -> Array:
 def polynomial_kernel(degree: int = 3, offset: float | int = 1.0) -> KernelFn:
     """(x.y / d + offset)^degree, less offset^degree, which cancels in every MMD.
 
-    Taking the constant out keeps the digits that float32 has.
+    Without the constant, which would be most of the value, float32 rounds less of the rest.
     """
     return lambda x, y: (
         (jnp.dot(x, y.T, precision=HIGHEST) / x.shape[1] + offset) ** degree - offset**degree

@@ -73,10 +73,10 @@ def test_log_likelihood(
         estimator="bound":       1/K sum_k l_k           <= log P(x) in expectation, for every K
         estimator="importance":  log 1/K sum_k exp l_k   <= log P(x), rising to it with K
 
-    Without, x is continuous and goes to `log_prob` as it is; draws then differ in the key alone.
-    The noise of example i is that of fold_in(key, i): it does not depend on `batch_size`.
-    Compile with `jax.jit` around the whole call. Raises ValueError on an empty x, NaN in it, or
-    losses of the wrong shape.
+    Without, x is continuous and goes to `log_prob` as it is, K times with another key. The noise
+    of example i is that of fold_in(key, i): it does not depend on `batch_size`. Compile with
+    `jax.jit` around the whole call. Raises ValueError on an empty x, NaN in it, or losses of the
+    wrong shape.
     """
     checks.one_of("estimator", estimator, ("bound", "importance"))
     checks.integer("batch_size", batch_size, least=1)

@@ -46,8 +46,8 @@ def high_quality_share(
 def reverse_kl_modes(samples: Samples, means: Means) -> Float[Array, ""]:
     """KL(shares of the samples by nearest mode || equal shares), nats, from 0 to log(modes).
 
-    Only the fakes' shares are logged, so modes that were lost cost a finite amount. Under `jax.jit`
-    NaN gives NaN.
+    The logarithm is of the samples' shares alone: a lost mode costs a finite amount. Under
+    `jax.jit` NaN gives NaN.
     """
     nearest, _ = _assign(samples, means, 1.0, 1.0)
     share = jnp.zeros(means.shape[0], jnp.float32).at[nearest].add(1.0) / samples.shape[0]
@@ -64,6 +64,6 @@ def _assign(
     checks.positive("sigmas", sigmas)
     samples = at_least_float32(jnp.asarray(samples))
     means = jnp.asarray(means, samples.dtype)
-    # Differences, not products: a mode may be far narrower than it is far from the origin.
+    # Not |x|^2 - 2 x.m + |m|^2, whose rounding, eps |m|^2, may exceed a narrow mode's variance.
     distances = jnp.sum((samples[:, None] - means[None]) ** 2, axis=-1)
     return jnp.argmin(distances, axis=1), jnp.min(distances, axis=1) <= (sigmas * std) ** 2

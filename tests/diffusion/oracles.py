@@ -28,8 +28,8 @@ class Mixture:
     @property
     def covariance(self):
         centred = self.means - self.mean
-        between = np.einsum("k,ki,kj->ij", self.weights, centred, centred)
-        return between + np.einsum("k,kij->ij", self.weights, self.covariances)
+        of_means = np.einsum("k,ki,kj->ij", self.weights, centred, centred)
+        return of_means + np.einsum("k,kij->ij", self.weights, self.covariances)
 
     def log_prob_and_score(self, x, alpha=1.0, sigma=0.0):
         """Log density and score of alpha x_0 + sigma eps."""

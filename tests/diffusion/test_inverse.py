@@ -69,7 +69,7 @@ def test_pseudoinverse_guidance_samples_the_posterior(covariance):
         noise_std=0.2,
         data_std=np.sqrt(0.5),
         covariance=covariance,
-        solver_steps=3,
+        num_steps=3,
     )
     mean, cov = _posterior(OPERATOR, OBSERVED, 0.2, true)
     step, num_steps = (gd.heun_step, 40) if covariance == "tweedie" else (gd.ancestral_step, 200)
@@ -93,7 +93,7 @@ def test_pseudoinverse_guidance_is_the_exact_conditional_mean(x64, compiled):
         process=PROCESS,
         noise_std=0.2,
         covariance="tweedie",
-        solver_steps=4,
+        num_steps=4,
     )
     value = compiled(guided)(jnp.array(x), jnp.array(t))
     for i in range(4):
