@@ -26,10 +26,12 @@ from genjax.networks.lipschitz import (
 )
 from genjax.networks.mlp import MLP, ResidualMLP, TimeMLP
 from genjax.networks.tarflow import TarFlow
+from genjax.networks.transformer import Block
 from genjax.networks.unet import UNet
 
 __all__ = [
     "MLP",
+    "Block",
     "ConvConditioner",
     "ConvDecoder",
     "ConvEncoder",

@@ -6,7 +6,6 @@ Radford, Metz, Chintala 2016 (arXiv:1511.06434), without what depends on the bat
 from typing import Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -35,28 +34,13 @@ class Upscale(nn.Module):
         return unpatchify(y.reshape(b, h * w, -1), 2, (2 * h, 2 * w, self.features))
 
 
-class BatchStatistics(nn.Module):
-    """Normalise each channel by the batch's own mean and variance, then scale and shift."""
-
-    epsilon: float = 1e-5
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
-        channels = x.shape[-1:]
-        mean = jnp.mean(x, axis=(0, 1, 2), keepdims=True)
-        variance = jnp.mean(jnp.square(x - mean), axis=(0, 1, 2), keepdims=True)
-        scale = self.param("scale", nn.initializers.ones_init(), channels).reshape(1, 1, 1, -1)
-        bias = self.param("bias", nn.initializers.zeros_init(), channels).reshape(1, 1, 1, -1)
-        return (x - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
-
-
 class DCGANGenerator(nn.Module):
     """Noise [batch, latent] (and labels [batch]) -> images in [-1, 1].
 
     A dense layer to base x base, then doublings to `size` with width * 2^i channels, tanh at the
     end. norm "batch" uses the batch's own statistics, also when sampling: a sample then depends on
     those drawn with it; "layer" normalises each example by itself. With `classes`, an embedding of
-    the label is concatenated to the noise.
+    the label is concatenated to the noise; there is no null class.
     """
 
     size: int = 32
@@ -79,8 +63,8 @@ class DCGANGenerator(nn.Module):
         widths = [self.width * 2**i for i in range(stages)][::-1]
         h = nn.Dense(self.base**2 * widths[0])(z)
         h = h.reshape(-1, self.base, self.base, widths[0])
-        for width in [*widths[1:], self.channels]:
-            h = nn.relu(_normalise(self.norm, h))
+        for i, width in enumerate([*widths[1:], self.channels]):
+            h = nn.relu(_normalise(self.norm, h, i))
             h = Upscale(width, self.kernel)(h)
         return jnp.tanh(h)
 
@@ -122,26 +106,27 @@ class DCGANCritic(nn.Module):
         for i in range(stages):
             kernel = (self.kernel, self.kernel)
             h = Conv(self.width * 2**i, kernel, stride=2, kernel_init=HE)(h)
-            h = nn.leaky_relu(_normalise(self.norm if i else "none", h), 0.2)
+            h = nn.leaky_relu(_normalise(self.norm if i else "none", h, i), 0.2)
         h = h.reshape(h.shape[0], -1)
         score = nn.Dense(1)(h)[:, 0]
         if self.classes is not None and self.condition == "projection":
-            embedded = nn.Embed(
-                self.classes,
-                h.shape[-1],
-                embedding_init=nn.initializers.normal(h.shape[-1] ** -0.5),
-            )(label)
+            init = nn.initializers.normal(h.shape[-1] ** -0.5)
+            embedded = nn.Embed(self.classes, h.shape[-1], embedding_init=init)(label)
             score = score + jnp.sum(embedded * h, axis=-1)
         return score
 
 
-def _normalise(norm: Norm, h: Array) -> Array:
+def _normalise(norm: Norm, h: Array, i: int) -> Array:
     checks.one_of("norm", norm, ("none", "layer", "batch"))
     if norm == "none":
         return h
     if norm == "layer":
         return nn.LayerNorm(reduction_axes=(1, 2, 3), feature_axes=-1)(h)
-    return BatchStatistics()(h)
+    # Each channel by the mean and variance of the batch and the image.
+    batch = nn.LayerNorm(
+        1e-5, reduction_axes=(0, 1, 2), use_fast_variance=False, name=f"BatchStatistics_{i}"
+    )
+    return batch(h)
 
 
 def _stages(size: int, base: int) -> int:

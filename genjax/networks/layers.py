@@ -226,12 +226,11 @@ def rotary(
     positions = positions[None] if positions.ndim == 1 else positions
     angle = _angles(positions, x.shape[-1] // 2, base, x.dtype)[:, :, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    if layout == "half":
-        a, b = jnp.split(at_least_float32(x), 2, axis=-1)
-        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
-    a, b = at_least_float32(x[..., ::2]), at_least_float32(x[..., 1::2])
-    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    wide, half = at_least_float32(x), layout == "half"
+    a, b = jnp.split(wide, 2, axis=-1) if half else (wide[..., ::2], wide[..., 1::2])
+    turned = [a * cos - b * sin, a * sin + b * cos]
+    joined = jnp.concatenate(turned, axis=-1) if half else jnp.stack(turned, axis=-1)
+    return joined.reshape(x.shape).astype(x.dtype)
 
 
 def sinusoidal(

@@ -93,13 +93,7 @@ class TarFlow(nn.Module):
         """The conditioner of every block, and the parameters of all blocks, stacked."""
         length, dim = tokens.shape[1:]
         conditioner = CausalConditioner(
-            length,
-            self.layers,
-            self.width,
-            self.heads,
-            self.classes,
-            self.dropout,
-            parent=None,
+            length, self.layers, self.width, self.heads, self.classes, self.dropout, parent=None
         )
         label = labels_or_null(self.classes, None, 1)
         one = jnp.zeros((1, 1, dim), tokens.dtype)
@@ -152,16 +146,16 @@ class TarFlow(nn.Module):
         `temperature` divides the attention of the branch without the label (section 2.6).
         """
         guided = not (checks.is_concrete(guidance) and float(guidance) == 0)
-        if guided and (self.classes is None or label is None):
-            raise ValueError("guidance needs a TarFlow with classes, and labels")
         net, params = self._conditioner(z)
         batch, length, _ = z.shape
-        label = labels_or_null(self.classes, label, batch)
-        divide, rows = None, batch
-        if guided and label is not None:
-            label = jnp.concatenate([label, jnp.full_like(label, self.classes)])
+        labels, divide = labels_or_null(self.classes, label, batch), None
+        if guided:
+            if self.classes is None or label is None:
+                raise ValueError("guidance needs a TarFlow with classes, and labels")
+            labels = jnp.concatenate([label, jnp.full_like(label, self.classes)])
             ones = jnp.ones(batch, jnp.float32)
-            divide, rows = jnp.concatenate([ones, temperature * ones]), 2 * batch
+            divide = jnp.concatenate([ones, temperature * ones])
+        rows = 2 * batch if guided else batch
         empty = empty_cache(net.block(), self.layers, rows, length, self.width, z.dtype)
 
         def block(carry: tuple, p: Params) -> tuple[tuple, None]:
@@ -172,7 +166,7 @@ class TarFlow(nn.Module):
                 before, cache = carry
                 both = jnp.concatenate([before, before]) if guided else before
                 raw, cache = net.apply(
-                    {"params": p}, both[:, None], label, start=t, cache=cache, temperature=divide
+                    {"params": p}, both[:, None], labels, start=t, cache=cache, temperature=divide
                 )
                 alpha, mu = jnp.split(raw[:, 0], 2, axis=-1)
                 alpha = flows.bijections.bounded(alpha, self.bound)

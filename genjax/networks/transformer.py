@@ -162,7 +162,7 @@ def apply_stack(
     what it computes. options: what every block is called with.
     """
 
-    def step(x: Array, scanned: tuple) -> tuple[Array, Cache | None]:
+    def step(x: Array, scanned: tuple) -> Any:
         layer, kept, i = scanned
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
         return block.apply({"params": layer}, x, cache=kept, dropout_key=key, **options)
