@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _data, _judge, f_gan, f_gan_study, gan, mode_collapse, w1_estimates, wgan
+from experiments import (
+    _data,
+    _judge,
+    _system,
+    f_gan,
+    f_gan_study,
+    gan,
+    mode_collapse,
+    w1_estimates,
+    wgan,
+)
 from genjax.data import DENSITIES, load
 
 SMALL = {"batch_size": 32, "width": 16, "steps_per_call": 1, "progress": False, "devices": 1}
@@ -32,7 +42,13 @@ def test_spectral_gan_with_labels(network, tmp_path):
         )
     )  # fmt: skip
     folder = check_folder(tmp_path, summary)
-    assert np.load(folder / "samples.npy").shape == (1437, 8, 8, 1)
+    left = np.load(folder / "samples.npy")
+    assert left.shape == (1437, 8, 8, 1)
+    # Reopened, the averaged generator gives the same samples.
+    system, params, config = _system.reopen(folder)
+    key = _system.keys(config.seed).sample
+    again = jax.jit(lambda params: system.sample(params, key, 1437, system.labels))(params)
+    np.testing.assert_array_equal(again, left)
     assert {"precision", "recall", "memorised", "label_accuracy"} <= summary.keys()
 
 

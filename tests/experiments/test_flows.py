@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from experiments import continuous_flow, flow, flow_matching
+from experiments import _run, _system, continuous_flow, flow, flow_matching
 from genjax.data import DataSpec
 
 QUICK = {"devices": 1, "progress": False, "log_every": 10}
@@ -48,6 +48,10 @@ def test_spline_flow_of_digits(tmp_path):
     for name in ("samples.png", "params.npz", "config.json"):
         assert (folder / name).stat().st_size > 500
     assert rows(folder)[-1]["step"] > 0
+    # Reopened: the weights of the best step, which are the exported ones.
+    _, params, _ = _system.reopen(folder)
+    with np.load(folder / "params.npz") as file:
+        np.testing.assert_array_equal(params["margins"], file["margins"])
 
 
 def test_flow_matching_with_reflow_and_coupling(tmp_path):
@@ -63,6 +67,9 @@ def test_flow_matching_with_reflow_and_coupling(tmp_path):
     assert summary["curvature_reflow"] < 0.5 * summary["curvature_flow"]
     assert (folder / "samples.png").stat().st_size > 1000
     assert {p.name for p in folder.iterdir() if p.is_dir()} == {"flow", "reflow", "ot"}
+    assert _system.reopen(folder / "ot")[2].methods == ("ot",)
+    with pytest.raises(_run.RunError, match="neither a checkpoint"):
+        _system.reopen(folder)
 
 
 def test_exact_assignment_is_the_optimal_one():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _run, ppca, vae
+from experiments import _run, _system, ppca, vae
 from genjax.data import DataSpec
 from genjax.variational import PPCA
 
@@ -48,6 +48,18 @@ def test_summary(short_run):
     np.testing.assert_allclose(summary["bits_per_dim_ppca"], 3.285, atol=0.005)
     assert summary["seconds"] > summary["training_seconds"] > 0
     assert summary["peak_memory_mb"] > 100
+
+
+def test_reopened(short_run):
+    """The weights are the exported ones, and sample what the run left."""
+    folder, _ = short_run
+    system, params, config = _system.reopen(folder)
+    samples = jax.jit(lambda params, key: system.sample(params, key, 1437))(
+        params, _system.keys(config.seed).sample
+    )
+    np.testing.assert_array_equal(samples, np.load(folder / "samples.npy"))
+    _, raw, _ = _system.reopen(folder, averaged=False)
+    assert not np.array_equal(*(p["decoder"]["params"]["out"]["kernel"] for p in (params, raw)))
 
 
 def test_files(short_run):
