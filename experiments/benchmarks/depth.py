@@ -21,7 +21,7 @@ NETWORKS = {
     "mlp": (lambda depth: networks.MLP((64,) * depth), [FLAT]),
     "planar": (networks.PlanarFlow, [FLAT]),
     "realnvp": (lambda depth: networks.RealNVP(depth, (64, 64)), [FLAT]),
-    "glow": (lambda depth: networks.Glow(levels=1, steps=depth, width=32), [IMAGE]),
+    "glow": (lambda depth: networks.Glow(levels=1, num_steps=depth, width=32), [IMAGE]),
     "tarflow": (lambda depth: networks.TarFlow(blocks=depth, width=32), [IMAGE]),
     "unet": (lambda depth: networks.UNet((16, 16), num_blocks=depth // 2), [IMAGE, (4,)]),
 }

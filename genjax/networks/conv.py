@@ -10,6 +10,8 @@ from genjax.networks.convolution import Conv
 from genjax.networks.layers import drop
 from genjax.typing import PRNGKey
 
+__all__ = ["ConvDecoder", "ConvEncoder"]
+
 
 class ConvEncoder(nn.Module):
     """3x3 convolutions of stride 2, one for each entry of `channels`, then one linear map.

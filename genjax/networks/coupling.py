@@ -18,6 +18,16 @@ from genjax.flows import Bijection, Transformer
 from genjax.networks.layers import drop, on_flat
 from genjax.typing import PRNGKey
 
+__all__ = [
+    "ConvConditioner",
+    "CouplingFlow",
+    "Glow",
+    "MLPConditioner",
+    "PlanarFlow",
+    "RealNVP",
+    "SplineFlow",
+]
+
 Activation = Callable[[Array], Array]
 
 
@@ -137,14 +147,14 @@ class SplineFlow(CouplingFlow):
 
 
 class Glow(nn.Module):
-    """Multi-scale flow of images: squeeze, then `steps` of actnorm, 1x1 and coupling, per level.
+    """Multi-scale flow of images: squeeze, then `num_steps` of actnorm, 1x1, coupling, per level.
 
     Kingma and Dhariwal (2018). z is a list, one array per level (see `shapes`). Actnorm is set
     from the batch that `init` is called with; 1x1 maps start as rotations drawn from `seed`.
     """
 
     levels: int = 2
-    steps: int = 8
+    num_steps: int = 8
     width: int = 64
     transformer: Transformer = flows.affine()
     dropout: float = 0.0
@@ -159,10 +169,10 @@ class Glow(nn.Module):
         parts: list[Bijection] = []
         trees: list[Any] = []
         for level, shape in enumerate(self._level_shapes(image)):
-            steps = range(level * self.steps, (level + 1) * self.steps)
+            steps = range(level * self.num_steps, (level + 1) * self.num_steps)
             inner = [self._step(i, shape, dropout_key) for i in steps]
             parts.append(flows.chain([flows.squeeze(), *inner]))
-            trees.append([None] * (1 + self.steps))
+            trees.append([None] * (1 + self.num_steps))
         return _run(flows.multi_scale(parts), trees, x, inverse)
 
     def shapes(self, image: Sequence[int]) -> list[tuple[int, ...]]:

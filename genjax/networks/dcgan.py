@@ -13,6 +13,8 @@ from genjax import checks
 from genjax.networks.convolution import Conv
 from genjax.networks.layers import unpatchify
 
+__all__ = ["DCGANCritic", "DCGANGenerator"]
+
 Norm = Literal["none", "layer", "batch"]
 Condition = Literal["projection", "concat"]
 HE = nn.initializers.he_normal()

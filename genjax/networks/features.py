@@ -7,6 +7,8 @@ from jaxtyping import Array, Float
 
 from genjax.typing import PRNGKey
 
+__all__ = ["FeatureNetwork"]
+
 
 class FeatureNetwork(nn.Module):
     """Classify images; `embed` gives the last hidden layer, which the metrics take as features.

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 from genjax.networks.convolution import Conv
 from genjax.networks.layers import GroupNorm
 
+__all__ = ["Hourglass"]
+
 
 class Hourglass(nn.Module):
     """Strided convolutions down, bilinear resizing and convolutions up, with narrow short cuts.

@@ -17,26 +17,37 @@ from genjax import checks
 from genjax.numerics import HIGHEST, safe_norm
 from genjax.typing import Params, PRNGKey
 
+__all__ = [
+    "LipschitzMLP",
+    "OrthonormalDense",
+    "bjorck",
+    "group_sort",
+    "init_power",
+    "max_min",
+    "power_iteration",
+    "spectral_normalise",
+]
+
 # path of a weight in the tree -> left singular vector, the estimate so far
 PowerState = dict[str, Array]
 
 
 def power_iteration(
-    weight: Float[Array, "out inputs"], u: Float[Array, " out"], *, steps: int = 1
+    weight: Float[Array, "out inputs"], u: Float[Array, " out"], *, num_steps: int = 1
 ) -> tuple[Float[Array, ""], Float[Array, " out"]]:
     """Estimate the largest singular value: v = W'u / |W'u|, u = Wv / |Wv|, sigma = u'Wv.
 
     Returns (sigma, the new u). u and v are constants to the gradient, so d sigma / dW = u v'.
     Miyato et al. 2018 (arXiv:1802.05957), Algorithm 1.
     """
-    checks.integer("steps", steps, 1)
+    checks.integer("num_steps", num_steps, 1)
     fixed = stop_gradient(weight)
 
     def step(_: Any, pair: tuple[Array, Array]) -> tuple[Array, Array]:
         v = _unit(jnp.matmul(pair[0], fixed, precision=HIGHEST))
         return _unit(jnp.matmul(fixed, v, precision=HIGHEST)), v
 
-    u, v = jax.lax.fori_loop(0, steps, step, (stop_gradient(u), jnp.zeros_like(fixed[0])))
+    u, v = jax.lax.fori_loop(0, num_steps, step, (stop_gradient(u), jnp.zeros_like(fixed[0])))
     return jnp.einsum("o,oi,i->", u, weight, v, precision=HIGHEST), u
 
 
@@ -49,7 +60,7 @@ def init_power(params: Params, key: PRNGKey) -> PowerState:
 
 
 def spectral_normalise(
-    params: Params, power: PowerState, *, steps: int = 1
+    params: Params, power: PowerState, *, num_steps: int = 1
 ) -> tuple[Params, PowerState]:
     """Divide every weight by its estimated largest singular value; returns (params, new power).
 
@@ -64,7 +75,7 @@ def spectral_normalise(
     scale, updated = {}, dict(power)
     for path, weight in weights.items():
         matrix = weight.reshape(-1, weight.shape[-1]).T
-        sigma, updated[path] = power_iteration(matrix, power[path], steps=steps)
+        sigma, updated[path] = power_iteration(matrix, power[path], num_steps=num_steps)
         scale[path] = sigma
 
     def divide(path: Any, leaf: Array) -> Array:
@@ -101,7 +112,7 @@ def max_min(x: Float[Array, "*batch features"]) -> Float[Array, "*batch features
 
 
 def bjorck(
-    weight: Float[Array, "inputs out"], *, steps: int = 15, order: int = 2
+    weight: Float[Array, "inputs out"], *, num_steps: int = 15, order: int = 2
 ) -> Float[Array, "inputs out"]:
     """Bring a matrix to the nearest one with orthonormal rows or columns, by matrix products.
 
@@ -115,7 +126,7 @@ def bjorck(
     Bjorck & Bowie 1971; Anil et al. 2019, section 4.3.
     """
     checks.rank("weight", weight, 2)
-    checks.integer("steps", steps, 1)
+    checks.integer("num_steps", num_steps, 1)
     checks.one_of("order", order, (1, 2))
     tall = weight.shape[0] >= weight.shape[1]
     w = weight.T if tall else weight  # rows are the short side
@@ -138,7 +149,7 @@ def bjorck(
     if w.shape[0] == 1:
         w = w / jnp.maximum(safe_norm(w), tiny)
     else:
-        w = jax.lax.scan(iterate, w, None, length=steps)[0]
+        w = jax.lax.scan(iterate, w, None, length=num_steps)[0]
     return w.T if tall else w
 
 
@@ -146,7 +157,7 @@ class OrthonormalDense(nn.Module):
     """Dense layer whose weight is orthonormalised at every call, so that its norm is at most 1."""
 
     features: int
-    steps: int = 15
+    num_steps: int = 15
     order: int = 2
     use_bias: bool = True
 
@@ -154,7 +165,9 @@ class OrthonormalDense(nn.Module):
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
         shape = (x.shape[-1], self.features)
         weight = self.param("kernel", nn.initializers.orthogonal(), shape)
-        y = jnp.matmul(x, bjorck(weight, steps=self.steps, order=self.order), precision=HIGHEST)
+        y = jnp.matmul(
+            x, bjorck(weight, num_steps=self.num_steps, order=self.order), precision=HIGHEST
+        )
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
             y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
@@ -170,16 +183,16 @@ class LipschitzMLP(nn.Module):
 
     features: tuple[int, ...] = (64, 64, 64)
     group: int = 2
-    steps: int = 15
+    num_steps: int = 15
     order: int = 2
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
         h = x.reshape(x.shape[0], -1)
         for width in self.features:
-            h = OrthonormalDense(width, self.steps, self.order)(h)
+            h = OrthonormalDense(width, self.num_steps, self.order)(h)
             h = group_sort(h, self.group)
-        return OrthonormalDense(1, self.steps, self.order)(h)[:, 0]
+        return OrthonormalDense(1, self.num_steps, self.order)(h)[:, 0]
 
 
 def _unit(x: Array) -> Array:

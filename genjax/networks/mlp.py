@@ -13,6 +13,8 @@ from genjax.networks import layers
 from genjax.networks.layers import drop
 from genjax.typing import PRNGKey
 
+__all__ = ["MLP", "ResidualMLP", "TimeMLP"]
+
 
 class MLP(nn.Module):
     """Dense layers with an activation between them; the last one is linear.

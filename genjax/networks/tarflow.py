@@ -16,6 +16,8 @@ from genjax.networks.layers import Cache, Norm, labels_or_null, on_flat, patchif
 from genjax.networks.transformer import Block, apply_stack, empty_cache, stacked
 from genjax.typing import Params, PRNGKey
 
+__all__ = ["TarFlow"]
+
 
 class CausalConditioner(nn.Module):
     """Raw (alpha, mu) [batch, positions, 2 dim] of each position from those before it.

@@ -13,6 +13,8 @@ from genjax.networks.layers import Cache, Norm, attention, drop, on_flat, rotary
 from genjax.numerics import expand_to
 from genjax.typing import Params, PRNGKey
 
+__all__ = ["Block"]
+
 
 class Block(nn.Module):
     """Pre-norm transformer block: x <- x + attention(norm(x)), then x <- x + mlp(norm(x)).

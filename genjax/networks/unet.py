@@ -13,6 +13,8 @@ from genjax.networks.convolution import Conv
 from genjax.networks.layers import Conditioning, GroupNorm, attention, drop, on_flat
 from genjax.typing import PRNGKey
 
+__all__ = ["UNet"]
+
 ZERO = nn.initializers.zeros
 
 

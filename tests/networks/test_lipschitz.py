@@ -35,7 +35,7 @@ def array(x):
 def test_power_iteration_meets_the_reference(x64, compiled):
     w, u0 = array(SPECTRAL["inputs"]["W"]), array(SPECTRAL["inputs"]["u0"])
     for row in SPECTRAL["expected"]["power_iteration"]:
-        sigma, u = compiled(lambda w, u, n=row["iter"]: power_iteration(w, u, steps=n))(w, u0)
+        sigma, u = compiled(lambda w, u, n=row["iter"]: power_iteration(w, u, num_steps=n))(w, u0)
         np.testing.assert_allclose(sigma, row["sigma"], rtol=1e-10)
         np.testing.assert_allclose(u, row["u"], rtol=1e-9, atol=1e-11)
 
@@ -48,7 +48,7 @@ def test_spectral_normalisation_meets_the_reference_in_value_and_gradient(x64, c
     a = array(SPECTRAL["inputs"]["A"])
 
     def normalised(params):
-        return spectral_normalise(params, power, steps=200)[0]["layer"]["kernel"].T
+        return spectral_normalise(params, power, num_steps=200)[0]["layer"]["kernel"].T
 
     np.testing.assert_allclose(compiled(normalised)(params), expected["W_sn"], rtol=1e-9)
     slope = compiled(jax.grad(lambda p: jnp.sum(a * normalised(p))))(params)["layer"]
@@ -61,12 +61,12 @@ def test_convolution_kernels_are_taken_as_matrices(x64, key):
     params = {"conv": {"kernel": kernel}, "scale": {"kernel": jnp.ones(3)}}
     power = init_power(params, key)
     assert set(power) == {"['conv']['kernel']"}
-    normalised, new = spectral_normalise(params, power, steps=100)
+    normalised, new = spectral_normalise(params, power, num_steps=100)
     sigma = kernel / normalised["conv"]["kernel"]
     np.testing.assert_allclose(sigma, SPECTRAL["expected"]["conv_reshaped_sigma"], rtol=1e-9)
     np.testing.assert_allclose(jnp.linalg.norm(new["['conv']['kernel']"]), 1, rtol=1e-12)
     # One step from the state that was kept is as good as many from the start.
-    again = spectral_normalise(params, new, steps=1)[0]["conv"]["kernel"]
+    again = spectral_normalise(params, new, num_steps=1)[0]["conv"]["kernel"]
     np.testing.assert_allclose(again, normalised["conv"]["kernel"], rtol=1e-9)
 
 
@@ -75,7 +75,7 @@ def test_spectrally_normalised_network_is_lipschitz(key):
     x, y = jax.random.normal(key, (2, 1000, 5))
     params = jax.tree.map(lambda w: 3 * w, jax.jit(module.init)(key, x))
     power = init_power(params, key)
-    normalised, _ = jax.jit(partial(spectral_normalise, steps=60))(params, power)
+    normalised, _ = jax.jit(partial(spectral_normalise, num_steps=60))(params, power)
     apply = jax.jit(module.apply)
     gap = jnp.abs(apply(normalised, x) - apply(normalised, y))[:, 0]
     assert jnp.max(gap / jnp.linalg.norm(x - y, axis=1)) <= 1 + 1e-4
@@ -127,16 +127,16 @@ def test_ties_do_not_split_the_gradient():
 def test_bjorck_converges_to_the_polar_factor(shape, order, x64, key):
     w = jax.random.normal(key, shape, jnp.float64)
     u, _, vt = np.linalg.svd(np.asarray(w), full_matrices=False)
-    got = jax.jit(lambda w: bjorck(w, steps=60, order=order))(w)
+    got = jax.jit(lambda w: bjorck(w, num_steps=60, order=order))(w)
     np.testing.assert_allclose(got, u @ vt, atol=1e-10)
     # Never above norm 1 on the way, whatever the scale and the number of steps.
     for steps in (1, 8):
-        short = jax.jit(lambda w, n=steps: bjorck(w, steps=n, order=order))
+        short = jax.jit(lambda w, n=steps: bjorck(w, num_steps=n, order=order))
         for scale in (1e-6, 1.0, 1e6):
             assert np.linalg.norm(short(scale * w), 2) <= 1 + 1e-12
     # An orthonormal matrix is its own factor, and stays.
-    np.testing.assert_allclose(bjorck(got, steps=1, order=order), got, atol=1e-10)
-    slope = jax.jit(jax.grad(lambda w: bjorck(w, steps=5, order=order)[0, 0]))(w)
+    np.testing.assert_allclose(bjorck(got, num_steps=1, order=order), got, atol=1e-10)
+    slope = jax.jit(jax.grad(lambda w: bjorck(w, num_steps=5, order=order)[0, 0]))(w)
     assert jnp.all(jnp.isfinite(slope))
 
 
@@ -184,7 +184,7 @@ def test_estimates_the_wasserstein_distance_in_one_dimension(key):
     y = jnp.where(jnp.arange(256)[:, None] % 3 == 0, -2.0, 1.0)
     y = y + 0.5 * jax.random.normal(keys[1], (256, 1))
     exact = wasserstein_distance(np.asarray(x[:, 0]), np.asarray(y[:, 0]))
-    module, optimizer = LipschitzMLP((32, 32, 32), steps=8), optax.adam(5e-3)
+    module, optimizer = LipschitzMLP((32, 32, 32), num_steps=8), optax.adam(5e-3)
     params = module.init(keys[2], x)
 
     def bound(params):
@@ -218,4 +218,4 @@ def test_bad_input(unchecked, key):
     with pytest.raises(ValueError, match="init_power"):
         spectral_normalise({"kernel": jnp.eye(3)}, {})
     with pytest.raises(ValueError, match="steps"):
-        power_iteration(jnp.eye(3), jnp.ones(3), steps=0)
+        power_iteration(jnp.eye(3), jnp.ones(3), num_steps=0)
