@@ -324,3 +324,11 @@ def test_a_run_folder_that_becomes_read_only(whole, open_path):
     (folder / "checkpoints").chmod(0o777)
     here(folder, resume=True)
     check_equal(folder, whole)
+
+
+def test_a_process_that_cannot_save_ends_at_once(forks, open_path):
+    # Not while a thread of the checkpointer waits: the alarm of a fork would kill it.
+    stopped = forks.run(open_path / "run", *OPTIONS, fault="READONLY 10")
+    assert stopped.returncode == 1, stopped.stderr
+    (line,) = stopped.stderr.strip().splitlines()
+    assert line.startswith("error: checkpoint 12 could not be saved in ")

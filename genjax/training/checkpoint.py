@@ -78,7 +78,12 @@ class Checkpoints:
             if self._writer is None:
                 self._remove_partial()
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+                # Else orbax's threads wait for folders that could not be made, and for minutes
+                # the process cannot end.
+                options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+                self._writer = ocp.AsyncCheckpointer(
+                    ocp.CompositeCheckpointHandler(), async_options=options
+                )
             self._writer.save(
                 self.folder / str(step),
                 args=ocp.args.Composite(

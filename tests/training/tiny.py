@@ -5,7 +5,9 @@ import functools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -54,7 +56,8 @@ def main(config, fault: Callable[[int, dict], None] = lambda step, batch: None):
 
 
 def main_with_fault(config):
-    """Train with the fault that TINY_FAULT names: "NAN 7", "SIGTERM 7", "SIGKILL 7 0.02"."""
+    """Train with the fault that TINY_FAULT names: "NAN 7", "SIGTERM 7", "SIGKILL 7 0.02",
+    "READONLY 7" (the folder of the checkpoints)."""
     # Not options, or a resumed run would have to be given them again.
     name, at, *delay = os.environ.get("TINY_FAULT", "none -1").split()
 
@@ -63,6 +66,12 @@ def main_with_fault(config):
             return
         if name == "NAN":
             batch["x"][0, 0] = np.nan
+        elif name == "READONLY":
+            folder = Path(config.run_dir) / "checkpoints"
+            while [*folder.glob("*tmp*")]:  # what was begun before
+                time.sleep(0.01)
+            folder.chmod(0o555)
+            os.seteuid(os.geteuid() or 65534)  # no permission stops root
         elif delay:
             send = threading.Timer(float(delay[0]), os.kill, (os.getpid(), signal.Signals[name]))
             send.daemon = True
