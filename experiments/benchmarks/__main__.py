@@ -41,13 +41,13 @@ class Job(NamedTuple):
     quick: dict[str, Any] = {}  # noqa: RUF012
 
 
-COMPILE = {"experiment": "sinkhorn_compile"}
+COMPILE = {"problem": "compile", "n": (1024,), "d": (2,), "eps": (0.01,), "peers": ("ott",)}
 OVERHEAD = {"workloads": ("step_overhead",), "rounds": 60}
 CNF = {"workloads": ("cnf_loglik", "cnf_grad", "cnf64_grad")}
-SMALL = {"n": (256,), "eps": (0.1, 0.01), "repeats": 3}
+SMALL = {"n": (256,), "eps": (0.1, 0.01), "rounds": 3}
 OTT = ("ott", "ott-momentum", "ott-anderson")
 PEERS_OF_OT = {"peers": (*OTT, "pot", "geomloss"), "seconds": 8.0}
-LARGE = {"n": (4096,), "peers": (*OTT, "geomloss"), "repeats": 3, "seconds": 20.0}
+LARGE = {"n": (4096,), "peers": (*OTT, "geomloss"), "rounds": 3, "seconds": 20.0}
 TWO = {"n": (256, 1024), "eps": (0.01,), "peers": ("ott", "ott-momentum", "geomloss")}
 JOBS: dict[str, Job] = {
     "ceilings": Job("_ceilings", {}, {"rounds": 5}),
@@ -55,7 +55,7 @@ JOBS: dict[str, Job] = {
     "sinkhorn_1024": Job("sinkhorn", {"n": (1024,), **PEERS_OF_OT}, SMALL | {"d": (2,)}),
     "sinkhorn_4096": Job("sinkhorn", LARGE, SMALL | {"n": (2048,), "d": (2,)}),
     "sinkhorn_divergence": Job("sinkhorn", {"problem": "divergence", **TWO}, SMALL),
-    "sinkhorn_compile": Job("_startup", COMPILE, {"n": 256, "rounds": 2}),
+    "sinkhorn_compile": Job("sinkhorn", COMPILE, {"n": (256,), "rounds": 2}),
     "vae": Job("vae", {"workloads": ("vae",)}, {"rounds": 3, "steps": 20}),
     "wgan_gp": Job("wgan_gp", {}, {"rounds": 3, "width": 16}),
     "realnvp": Job("flows", {}, {"rounds": 3}),

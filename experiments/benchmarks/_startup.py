@@ -1,7 +1,6 @@
 """Import time, time to the first step and compile time of one experiment, in this process.
 
-The experiment is run as a user runs it, up to its second call of the compiled step. Under the name
-sinkhorn_compile: the first call of the solver's value and gradient beside ott-jax's.
+The experiment is run as a user runs it, up to its second call of the compiled step.
 """
 
 import contextlib
@@ -10,7 +9,6 @@ import importlib
 import inspect
 import tempfile
 import time
-from functools import partial
 from typing import Any
 
 from experiments.benchmarks._table import OURS, Row, show
@@ -20,39 +18,14 @@ BEGUN = time.perf_counter()
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    experiment: str = "vae"  # which experiment, with its default options, or sinkhorn_compile
-    n: int = 1024  # points in each cloud of sinkhorn_compile
-    rounds: int = 5  # how often its two sides are timed in turn
+    experiment: str = "vae"  # which experiment, with its default options
 
 
 class _Enough(BaseException):
     """Ends the experiment once its step is timed."""
 
 
-def sinkhorn_compile(config: Config) -> list[Row]:
-    """Time jit(value_and_grad) of both solvers, traced and compiled anew in every call."""
-    import jax
-
-    from experiments.benchmarks import _workload, sinkhorn
-
-    jax.config.update("jax_enable_compilation_cache", False)
-    x, y, mean = sinkhorn.clouds(config.n, 2)
-
-    def first_call(name: str) -> float:
-        jax.clear_caches()
-        return float(sinkhorn.SIDES[name][1](x, y, 0.01 * mean, sinkhorn.Config())()[0])
-
-    makers = {name: partial(partial, first_call, name) for name in (OURS, "ott")}
-    values = lambda results: {name: {"value": x} for name, x in results.items()}  # noqa: E731
-    # At most 1.5 times as long as ott-jax's.
-    options = {"case": f"n={config.n} d=2 eps=0.01", "targets": 1 / 1.5, "checks": values}
-    given = _workload.Options(rounds=config.rounds)
-    return _workload.compare("sinkhorn_compile", makers, given, warm=0, **options)
-
-
 def main(config: Config) -> list[Row]:
-    if config.experiment == "sinkhorn_compile":
-        return sinkhorn_compile(config)
     import jax
     import numpy as np
 
