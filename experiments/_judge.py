@@ -199,7 +199,7 @@ def likelihood(
     if system.log_prob is None:
         return lambda params, key, split: {}
     options = {"batch_size": 256, **system.likelihood, **changes}
-    most, bits = options.pop("num_examples", None), options.pop("bits", data.kind == "images")
+    most, bits = options.pop("num_examples", None), options.pop("bits", data.kind != "points")
     scaling = system.scaling if isinstance(system.scaling, Scaling) else None
 
     @jax.jit

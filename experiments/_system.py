@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import _judge, _pictures, _run, _samples
+from experiments import _judge, _pictures, _run
 from experiments._data import Data
 from genjax.data import Scaling
 from genjax.training import (
@@ -134,7 +135,7 @@ def train(
 
     with _run.start_run(config) as run:
         state = _run.fit(run, *training, evaluate=evaluate, best=system.best)
-        facts: dict[str, Any] = {"parameters": _samples.parameter_count(state.params)}
+        facts: dict[str, Any] = {"parameters": parameter_count(state.params)}
         if system.best is not None:
             state = _run.best_state(run, state)
             facts["best_step"] = int(state.step)
@@ -213,17 +214,40 @@ class Measures:
     def scores(self, params: Any, samples: Any = None) -> dict[str, Any]:
         """All scores of the weights."""
         samples = np.asarray(self.sample(params) if samples is None else samples)
-        judged = _judge.judge(self.reference, samples, self.system.labels)
+        tokens = self.data.kind == "tokens"
+        judged = {} if tokens else _judge.judge(self.reference, samples, self.system.labels)
         return {**self.likelihood(params, self.key_test, self.data.test), **judged}
 
     def of(self, run: _run.Run, params: Any, report: Any = None) -> dict[str, Any]:
         """Leave samples and pictures of the weights in the run's folder; returns the summary."""
-        samples, cost = _samples.save_samples(
+        samples, cost = save_samples(
             run, lambda: self.sample(params), evaluations=self.system.evaluations
         )
         _pictures.save_samples(run.folder / "samples.png", self.data, samples, self.system.labels)
         own = report(run, params, samples) if report else {}
         return {**cost, **self.scores(params, samples), **own}
+
+
+def save_samples(
+    run: _run.Run, sample: Callable[[], Any], *, evaluations: int | None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Write samples.npy; returns the samples and what they cost, without compilation.
+
+    `sample()` is called twice, and timed the second time. evaluations: as in `System`.
+    """
+    jax.block_until_ready(sample())
+    begun = time.monotonic()
+    samples = np.asarray(sample())
+    seconds = round(time.monotonic() - begun, 4)
+    if jax.process_index() == 0:
+        np.save(run.folder / "samples.npy", samples)
+    cost = {"sampling_evaluations": evaluations, "sampling_seconds": seconds}
+    return samples, {"samples": len(samples), **cost}
+
+
+def parameter_count(params: Any) -> int:
+    """Numbers in a tree of parameters."""
+    return sum(np.size(x) for x in jax.tree.leaves(params))
 
 
 def reopen(folder: str | Path, *, averaged: bool = True, **changes: Any) -> tuple[System, Any, Any]:
@@ -272,7 +296,7 @@ def sample_from(
     measures = Measures(again, system, data)
     with _run.start_run(again) as run:
         export_npz(run.folder / "params.npz", params)
-        facts = {"parameters": _samples.parameter_count(params)}
+        facts = {"parameters": parameter_count(params)}
         own = functools.partial(report, again, data)
         return _run.finish(run, facts | measures.of(run, params, own))
 

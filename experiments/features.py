@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _run, _samples
+from experiments import _run
 from experiments._data import Data, load_data
-from experiments._system import System, prepare, weights
+from experiments._system import System, parameter_count, prepare, weights
 from genjax.networks import FeatureNetwork
 from genjax.training import export_npz
 
@@ -69,7 +69,7 @@ def main(config: Config) -> dict[str, Any]:
         return _run.finish(
             run,
             {
-                "parameters": _samples.parameter_count(params),
+                "parameters": parameter_count(params),
                 "train_accuracy": right(params, data.train),
                 "test_accuracy": right(params, data.test),
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _pictures, _run, _samples, _system
+from experiments import _pictures, _run, _system
 from experiments._data import Data, load_data
-from experiments._system import Measures, Row, System, prepare, weights
+from experiments._system import Measures, Row, System, parameter_count, prepare, weights
 from genjax import checks, flows
 from genjax.data import DENSITIES
 from genjax.metrics import sliced_wasserstein
@@ -127,7 +127,7 @@ def fit(config: Config, whole: _run.Run, data: Data, method: Method, flow: Any) 
     with _run.start_run(own) as run:
         params = weights(own, system, _run.fit(run, *training))
         export_npz(run.folder / "params.npz", params)
-        _run.finish(run, {"parameters": _samples.parameter_count(params)})
+        _run.finish(run, {"parameters": parameter_count(params)})
     whole.training_seconds += run.training_seconds
     whole.first_call_seconds += run.first_call_seconds
     whole.steps_done = (whole.steps_done or 0) + (run.steps_done or 0)

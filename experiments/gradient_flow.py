@@ -45,8 +45,6 @@ class Config(_run.RunConfig):
     """Standard deviation of the Gaussian where the particles start, in the data's unit."""
     frames: int = 6
     """Pictures in the strip, the start and the end among them."""
-    animation: bool = False
-    """Write flow.gif too (2-D sets)."""
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -116,7 +114,7 @@ def flow(
 
 
 def draw(folder: Any, path: np.ndarray, target: np.ndarray, data: Data, config: Config) -> None:
-    """Write the strip of pictures, and the animation where it is asked for."""
+    """Write the strip of pictures."""
     # Most of the way is covered early: times 0, 1, ... in equal ratios.
     shown = np.geomspace(1, config.steps, config.frames - 1).round().astype(int)
     shown = np.concatenate([[0], shown])
@@ -127,25 +125,6 @@ def draw(folder: Any, path: np.ndarray, target: np.ndarray, data: Data, config: 
         return
     titles = {f"step {n}": path[n] for n in shown}
     _pictures.save_points(folder / "flow.png", {**titles, "data": target})
-    if config.animation:
-        _animate(folder / "flow.gif", path, target)
-
-
-def _animate(file: Any, frames: np.ndarray, data: np.ndarray) -> None:
-    from matplotlib.animation import FuncAnimation, PillowWriter
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    axis = figure.add_subplot()
-    axis.plot(*data.T, ".", markersize=2, color="0.7")
-    (points,) = axis.plot(*frames[0].T, ".", markersize=3)
-    axis.set(aspect="equal", xticks=[], yticks=[])
-
-    def show(i: int) -> Any:
-        points.set_data(*frames[i].T)
-        return (points,)
-
-    FuncAnimation(figure, show, frames=len(frames)).save(file, PillowWriter(fps=12))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from experiments import _leaderboard_scores as scores
 from experiments._data import Data, load_data
 from experiments._system import Row
 from genjax import checks
-from genjax.metrics import Measured
 
 # In the order of the table; each has its rows as ROWS.
 MODULES = ("ppca", "vae", "f_gan", "gan", "wgan", "sinkhorn_gan", "flow", "flow_matching",
@@ -109,26 +108,18 @@ def rows_of(modules: Sequence[str]) -> dict[str, Row]:
 def outside(reference: _judge.Reference, shown: dict[str, np.ndarray]) -> dict[str, Any]:
     """The row of the test split."""
     title = "Test split, the ceiling"
-    samples, costs = scores.ceiling(reference.data)
-    shown[title] = visible(reference.data, samples)
-    records = _judge.score(reference, samples)
-    return row(title, [entry(0, None, records, {**_judge.numbers(records), **costs})])
+    return row(title, [entry(title, 0, reference, shown, *scores.ceiling(reference.data))])
 
 
 def floors(
     config: Config, reference: _judge.Reference, shown: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """The rows of scikit-learn's density models."""
-    found = []
-    for title in scores.floors(reference.data, 0):
-        entries = []
-        for seed in range(config.seeds):
-            samples, costs = scores.floors(reference.data, seed)[title]()
-            shown.setdefault(title, visible(reference.data, samples))
-            records = _judge.score(reference, samples, seed)
-            entries.append(entry(seed, None, records, {**_judge.numbers(records), **costs}))
-        found.append(row(title, entries))
-    return found
+    found: dict[str, list] = {}
+    for seed in range(config.seeds):
+        for title, make in scores.floors(reference.data, seed).items():
+            found.setdefault(title, []).append(entry(title, seed, reference, shown, *make()))
+    return [row(title, entries) for title, entries in found.items()]
 
 
 def family_row(
@@ -163,27 +154,32 @@ def family_row(
             continue
         try:
             samples, summary = runs.read(outcome.folder)
-            records = _judge.score(reference, samples, seed)
+            costs = scores.costs(summary, reference.data.spec)
+            found = entry(family.title, seed, reference, shown, samples, costs)
         except (ValueError, OSError) as error:
             reasons.append(f"its samples cannot be measured: {error}")
             continue
-        values = {**_judge.numbers(records), **scores.costs(summary, reference.data.spec)}
-        entries.append(entry(seed, outcome, records, values))
-        shown.setdefault(family.title, visible(reference.data, samples))
+        entries.append({**found, "folder": str(outcome.folder), "reused": outcome.reused})
     return row(family.title, entries, reasons[0] if reasons else None, family.name, options)
 
 
 def entry(
-    seed: int, outcome: runs.Outcome | None, records: Sequence[Measured], values: dict[str, float]
+    title: str,
+    seed: int,
+    reference: _judge.Reference,
+    shown: dict[str, np.ndarray],
+    samples: np.ndarray,
+    costs: Mapping[str, float],
 ) -> dict[str, Any]:
-    """One run as leaderboard.json keeps it."""
+    """One run as leaderboard.json keeps it; the title's first samples are shown."""
+    records = _judge.score(reference, samples, seed)
+    shown.setdefault(title, visible(reference.data, samples))
     measured = []
     for record in records:
         value = record.value
         value = value._asdict() if hasattr(value, "_asdict") else value
         measured.append({**record._asdict(), "value": value, "counts": list(record.counts)})
-    run = {} if outcome is None else {"folder": str(outcome.folder), "reused": outcome.reused}
-    return {"seed": seed, **run, "values": values, "measured": measured}
+    return {"seed": seed, "values": {**_judge.numbers(records), **costs}, "measured": measured}
 
 
 def row(

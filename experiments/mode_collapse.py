@@ -7,7 +7,6 @@ reverse KL from the shares of the modes to equal ones.
 
     python -m experiments.mode_collapse
     python -m experiments.mode_collapse --objectives gan hinge wgan_gp --seeds 16
-    python -m experiments.mode_collapse --time        (vmapped against one after another)
 
 The run folder gets modes.png (how many seeds cover how many modes), samples.png and samples.npz.
 """
@@ -80,10 +79,6 @@ class Config(_run.RunConfig):
     """Samples of each seed that are counted."""
     strict: int = 10
     """Samples that a mode needs in the stricter count."""
-    time: bool = False
-    """Time the seeds vmapped against one after another instead, for the first objective."""
-    timed_runs: int = 4
-    """How many of the runs one after another are measured, for their mean."""
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -95,8 +90,6 @@ def main(config: Config) -> dict[str, Any]:
         raise ValueError(f"dataset must be a mixture of a few Gaussians, got {config.dataset!r}")
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     with _run.start_run(config) as run:
-        if config.time:
-            return _run.finish(run, compare_times(config, density, keys))
         summary: dict[str, Any] = {"modes_of_the_law": len(density.means)}
         counts, kept = {}, {}
         for name in config.objectives:
@@ -191,46 +184,6 @@ def count(result: Any, modes: int) -> dict[str, Any]:
         "reverse_kl_modes": float(np.mean(result["reverse_kl_modes"])),
         "modes_by_seed": covered.tolist(),
         "modes_by_seed_strictly": strictly.tolist(),
-    }
-
-
-def compare_times(config: Config, density: GaussianMixture, keys: jax.Array) -> dict[str, Any]:
-    """Seconds of all seeds in one vmapped call, compilation included, against one after another.
-
-    A run on its own is traced and compiled, as each call of an experiment is, and then executed;
-    both parts are measured on a few runs. `executing` compares without compilation: that is what
-    is left where one compiled program is called with each key in turn.
-    """
-    name, runs = config.objectives[0], min(config.timed_runs, len(keys))
-
-    def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
-        begun = time.perf_counter()
-        result = function()
-        return time.perf_counter() - begun, result
-
-    def compile_for(transform: Callable[[Any], Any], example: Any) -> tuple[float, Any]:
-        train = jax.jit(transform(make_train(config, density, name)))
-        return seconds(lambda: train.lower(example).compile())
-
-    compiling, executing = [], []
-    for key in keys[:runs]:
-        jax.clear_caches()  # nothing is left of the run before
-        taken, one = compile_for(lambda f: f, key)
-        compiling.append(taken)
-        executing.append(seconds(lambda one=one, key=key: jax.block_until_ready(one(key)))[0])
-    jax.clear_caches()
-    compiling_all, many = compile_for(jax.vmap, keys)
-    executing_all, _ = seconds(lambda: jax.block_until_ready(many(keys)))
-    in_turn = len(keys) * float(np.mean(executing))
-    in_turn_compiled = in_turn + len(keys) * float(np.mean(compiling))
-    return {
-        "objective": name,
-        "seconds_vmapped": compiling_all + executing_all,
-        "seconds_in_turn": in_turn_compiled,
-        "times_cheaper": in_turn_compiled / (compiling_all + executing_all),
-        "executing_vmapped": executing_all,
-        "executing_in_turn": in_turn,
-        "times_cheaper_executing": in_turn / executing_all,
     }
 
 

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _pictures, _run, _samples
+from experiments import _pictures, _run
 from experiments._data import Data
-from experiments._system import System, prepare, weights
+from experiments._system import System, parameter_count, prepare, weights
 from genjax import checks
 from genjax.adversarial import donsker_varadhan, gan, nwj
 from genjax.data import DataSpec
@@ -96,7 +96,7 @@ def main(config: Config) -> dict[str, Any]:
         found = float(estimate(params))
         draw(run, truth)
         summary = {"estimate": found, "truth": truth, "error": abs(found - truth)}
-        return _run.finish(run, {"parameters": _samples.parameter_count(params), **summary})
+        return _run.finish(run, {"parameters": parameter_count(params), **summary})
 
 
 def load_data(config: Config) -> Data:

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import _judge, _pictures, _run, _samples
+from experiments import _judge, _pictures, _run
 from experiments._data import Data, load_data
-from experiments._system import Row
+from experiments._system import Row, parameter_count, save_samples
 from genjax.metrics import test_log_likelihood
 from genjax.variational import PPCA, ppca_fit, ppca_log_likelihood
 
@@ -43,14 +43,12 @@ def main(config: Config) -> dict[str, Any]:
         model = jax.block_until_ready(fit(data, config.components, config.seed))
         run.training_seconds = time.monotonic() - begun
         draw = jax.jit(lambda key: scaling.to_levels(sample(model, key, data.count)).reshape(shape))
-        samples, cost = _samples.save_samples(
-            run, lambda: draw(jax.random.key(config.seed)), evaluations=1
-        )
+        samples, cost = save_samples(run, lambda: draw(jax.random.key(config.seed)), evaluations=1)
         _pictures.save_samples(run.folder / "samples.png", data, samples)
         return _run.finish(
             run,
             {
-                "parameters": _samples.parameter_count(model),
+                "parameters": parameter_count(model),
                 **cost,
                 **score(data, config.components, config.seed, config.draws, model=model),
                 **_judge.judge(_judge.reference(data), samples),

@@ -9,11 +9,11 @@
     python -m experiments.wgan --conditional --network dcgan
     python -m experiments.wgan --constraint lipschitz
 
-experiments.w1_estimates compares the three where W1 is known.
+Notebook 03 compares the three on the line, where W1 is known.
 """
 
 import dataclasses
-from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def main(config: Config) -> dict[str, Any]:
 
 def build(config: Config, data: Data) -> System:
     """The two players with the constraint of the config."""
-    players = networks(config, data)
+    players, clip = networks(config, data), partial(clip_weights, limit=config.limit)
     if config.constraint == "lipschitz":
         players = lipschitz(config, players, data)
 
@@ -69,13 +69,8 @@ def build(config: Config, data: Data) -> System:
         players,
         wasserstein,
         penalty if config.constraint == "penalty" else None,
-        project=projection(config.constraint, config.limit),
+        project=clip if config.constraint == "clip" else None,
     )
-
-
-def projection(constraint: str, limit: float) -> Callable[[Any], Any] | None:
-    """What is done to the critic's parameters after each update."""
-    return (lambda params: clip_weights(params, limit)) if constraint == "clip" else None
 
 
 def lipschitz(config: Config, players: Players, data: Data) -> Players:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import _pictures, _run, _samples
+from experiments import _pictures, _run, _system
 from experiments.__main__ import experiments
 from genjax.training import CheckpointError, Checkpoints
 
@@ -63,7 +63,7 @@ def test_a_budget_of_seconds_ends_a_run_and_the_summary_says_so(tmp_path, capsys
 def test_samples_and_what_they_cost(tmp_path):
     calls = []
     with _run.start_run(config(tmp_path)) as run:
-        samples, cost = _samples.save_samples(
+        samples, cost = _system.save_samples(
             run, lambda: calls.append(0) or np.arange(6.0).reshape(3, 2), evaluations=7
         )
     np.testing.assert_array_equal(np.load(tmp_path / "run" / "samples.npy"), samples)

@@ -88,7 +88,7 @@ def test_one_particle_moves_as_computed():
 def test_particles_reach_the_modes(tmp_path):
     run = tmp_path / "run"
     config = gradient_flow.Config(
-        dataset="8gaussians", num_particles=160, steps=40, run_dir=str(run), animation=False
+        dataset="8gaussians", num_particles=160, steps=40, run_dir=str(run)
     )
     summary = gradient_flow.main(config)
     assert json.loads((run / "summary.json").read_text()) == summary
