@@ -87,7 +87,7 @@ def judge(reference: Reference, samples: np.ndarray, labels: Any = None) -> dict
     """What an experiment's summary says of its samples: the numbers that cost little."""
     if reference.data.kind == "points":
         return _modes(reference.data.spec.name, samples)
-    found = numbers(_measure_blocks(reference, samples, 0, (_fidelity, _copies)))
+    found = numbers(_measure_blocks(reference, samples, 0, full=False))
     if labels is not None:
         plain = _views(samples, None)["plain"]
         found["label_accuracy"] = label_accuracy(reference.data, plain, labels)
@@ -101,58 +101,45 @@ def score(reference: Reference, samples: np.ndarray, seed: int = 0) -> list[Meas
     checks.finite("samples", samples.astype(np.float32))
     if len(samples) < reference.count:
         raise ValueError(f"samples must be at least {reference.count}, got {len(samples)}")
-    return _measure_blocks(reference, samples, seed, (_fidelity, _cover, _distances, _copies))
+    return _measure_blocks(reference, samples, seed, full=True)
 
 
 def numbers(records: list[Measured]) -> dict[str, float]:
     """The records' values by the names that summaries and columns have."""
     by_metric = {record.metric: record.value for record in records}
-    found = {}
-    if "precision_recall" in by_metric:
-        found |= by_metric["precision_recall"]._asdict()
-    if "density_coverage" in by_metric:
-        found |= by_metric["density_coverage"]._asdict()
+    found = {
+        **by_metric["precision_recall"]._asdict(),
+        "memorised": by_metric["memorisation_share"],
+    }
     if "kid" in by_metric:
+        found |= by_metric["density_coverage"]._asdict()
         found |= {"frechet": by_metric["frechet_distance"], "kid": by_metric["kid"].mean}
-    return found | {"memorised": by_metric["memorisation_share"]}
+    return found
 
 
-def _measure_blocks(reference: Reference, samples: Any, seed: int, metrics: Any) -> list[Measured]:
+def _measure_blocks(reference: Reference, samples: Any, seed: int, full: bool) -> list[Measured]:
     """The mean over blocks; samples fewer than a block are one block."""
     size = min(reference.count, len(samples))
     starts = range(0, len(samples) - size + 1, size)[:BLOCKS]
-    scored = []
-    for start in starts:
-        views = reference.views(samples[start : start + size])
-        scored.append([r for metric in metrics for r in metric(reference, views, seed)])
-    return [_mean(records) for records in zip(*scored, strict=True)]
+    blocks = [_measure(reference, samples[i : i + size], seed, full) for i in starts]
+    return [_mean(records) for records in zip(*blocks, strict=True)]
 
 
-def _named(reference: Reference) -> dict[str, Any]:
-    net = reference.extractor
-    return {} if net is None else {"extractor": net.name, "parameters": net.parameters}
-
-
-def _fidelity(reference: Reference, views: Any, seed: int) -> list[Measured]:
-    pair = reference.train["features"], views["features"]
-    return [measure(PRECISION_RECALL, *pair, k=3, **_named(reference))]
-
-
-def _cover(reference: Reference, views: Any, seed: int) -> list[Measured]:
-    pair = reference.train["features"], views["features"]
-    return [measure(DENSITY_COVERAGE, *pair, k=5, **_named(reference))]
-
-
-def _distances(reference: Reference, views: Any, seed: int) -> list[Measured]:
-    pair, named = (reference.train["features"], views["features"]), _named(reference)
-    subsets = {"seed": seed, "num_subsets": 10, "subset_size": len(views["features"])}
-    with jax.enable_x64(True):
-        return [measure(FRECHET, *pair, **named), measure(KID, *pair, **subsets, **named)]
-
-
-def _copies(reference: Reference, views: Any, seed: int) -> list[Measured]:
-    splits = reference.train["plain"], reference.test["plain"]
-    return [measure(MEMORISATION, *splits, views["plain"])]
+def _measure(reference: Reference, block: Any, seed: int, full: bool) -> list[Measured]:
+    views, net, train = reference.views(block), reference.extractor, reference.train
+    named = {} if net is None else {"extractor": net.name, "parameters": net.parameters}
+    pair = train["features"], views["features"]
+    found = [
+        measure(PRECISION_RECALL, *pair, k=3, **named),
+        measure(MEMORISATION, train["plain"], reference.test["plain"], views["plain"]),
+    ]
+    if full:
+        found.append(measure(DENSITY_COVERAGE, *pair, k=5, **named))
+        subsets = {"seed": seed, "num_subsets": 10, "subset_size": len(block)}
+        with jax.enable_x64(True):
+            found.append(measure(FRECHET, *pair, **named))
+            found.append(measure(KID, *pair, **subsets, **named))
+    return found
 
 
 def _mean(records: tuple[Measured, ...]) -> Measured:

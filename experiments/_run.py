@@ -21,7 +21,6 @@ from genjax.training import (
     Checkpoints,
     NonFiniteError,
     Stopped,
-    data_mesh,
     initialize_distributed,
     loop,
 )
@@ -61,6 +60,8 @@ class TrainConfig(RunConfig):
     """Examples in one update, over all devices."""
     steps_per_call: int = 1
     """Updates in one call of the compiled program; more than 1 helps small networks."""
+    learning_rate: float = 1e-3
+    """The optimiser's largest rate; along which schedule it falls is the experiment's."""
     ema: float = 0.99
     """Decay of the averaged weights, which are the ones that are sampled and reported."""
     devices: int | None = None
@@ -182,7 +183,6 @@ def fit(
     *,
     evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
     best: str | None = None,
-    mode: str = "min",
 ) -> Any:
     """Train to `config.steps` and return the last state; resumes where the config says so.
 
@@ -190,13 +190,11 @@ def fit(
     before it training.json, which is written when training has ended.
 
     batches(step) is the batch of one step. evaluate(state) gives named numbers; the checkpoint
-    where `best` among them is smallest (mode="max": largest) is kept, see `best_state`.
+    where `best` among them is smallest is kept, see `best_state`.
     """
     config = run.config
     best = None if best is None else loop.EVALUATION + best
-    run.checkpoints = Checkpoints(
-        run.folder / "checkpoints", keep=config.keep, best=best, mode=mode
-    )
+    run.checkpoints = Checkpoints(run.folder / "checkpoints", keep=config.keep, best=best)
     if config.resume:
         found = run.checkpoints.restore(state)
         print(f"resumed at step {found[0]}" if found else "no checkpoint yet: from the start")
@@ -245,11 +243,6 @@ def best_state(run: Run, like: Any) -> Any:
     """Read the state with the best evaluation; `like` itself where none was saved."""
     found = run.checkpoints.restore_best(like) if run.checkpoints is not None else None
     return like if found is None else found[1]
-
-
-def mesh(config: TrainConfig) -> Any:
-    """Make the mesh over the devices that the config asks for."""
-    return data_mesh(config.devices)
 
 
 def batches(config: TrainConfig, arrays: Mapping[str, np.ndarray]) -> Callable[[int], Any]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from experiments import _judge, _pictures, _run
 from experiments._data import Data
@@ -27,6 +28,7 @@ from genjax.training import (
     CheckpointError,
     Checkpoints,
     critic_batches,
+    data_mesh,
     export_npz,
     init_saddle_state,
     init_state,
@@ -161,7 +163,7 @@ def start(config: Any, system: System) -> Any:
 def prepare(config: Any, system: System, data: Data) -> Training:
     """State, step and batches. A batch that does not fit the devices is refused here, before any
     file is written."""
-    mesh, batches = _run.mesh(config), system.batches(_run.batches(config, data.train))
+    mesh, batches = data_mesh(config.devices), system.batches(_run.batches(config, data.train))
     shard_batch(mesh, batches(0))
     options = {**system.step_options, "mesh": mesh, "steps_per_call": config.steps_per_call}
     if system.absorb is not None:
@@ -226,6 +228,14 @@ class Measures:
         _pictures.save_samples(run.folder / "samples.png", self.data, samples, self.system.labels)
         own = report(run, params, samples) if report else {}
         return {**cost, **self.scores(params, samples), **own}
+
+
+def adamw(config: Any, rate: Any, *, only_matrices: bool = True) -> Any:
+    """AdamW of the config's `weight_decay` and `clip`, the largest norm of the gradient."""
+    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+    mask = matrices if only_matrices else None
+    adam = optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay, mask=mask)
+    return optax.chain(optax.clip_by_global_norm(config.clip), adam)
 
 
 def save_samples(

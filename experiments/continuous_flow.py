@@ -60,7 +60,6 @@ class Config(_run.TrainConfig):
     depth: int = 2
     """Residual layers."""
     learning_rate: float = 3e-3
-    """Adam's largest rate, falling along a cosine."""
     ema: float = 0.99
     steps: int = 1500
     batch_size: int = 256

@@ -46,7 +46,6 @@ class Config(_run.TrainConfig):
     jitter: float = 1 / 30
     """Standard deviation of the noise added to the input at each step."""
     learning_rate: float = 0.01
-    """Adam's rate."""
     steps: int = 2500
     """Updates of the weights; the error to the clean image has its minimum near 1,500."""
     batch_size: int = 1

@@ -25,7 +25,7 @@ import optax
 
 from experiments import _diffusion, _run, _system
 from experiments._data import Data, load_data
-from experiments._system import Row, System, train
+from experiments._system import Row, System, adamw, train
 from genjax import checks
 from genjax import diffusion as gd
 from genjax.data import DataSpec
@@ -90,7 +90,6 @@ class Config(_run.TrainConfig):
     label_dropout: float = 0.15
     """Share of training examples whose label is hidden, for classifier-free guidance."""
     learning_rate: float = 2e-3
-    """AdamW's rate: warm-up over 200 steps, then a cosine to a hundredth."""
     weight_decay: float = 1e-4
     """AdamW's decay."""
     clip: float = 1.0
@@ -161,11 +160,13 @@ def build(config: Config, data: Data) -> System:
             **probes,
         )[0]
 
+    peak, warm = config.learning_rate, min(200, config.steps // 4)
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, warm, config.steps, 0.01 * peak)
     labels = None if classes is None else np.resize(data.train["label"], config.num_samples)
     return System(
         model.init,
         make_loss(config, model, scaling),
-        make_optimizer(config),
+        adamw(config, rate, only_matrices=False),
         sample,
         log_prob if config.likelihood_steps else None,
         scaling,
@@ -253,15 +254,6 @@ def make_loss(config: Config, model: Model, scaling: Any) -> Callable[..., Any]:
         return losses / x[0].size, {"x0_error": aux["x0_error"]}
 
     return loss_fn
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW with clipped gradients, a warm-up and a cosine."""
-    rate = config.learning_rate
-    warm = min(200, config.steps // 4)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm, config.steps, 0.01 * rate)
-    adam = optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adam)
 
 
 def evaluations(config: Config) -> int:

@@ -68,28 +68,18 @@ def main(config: Config) -> dict[str, Any]:
         for name in names:
             mean, std, bound = fit_by_training(config, name)
             best_mean, best_std, best = fit_directly(name)
-            summary[name] = {
-                "mean": mean,
-                "std": std,
-                "bound": bound,
-                "direct_mean": best_mean,
-                "direct_std": best_std,
-                "direct_divergence": best,
-                "mean_error": abs(mean - best_mean) / abs(best_mean),
-                "std_error": abs(std - best_std) / best_std,
-            }
+            error = max(abs(mean - best_mean) / abs(best_mean), abs(std - best_std) / best_std)
+            summary[name] = {"mean": mean, "std": std, "bound": bound, "error": error}
+            direct = {"direct_mean": best_mean, "direct_std": best_std, "direct_divergence": best}
+            summary[name] |= direct
             print(f"{name}: mean {mean:.4f} ({best_mean:.4f}), std {std:.4f} ({best_std:.4f})")
             curves[name] = (x, np.exp(gaussian_log_prob(jnp.asarray(x), mean, std)))
-        errors = [max(s["mean_error"], s["std_error"]) for s in summary.values()]
+        largest = max(found["error"] for found in summary.values())
         by_mean = sorted(summary, key=lambda name: summary[name]["mean"])
         directly = sorted(summary, key=lambda name: summary[name]["direct_mean"])
         _pictures.save_curves(run.folder / "fits.png", curves, x_label="x", y_label="density")
-        summary |= {
-            "largest_error": max(errors),
-            "order": by_mean,
-            "same_order": by_mean == directly,
-        }
-        return _run.finish(run, summary)
+        order = {"order": by_mean, "same_order": by_mean == directly}
+        return _run.finish(run, {**summary, "largest_error": largest, **order})
 
 
 def gaussian_log_prob(x: Any, mean: Any, std: Any) -> jax.Array:

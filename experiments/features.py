@@ -38,7 +38,6 @@ class Config(_run.TrainConfig):
     shift: int = 1
     """Largest shift of an image, in pixels along each side."""
     learning_rate: float = 3e-3
-    """AdamW's largest rate, falling along a cosine."""
     weight_decay: float = 0.01
     """AdamW's decay."""
     ema: float = 0.99

@@ -25,7 +25,7 @@ import optax
 
 from experiments import _pictures, _run
 from experiments._data import Data, load_data
-from experiments._system import Row, System, train
+from experiments._system import Row, System, adamw, train
 from genjax import checks, flows
 from genjax.networks.coupling import Glow, PlanarFlow, RealNVP, SplineFlow
 from genjax.networks.tarflow import TarFlow
@@ -79,7 +79,6 @@ class Config(_run.TrainConfig):
     dropout: float = 0.2
     """Share of the conditioners' hidden units dropped in training."""
     learning_rate: float = 1e-3
-    """AdamW's largest rate, reached after 100 steps, then falling along a cosine."""
     weight_decay: float = 0.01
     """AdamW's decay of the matrices."""
     clip: float = 1.0
@@ -133,12 +132,14 @@ def build(config: Config, data: Data) -> System:
     def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
         return scaling.to_levels(flow.sample(params, key, n, label))
 
+    peak, warm = config.learning_rate, min(100, config.steps // 2)
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, warm, config.steps, 0.02 * peak)
     # With noise the density is of noisy data, and says nothing of the levels' bits.
     bits = {"bits": False} if config.noise else {}
     return System(
         init,
         loss,
-        make_optimizer(config),
+        adamw(config, rate),
         sample,
         log_prob,
         None if config.noise else scaling,
@@ -264,19 +265,6 @@ def make_flow(config: Config, data: Data) -> Flow:
 
     # TarFlow goes through its tokens one after another.
     return Flow(init, log_prob, sample, net.base[0] if config.model == "tarflow" else 1)
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW with clipped gradients, warm-up and a cosine."""
-    warm = min(100, config.steps // 2)
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warm, config.steps, 0.02 * config.learning_rate
-    )
-    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay, mask=matrices),
-    )
 
 
 if __name__ == "__main__":

@@ -72,7 +72,6 @@ class Config(_run.TrainConfig):
     dropout: float = 0.0
     """Share of hidden units dropped in training."""
     learning_rate: float = 2e-3
-    """Adam's largest rate, falling along a cosine."""
     ema: float = 0.999
     steps: int = 8000
     """Updates of each method."""
@@ -292,18 +291,11 @@ class Comparison:
     def __call__(self, method: str, params: Any) -> dict[str, Any]:
         """The numbers of one method."""
         field = velocity(self.network, params, self.label)
-        many, once = (
-            [run(x) for x in self.noises]
-            for run in (
-                jax.jit(lambda x, n=n: flows.integrate(field, x, num_steps=n))
-                for n in (self.config.sample_steps, 1)
-            )
-        )
+        run = jax.jit(flows.integrate, static_argnums=0, static_argnames="num_steps")
+        steps = self.config.sample_steps
+        many, once = ([run(field, x, num_steps=n) for x in self.noises] for n in (steps, 1))
         noise, far = self.noises[0], self.distance(many)
-        self.samples |= {
-            f"{method}, {self.config.sample_steps} steps": many[0],
-            f"{method}, 1 step": once[0],
-        }
+        self.samples |= {f"{method}, {steps} steps": many[0], f"{method}, 1 step": once[0]}
         return {
             f"distance_{method}": far,
             f"ratio_{method}": far / self.distance_fresh(),
@@ -317,11 +309,9 @@ class Comparison:
         if self.data.kind == "points":
             sets = {self.config.dataset: self.real[0], **self.samples}
             _pictures.save_points(folder / "methods.png", sets)
-            return
-        for title, x in self.samples.items():
-            name = title.replace(", ", "_").replace(" ", "_")
-            levels, high = self.data.scaling().to_levels(x[:100]), (self.data.spec.levels or 0) - 1
-            _pictures.save_grid(folder / f"{name}.png", levels, high=high, columns=10)
+        else:
+            rows = np.concatenate([x[:10] for x in (self.real[0], *self.samples.values())])
+            _pictures.save_grid(folder / "methods.png", rows, columns=10, low=-1)
 
 
 if __name__ == "__main__":

@@ -63,13 +63,9 @@ class Config(_run.TrainConfig):
     width: int = 64
     """Units in each of the critic's two hidden layers."""
     learning_rate: float = 2e-3
-    """Adam's rate, falling along a cosine to nothing."""
     steps: int = 3000
-    """Updates of the critic."""
     batch_size: int = 256
-    """Pairs in one update."""
     steps_per_call: int = 20
-    """Updates in one call of the compiled program."""
     evaluate_every: int = 100
     """Steps between estimates, which the picture shows."""
 

@@ -29,7 +29,7 @@ import optax
 
 from experiments import _judge, _pictures, _run, _system, ppca
 from experiments._data import Data, load_data
-from experiments._system import Row, System, train
+from experiments._system import Row, System, adamw, train
 from genjax import checks
 from genjax.data import DataSpec, Scaling
 from genjax.networks import ConvDecoder, ConvEncoder, ResidualMLP
@@ -74,7 +74,6 @@ class Config(_run.TrainConfig):
     dropout: float = 0.2
     """Share of hidden units dropped in training: 1,437 digits are soon learnt by heart."""
     learning_rate: float = 2e-3
-    """AdamW's rate, falling along a cosine to nothing at the last step."""
     weight_decay: float = 1e-4
     """AdamW's decay of the matrices."""
     clip: float = 5.0
@@ -141,7 +140,7 @@ def build(config: Config, data: Data) -> System:
     return System(
         model.init,
         make_loss(config, model),
-        make_optimizer(config),
+        adamw(config, optax.cosine_decay_schedule(config.learning_rate, config.steps)),
         sample,
         bound_of(model, chunk),
         likelihood={
@@ -242,16 +241,6 @@ def make_loss(config: Config, model: Model) -> Callable[..., Any]:
         return iwae(encode, log_likelihood, key_z, batch["x"], **options)
 
     return loss_fn
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW with clipped gradients and a rate that falls along a cosine."""
-    rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
-    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay, mask=matrices),
-    )
 
 
 def level_log_probs(model: Model, params: Any, z: jax.Array, levels: int) -> jax.Array:
