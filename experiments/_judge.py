@@ -68,7 +68,8 @@ class Reference:
 
 def _views(x: np.ndarray, extractor: Extractor | None) -> dict[str, np.ndarray]:
     plain = np.reshape(x, (len(x), -1)).astype(np.float32)
-    return {"plain": plain, "features": plain if extractor is None else extractor.extract(x)}
+    features = plain if extractor is None else np.asarray(extractor.extract(x))
+    return {"plain": plain, "features": features}
 
 
 def reference(data: Data, extractor: Extractor | None = None) -> Reference:
