@@ -40,12 +40,12 @@ def save_grid(
     return Path(path)
 
 
-def save_figure(path: str | os.PathLike, draw: Any, *, panels: int = 1, size: float = 4.0) -> Path:
-    """Write a figure of `panels` axes in a row: draw(axes) draws on the list of them."""
+def save_figure(path: str | os.PathLike, plot: Any, *, panels: int = 1, size: float = 4.0) -> Path:
+    """Write a figure of `panels` axes in a row: plot(axes) plots on the list of them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(size * panels, size), layout="constrained")
-    draw([figure.add_subplot(1, panels, i + 1) for i in range(panels)])
+    plot([figure.add_subplot(1, panels, i + 1) for i in range(panels)])
     figure.savefig(Path(path), dpi=120)
     return Path(path)
 
@@ -55,12 +55,12 @@ def save_points(path: str | os.PathLike, sets: Mapping[str, Any], *, limit: floa
     arrays = {title: np.asarray(points) for title, points in sets.items()}
     limit = limit or 1.05 * max(float(np.abs(points).max()) for points in arrays.values())
 
-    def draw(axes: Sequence[Any]) -> None:
+    def plot(axes: Sequence[Any]) -> None:
         for axis, (title, points) in zip(axes, arrays.items(), strict=True):
             axis.plot(points[:, 0], points[:, 1], ".", markersize=2, alpha=0.5)
             axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
-    return save_figure(path, draw, panels=len(arrays))
+    return save_figure(path, plot, panels=len(arrays))
 
 
 def save_samples(path: str | os.PathLike, data: Any, samples: Any, labels: Any = None) -> None:
@@ -91,14 +91,14 @@ def density_report(system: Any, data: Any) -> Any:
         grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
         density = np.exp(np.asarray(log_prob(params, grid))).reshape(200, 200)
 
-        def draw(axes: Any) -> None:
+        def plot(axes: Any) -> None:
             axes[0].imshow(density, origin="lower", extent=(-limit, limit) * 2)
             axes[0].set(title="density of the model")
             for axis, x, title in ((axes[1], samples[:5000], "samples"), (axes[2], points, "data")):
                 axis.plot(*x.T, ".", markersize=1)
                 axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
-        save_figure(run.folder / "density.png", draw, panels=3)
+        save_figure(run.folder / "density.png", plot, panels=3)
         return {}
 
     return report
@@ -114,10 +114,10 @@ def save_curves(
 ) -> Path:
     """Write curves {name: (x, y)} on one pair of axes."""
 
-    def draw(axes: Sequence[Any]) -> None:
+    def plot(axes: Sequence[Any]) -> None:
         for name, (x, y) in curves.items():
             axes[0].plot(np.asarray(x), np.asarray(y), label=name)
         axes[0].set(xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
         axes[0].legend()
 
-    return save_figure(path, draw)
+    return save_figure(path, plot)

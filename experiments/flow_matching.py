@@ -102,7 +102,7 @@ def main(config: Config) -> dict[str, Any]:
         for method in config.methods:
             trained[method] = fit(config, run, data, method, trained.get("flow"))
             summary |= compare(method, trained[method])
-        compare.draw(run.folder)
+        compare.plot(run.folder)
         last = config.methods[-1]
         measures = Measures(config, build(config, data), data)
         summary |= {"sampled_method": last, **measures.of(run, trained[last])}
@@ -304,7 +304,7 @@ class Comparison:
             f"transport_cost_{method}": jnp.sum(jnp.square(many[0] - noise)) / len(noise),
         }
 
-    def draw(self, folder: Any) -> None:
+    def plot(self, folder: Any) -> None:
         """Write samples of every method beside the data."""
         if self.data.kind == "points":
             sets = {self.config.dataset: self.real[0], **self.samples}

@@ -69,7 +69,7 @@ def main(config: Config) -> dict[str, Any]:
 
         samples = np.asarray(scaling.to_levels(path[-1].reshape(-1, *data.spec.shape)))
         np.save(run.folder / "samples.npy", samples)
-        draw(run.folder, path, target, data, config)
+        plot(run.folder, path, target, data, config)
         pair = [z.reshape(len(z), -1).astype(np.float32) for z in (samples, data.test["x"])]
         summary = {
             "divergence_start": trace["divergence"][0],
@@ -113,7 +113,7 @@ def flow(
     return jnp.concatenate([x[None], path]), numbers
 
 
-def draw(folder: Any, path: np.ndarray, target: np.ndarray, data: Data, config: Config) -> None:
+def plot(folder: Any, path: np.ndarray, target: np.ndarray, data: Data, config: Config) -> None:
     """Write the strip of pictures."""
     # Most of the way is covered early: times 0, 1, ... in equal ratios.
     shown = np.geomspace(1, config.steps, config.frames - 1).round().astype(int)

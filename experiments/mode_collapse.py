@@ -103,7 +103,7 @@ def main(config: Config) -> dict[str, Any]:
             print(f"{name}: {summary[name]}")
         np.savez(run.folder / "samples.npz", **{n: x[:8] for n, x in kept.items()})
         _pictures.save_points(run.folder / "samples.png", {n: x[0] for n, x in kept.items()})
-        draw(run.folder / "modes.png", counts, len(density.means))
+        plot(run.folder / "modes.png", counts, len(density.means))
         return _run.finish(run, summary)
 
 
@@ -187,7 +187,7 @@ def count(result: Any, modes: int) -> dict[str, Any]:
     }
 
 
-def draw(path: Any, counts: dict[str, np.ndarray], modes: int) -> None:
+def plot(path: Any, counts: dict[str, np.ndarray], modes: int) -> None:
     """Draw for each objective how many seeds cover how many modes."""
 
     def bars(axes: Any) -> None:

@@ -90,7 +90,7 @@ def main(config: Config) -> dict[str, Any]:
         params = weights(config, system, state)
         export_npz(run.folder / "params.npz", params)
         found = float(estimate(params))
-        draw(run, truth)
+        plot(run, truth)
         summary = {"estimate": found, "truth": truth, "error": abs(found - truth)}
         return _run.finish(run, {"parameters": parameter_count(params), **summary})
 
@@ -101,11 +101,11 @@ def load_data(config: Config) -> Data:
     if not -1 < config.rho < 1:
         raise ValueError(f"rho must lie in (-1, 1), got {config.rho}")
     spec = DataSpec("gaussians", "points", (2 * config.dims,), None, None)
-    test = {"x": draw_pairs(config, np.random.default_rng([config.seed, 1]), TEST_PAIRS)}
+    test = {"x": sample_pairs(config, np.random.default_rng([config.seed, 1]), TEST_PAIRS)}
     return Data({}, test, spec)
 
 
-def draw_pairs(config: Config, rng: np.random.Generator, count: int) -> np.ndarray:
+def sample_pairs(config: Config, rng: np.random.Generator, count: int) -> np.ndarray:
     """Draw [count, 2 dims]: x, then y."""
     x, noise = rng.normal(size=(2, count, config.dims))
     y = config.rho * x + math.sqrt(1 - config.rho**2) * noise
@@ -126,7 +126,7 @@ def build(config: Config, data: Data) -> System:
 
     def fresh(step: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([config.seed, 0, step])
-        pairs = draw_pairs(config, rng, config.batch_size)
+        pairs = sample_pairs(config, rng, config.batch_size)
         return {"x": np.split(pairs, jax.process_count())[jax.process_index()]}
 
     rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
@@ -153,7 +153,7 @@ def network(config: Config) -> MLP:
     return MLP((config.width, config.width, 1), activation=jax.nn.relu)
 
 
-def draw(run: _run.Run, truth: float) -> None:
+def plot(run: _run.Run, truth: float) -> None:
     """Draw the bound of the batches, the estimates and the truth against the step."""
     lines = read_metrics(run.folder / "metrics.jsonl")
     curves: dict[str, Any] = {}

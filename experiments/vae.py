@@ -104,7 +104,7 @@ def main(config: Config) -> dict[str, Any]:
     model = make_model(config, data.spec)
 
     def report(run: _run.Run, params: Any, samples: np.ndarray) -> dict[str, Any]:
-        draw_pictures(run.folder, model, params, data, _system.keys(config.seed).sample)
+        plot_latents(run.folder, model, params, data, _system.keys(config.seed).sample)
         bound = _judge.likelihood(
             system._replace(log_prob=bound_of(model, 0)), data, num_draws=1, estimator="bound"
         )(params, _system.keys(config.seed).test, data.test)
@@ -251,7 +251,7 @@ def level_log_probs(model: Model, params: Any, z: jax.Array, levels: int) -> jax
     return jax.lax.map(each, jnp.arange(levels)).reshape(levels, *raw.shape[:-1])
 
 
-def draw_pictures(folder: Any, model: Model, params: Any, data: Data, key: jax.Array) -> None:
+def plot_latents(folder: Any, model: Model, params: Any, data: Data, key: jax.Array) -> None:
     """Write reconstructions, interpolation and the latent map."""
     spec, test = data.spec, data.test
     levels = spec.levels or 0
@@ -283,14 +283,14 @@ def draw_pictures(folder: Any, model: Model, params: Any, data: Data, key: jax.A
     if latent > 2:
         codes, _ = ppca_posterior(ppca_fit(codes, 2), codes)
 
-    def draw(axes: Any) -> None:
+    def plot(axes: Any) -> None:
         labels = test.get("label")
         points = axes[0].scatter(*np.asarray(codes).T, s=6, c=labels, cmap="tab10")
         axes[0].set(title="codes of the test images", aspect="equal")
         if labels is not None:
             axes[0].legend(*points.legend_elements(), fontsize="x-small", loc="upper right")
 
-    _pictures.save_figure(folder / "latent_map.png", draw, size=5)
+    _pictures.save_figure(folder / "latent_map.png", plot, size=5)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_the_estimate_comes_near_the_truth(estimator, tmp_path):
 @pytest.mark.parametrize("estimator", ["donsker_varadhan", "nwj"])
 def test_a_perfect_critic_is_worth_the_truth(estimator):
     config = mi.Config(rho=0.6, dims=2, estimator=estimator)
-    pairs = jnp.asarray(mi.draw_pairs(config, np.random.default_rng(0), 100_000))
+    pairs = jnp.asarray(mi.sample_pairs(config, np.random.default_rng(0), 100_000))
 
     def log_ratio(pairs):
         x, y = pairs[:, :2], pairs[:, 2:]
