@@ -36,14 +36,8 @@ from genjax.networks import TimeMLP
 from genjax.training import export_npz
 from genjax.transport import sinkhorn_from_cost
 
-ROWS = (
-    Row(
-        "flow_matching",
-        "Flow matching",
-        images={"methods": ("flow",), "width": 256, "dropout": 0.1},
-        plane={"methods": ("flow",)},
-    ),
-)
+FLOW = {"methods": ("flow",)}
+ROWS = (Row("flow_matching", "Flow matching", {**FLOW, "width": 256, "dropout": 0.1}, FLOW),)
 Method = Literal["flow", "reflow", "ot", "sinkhorn"]
 
 

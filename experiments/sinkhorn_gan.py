@@ -34,12 +34,11 @@ from genjax.transport import (
     squared_euclidean,
 )
 
+FIXED, LEARNED = {"variant": "fixed"}, {"variant": "learned"}
 OTGAN = {"variant": "otgan", "generator_updates": 3}
 ROWS = (
-    Row("sinkhorn_fixed", "Sinkhorn, fixed cost", {"variant": "fixed"}, {"variant": "fixed"}),
-    Row(
-        "sinkhorn_learned", "Sinkhorn, learned cost", {"variant": "learned"}, {"variant": "learned"}
-    ),
+    Row("sinkhorn_fixed", "Sinkhorn, fixed cost", FIXED, FIXED),
+    Row("sinkhorn_learned", "Sinkhorn, learned cost", LEARNED, LEARNED),
     Row("otgan", "OT-GAN", OTGAN, OTGAN),
 )
 
@@ -82,30 +81,18 @@ class Config(_run.TrainConfig):
     """Samples for the modes covered in the plane; images take as many as the training set has."""
 
 
-IMAGES = {
-    "variant": "learned",
-    "steps": 1500,
-    "batch_size": 512,
-    "epsilon": 0.01,
-    "latent_dim": 16,
-    "width": 256,
-    "learning_rate": 2e-3,
-}
-PLANE = {
-    "variant": "fixed",
-    "steps": 10_000,
-    "batch_size": 256,
-    "epsilon": 0.0015,
-    "latent_dim": 2,
-    "width": 128,
-    "learning_rate": 3e-3,
+# What the options that were left open are, for images and in the plane.
+OPEN = ("variant", "steps", "batch_size", "epsilon", "latent_dim", "width", "learning_rate")
+DEFAULTS = {
+    "images": ("learned", 1500, 512, 0.01, 16, 256, 2e-3),
+    "points": ("fixed", 10_000, 256, 0.0015, 2, 128, 3e-3),
 }
 
 
 def settled(config: Any, kind: str) -> Any:
     """Give the options that were left open their values for this kind of data."""
-    defaults = {"images": IMAGES, "points": PLANE}[kind]
-    left = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    defaults = zip(OPEN, DEFAULTS[kind], strict=True)
+    left = {name: value for name, value in defaults if getattr(config, name) is None}
     return dataclasses.replace(config, **left)
 
 

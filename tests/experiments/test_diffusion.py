@@ -87,7 +87,6 @@ def test_points(tmp_path):
 
 
 def test_score_error_of_the_exact_denoiser_is_zero(monkeypatch):
-    from experiments import _diffusion
     from genjax import diffusion as gd
     from genjax.data import DENSITIES
 
@@ -109,7 +108,7 @@ def test_score_error_of_the_exact_denoiser_is_zero(monkeypatch):
 
     x = density.sample(jax.random.key(0), 200)
     for scale, expected in [(1.0, 0.0), (1.1, 0.1)]:
-        errors = _diffusion.score_error(
+        errors = diffusion.score_error(
             Model(), scale, x, density.means, density.std, jax.random.key(1)
         )
         np.testing.assert_allclose(list(errors.values()), expected, atol=1e-3)
