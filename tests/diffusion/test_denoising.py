@@ -272,16 +272,17 @@ def test_the_ends_are_times_of_the_process(process, key):
     """Without jit: 0.999 rounds up in float32, and is t_max all the same. Losses are finite."""
     x = jnp.ones((3, 2))
     t = jnp.array([0.0, process.t_min, process.t_max])
-    for prediction in gd.PREDICTIONS:
-        for weighting in (*gd.PREDICTIONS, "likelihood"):
+    # Every prediction and every weighting once: the pairs agree (above).
+    pairs = [(kind, kind) for kind in gd.PREDICTIONS] + [("epsilon", "likelihood")]
+    for prediction, weighting in pairs:
 
-            def loss(a, prediction=prediction, weighting=weighting):
-                options = {"prediction": prediction, "weighting": weighting, "times": t}
-                return gd.denoising_score_matching(
-                    lambda x, t: a * x, key, x, process=process, **options
-                )[0].sum()
+        def loss(a, prediction=prediction, weighting=weighting):
+            options = {"prediction": prediction, "weighting": weighting, "times": t}
+            return gd.denoising_score_matching(
+                lambda x, t: a * x, key, x, process=process, **options
+            )[0].sum()
 
-            assert all(np.isfinite(v) for v in jax.value_and_grad(loss)(0.5))
+        assert all(np.isfinite(v) for v in jax.value_and_grad(loss)(0.5))
 
 
 def test_bad_input(unchecked, key):
