@@ -32,7 +32,7 @@ train: $(STAMP) ## train the VAE on real digits; says where pictures and metrics
 test: export XLA_FLAGS := --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 \
 	--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 test test-all: export PYTHONDONTWRITEBYTECODE :=
-test: $(STAMP) ## the tests: seven minutes on two cores, four once programs are in .cache/jax
+test: $(STAMP) ## the tests; a second run finds its compiled programs in .cache/jax
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 test-all: $(STAMP) ## the tests and the slow ones

@@ -57,8 +57,8 @@ def test_spline_flow_of_digits(tmp_path):
 def test_flow_matching_with_reflow_and_coupling(tmp_path):
     folder = tmp_path / "run"
     config = flow_matching.Config(
-        run_dir=str(folder), width=32, depth=2, steps=400, steps_per_call=100, batch_size=128,
-        ema=0.98, learning_rate=5e-3, reflow_pairs=4096, samples=1000, sample_steps=20, **QUICK,
+        run_dir=str(folder), width=32, depth=2, steps=200, steps_per_call=100, batch_size=64,
+        ema=0.98, learning_rate=5e-3, reflow_pairs=1024, samples=1000, sample_steps=20, **QUICK,
     )  # fmt: skip
     summary = flow_matching.main(config)
     assert summary["distance_flow"] < 0.5 * summary["distance_flow_one_step"]
