@@ -193,7 +193,6 @@ def fit(
     where `best` among them is smallest is kept, see `best_state`.
     """
     config = run.config
-    best = None if best is None else loop.EVALUATION + best
     run.checkpoints = Checkpoints(run.folder / "checkpoints", keep=config.keep, best=best)
     if config.resume:
         found = run.checkpoints.restore(state)

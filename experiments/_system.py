@@ -272,10 +272,9 @@ def reopen(folder: str | Path, *, averaged: bool = True, **changes: Any) -> tupl
     data = module.load_data(config)
     system = module.build(config, data)
     state = start(config, system)
-    best = None if system.best is None else _run.loop.EVALUATION + system.best
-    checkpoints = Checkpoints(folder / "checkpoints", best=best)
+    checkpoints = Checkpoints(folder / "checkpoints", best=system.best)
     try:
-        found = None if best is None else checkpoints.restore_best(state)
+        found = None if system.best is None else checkpoints.restore_best(state)
         found = found or checkpoints.restore(state)
         if found is not None:
             return system, weights(config, system, found[1], averaged=averaged), config

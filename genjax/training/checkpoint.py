@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genjax import checks
+from genjax.training.record import EVALUATION
 from genjax.training.state import check_layout, is_key, layout
 
 __all__ = ["CheckpointError", "Checkpoints"]
@@ -36,9 +38,10 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run in one folder, named by their step.
 
-    keep: how many of the newest stay. best: a metric's name; the checkpoint where it is smallest
-    (largest with mode="max") stays too. Saving returns once the state is copied and goes on in
-    the background; `wait` (or the next save) raises what went wrong there.
+    keep: how many of the newest stay. best: a metric's name, with or without the "eval/" of
+    `fit`; the checkpoint where it is smallest (largest with mode="max"; the first of equal ones)
+    stays too. A metric that is not finite is never the best. Saving returns once the state is
+    copied and goes on in the background; `wait` (or the next save) raises what went wrong there.
     """
 
     def __init__(
@@ -63,7 +66,10 @@ class Checkpoints:
         return sorted(int(name) for name in names if str(int(name)) == name)
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Begin to save the state under its step; a step that is just saved is not saved again."""
+        """Begin to save the state under its step; a step that is just saved is not saved again.
+
+        Without metrics it is no candidate for the best. Raises ValueError where they lack it.
+        """
         if step == self._saved:
             return
         ocp = _orbax()
@@ -71,8 +77,8 @@ class Checkpoints:
         tree = to_host(state)
         # orbax wants plain JSON.
         numbers = None if metrics is None else {k: float(v) for k, v in metrics.items()}
-        if self.best is not None and self.best not in (numbers or {}):
-            numbers = None  # not a candidate for the best
+        if numbers is not None and self.best is not None:
+            self._score(numbers)
         self.wait()
         try:
             if self._writer is None:
@@ -137,7 +143,7 @@ class Checkpoints:
         return None
 
     def restore_best(self, like: Any) -> tuple[int, Any] | None:
-        """Read the checkpoint with the best metric; None where none was saved with it."""
+        """Read the checkpoint with the best metric; None where none has it and finite."""
         if self.best is None:
             raise ValueError("best must name a metric when the Checkpoints are made, got None")
         self.wait()
@@ -166,12 +172,20 @@ class Checkpoints:
                 raise CheckpointError(f"{name} is damaged: the checksum of {leaf} does not agree")
         return from_host(tree, like)
 
+    def _score(self, metrics: Mapping[str, float]) -> float:
+        for name in (self.best, f"{EVALUATION}{self.best}"):
+            if name in metrics:
+                return metrics[name]
+        raise ValueError(f"metrics must hold best = {self.best!r}, got {sorted(metrics)}")
+
     def _best_step(self) -> int | None:
         scores = {}
         for step in self.steps() if self.best is not None else []:
             # Left out where it is damaged, or was saved without an evaluation.
             with contextlib.suppress(Exception):
-                scores[step] = float(self._read_record(step)["metrics"][self.best])
+                scores[step] = float(self._score(self._read_record(step)["metrics"]))
+        # NaN compares false with everything: min and max would keep it where it comes first.
+        scores = {step: score for step, score in scores.items() if math.isfinite(score)}
         pick = min if self.mode == "min" else max
         return pick(scores, key=lambda step: scores[step], default=None)
 

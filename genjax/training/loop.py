@@ -62,14 +62,15 @@ def fit(
     steps_per_call = k, step_fn takes k batches stacked; calls end at multiples of k, so that a
     resumed run makes the same calls. Metrics are read while the next call runs and go to
     metrics.jsonl in `folder`. evaluate(state) gives numbers every `evaluate_every` steps, logged
-    under "eval/" and saved with the checkpoint. The last state is always saved.
+    under "eval/" and saved with the checkpoint; where checkpoints.best names one of them, they must
+    hold it (ValueError). The last state is always saved, also where no step is left to do.
 
     With `max_seconds` training ends after the first call at whose end that many seconds have passed
     since the end of the very first one, which compiles (0: no limit); evaluations count.
 
     Raises NonFiniteError at the first step with a number that is not finite, before anything
-    later is saved. An error in `batches` is raised after the state is saved. SIGTERM and SIGINT
-    save the state and raise Stopped (exit status 0); a second one acts as usual.
+    later is saved. An error in `batches` or `evaluate` is raised after the state is saved. SIGTERM
+    and SIGINT save the state and raise Stopped (exit status 0); a second one acts as usual.
     """
     from tqdm import tqdm
 
@@ -103,12 +104,16 @@ def fit(
             if evaluate is not None and run.reached(evaluate_every):
                 scores = run.evaluate(evaluate)
             over = run.is_over(max_seconds)
-            best = checkpoints is not None and scores is not None and checkpoints.best in scores
+            best = scores is not None and checkpoints is not None and checkpoints.best is not None
             if best or over or run.step == num_steps or run.reached(save_every):
                 run.save(scores)
             run.stop_after(signals)
             if over:
                 break
+        else:
+            # No step was left to do: a state that is on the disk stays as it is.
+            if checkpoints is not None and run.step not in checkpoints.steps():
+                run.save()
         run.read_metrics()
         return run.state
 
@@ -135,13 +140,8 @@ class _Training:
         """Make one call, and read the metrics of the call before it."""
         count = min(self.num_steps, (self.step // self.steps_per_call + 1) * self.steps_per_call)
         count -= self.step
-        try:
+        with self._saved_on_error():
             parts = [self.batches(self.step + i) for i in range(count)]
-        except Exception as error:
-            self.save()
-            if self.checkpoints is not None:
-                error.add_note(f"the state of step {self.step} is saved: mend this, then resume")
-            raise
         several = self.steps_per_call > 1
         batch = jax.tree.map(lambda *x: np.stack(x), *parts) if several else parts[0]
         self.state, metrics = self.step_fn(self.state, batch)
@@ -152,6 +152,17 @@ class _Training:
         self.before, self.step = self.step, self.step + count
         return row
 
+    @contextlib.contextmanager
+    def _saved_on_error(self) -> Iterator[None]:
+        """Save the state before an error of the caller's own functions ends the training."""
+        try:
+            yield
+        except Exception as error:
+            self.save()
+            if self.checkpoints is not None:
+                error.add_note(f"the state of step {self.step} is saved: mend this, then resume")
+            raise
+
     def reached(self, every: int) -> bool:
         """Whether the last call reached a multiple of `every`; never where that is 0."""
         return every > 0 and self.step // every > self.before // every
@@ -159,7 +170,8 @@ class _Training:
     def evaluate(self, evaluate: Callable[[Any], Numbers]) -> Numbers:
         """Evaluate the state and log the scores."""
         self.read_metrics()
-        scores = {EVALUATION + name: float(x) for name, x in evaluate(self.state).items()}
+        with self._saved_on_error():
+            scores = {EVALUATION + name: float(x) for name, x in evaluate(self.state).items()}
         if self.log is not None:
             self.log.write(self.step, scores)
         return scores

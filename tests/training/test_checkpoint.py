@@ -58,10 +58,19 @@ def test_one_device_and_eight_read_each_other(saved, tmp_path):
     same(back, make_state(2))
 
 
-@pytest.mark.parametrize(("mode", "kept", "best"), [("min", [1, 3, 4], 1), ("max", [0, 3, 4], 0)])
-def test_keeps_the_newest_and_the_best(tmp_path, mode, kept, best):
+@pytest.mark.parametrize(
+    ("mode", "bounds", "kept", "best"),
+    [
+        ("min", [5.0, 1.0, 4.0, 3.0], [1, 3, 4], 1),
+        ("max", [5.0, 1.0, 4.0, 3.0], [0, 3, 4], 0),
+        # What is not finite is never the best: the first of all, after the best, between them.
+        ("min", [np.nan, 0.7, np.nan, 0.7], [1, 3, 4], 1),
+        ("max", [np.inf, 0.2, np.nan, 0.1], [1, 3, 4], 1),
+    ],
+)
+def test_keeps_the_newest_and_the_best(tmp_path, mode, bounds, kept, best):
     checkpoints = Checkpoints(tmp_path / "c", keep=2, best="bound", mode=mode)
-    for step, bound in enumerate([5.0, 1.0, 4.0, 3.0]):
+    for step, bound in enumerate(bounds):
         checkpoints.save(step, make_state(step), {"bound": bound, "other": step})
     checkpoints.save(4, make_state(4))  # without an evaluation
     checkpoints.wait()
@@ -70,6 +79,15 @@ def test_keeps_the_newest_and_the_best(tmp_path, mode, kept, best):
     assert step == best
     same(state, make_state(best))
     checkpoints.close()
+
+
+def test_no_best_where_every_score_is_nan(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", best="fid")
+    checkpoints.save(1, make_state(1), {"eval/fid": np.nan})
+    checkpoints.close()
+    assert checkpoints.restore_best(make_state()) is None
+    with pytest.raises(ValueError, match=r"must hold best = 'fid', got \['eval/loss', 'kid'\]"):
+        checkpoints.save(2, make_state(2), {"eval/loss": 1.0, "kid": 2.0})
 
 
 def test_a_saved_state_does_not_change_with_its_buffers(tmp_path):

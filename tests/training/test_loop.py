@@ -156,9 +156,44 @@ def test_a_signal_saves_and_stops(tmp_path, name):
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(7))
 
 
-def test_nothing_left_to_do(tmp_path):
-    state = start()
-    assert fit(state, make_step(), make_batch, num_steps=0, folder=tmp_path) is state
+def test_the_last_state_is_always_saved(tmp_path):
+    """Also where no step is left to do (once), and where `evaluate` fails."""
+    state, checkpoints = start(), Checkpoints(tmp_path / "checkpoints")
+    options = {"num_steps": 0, "folder": tmp_path, "checkpoints": checkpoints}
+    assert fit(state, make_step(), make_batch, **options) is state
+    step, again = checkpoints.restore(state)
+    assert step == 0
+    equal(again, state)
+    fit(
+        again,
+        make_step(),
+        make_batch,
+        **{**options, "checkpoints": Checkpoints(checkpoints.folder)},
+    )
+    with pytest.raises(ZeroDivisionError) as error:
+        train(tmp_path / "fails", evaluate=lambda state: 1 / 0, evaluate_every=3, save_every=100)
+    assert error.value.__notes__ == ["the state of step 3 is saved: mend this, then resume"]
+    assert Checkpoints(tmp_path / "fails" / "checkpoints").steps() == [3]
+
+
+@pytest.mark.parametrize("best", ["fid", "eval/fid"])
+def test_the_best_by_the_name_that_evaluate_gives(tmp_path, best):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, best=best)
+    scores = iter([0.3, np.nan, 0.2, 0.4])
+    options = {"num_steps": 4, "folder": tmp_path, "checkpoints": checkpoints, "evaluate_every": 1}
+    fit(start(), make_step(), make_batch, **options, evaluate=lambda _: {"fid": next(scores)})
+    assert checkpoints.restore_best(start())[0] == 3
+    assert checkpoints.steps() == [3, 4]
+    checkpoints.close()
+    other = Checkpoints(tmp_path / "other", best="kid")
+    with pytest.raises(ValueError, match=r"must hold best = 'kid', got \['eval/fid'\]"):
+        fit(
+            start(),
+            make_step(),
+            make_batch,
+            **{**options, "checkpoints": other},
+            evaluate=lambda _: {"fid": 1.0},
+        )
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 3])
