@@ -53,8 +53,8 @@ DATA = 0x64617461
 class SaddleState:
     """Two players, the updates of the generator so far, the run's key, averages of the generator.
 
-    As in TrainState the key is never advanced, `ema` maps a decay to uncorrected averages, and
-    `carry` is what no gradient moves (one for both players), see `saddle_step`.
+    As in TrainState the key is never advanced, `ema` maps a decay to averages, and `carry` is what
+    no gradient moves (one for both players), see `saddle_step`.
     """
 
     step: Any
@@ -70,8 +70,8 @@ class SaddleState:
         return {"critic": self.critic.params, "generator": self.generator.params}
 
     def ema_params(self, decay: float) -> Params:
-        """Read the bias-corrected average of the generator's parameters, see `ema_read`."""
-        return ema_read(self.ema, decay, self.step, self.generator.params)
+        """Read the average of the generator's parameters, see `ema_update`."""
+        return ema_read(self.ema, decay)
 
     def replace(self, **changes: Any) -> "SaddleState":
         """Return the state with some fields changed."""
@@ -178,7 +178,7 @@ def saddle_step(
     metrics = {f"critic/{name}": x for name, x in terms.items()}
     metrics |= {f"generator/{name}": x for name, x in answer.items()}
     metrics["finite"] = all_finite(metrics)
-    ema = ema_update(state.ema, player.params)
+    ema = ema_update(state.ema, player.params, state.step + 1)
     return SaddleState(state.step + 1, critic, player, state.key, ema, carry), metrics
 
 

@@ -1,6 +1,7 @@
 """The state of training: one immutable pytree, with exponential moving averages of the weights."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ class TrainState:
     """Everything that a training run carries from step to step.
 
     step: int32 [], updates done. params, opt_state: pytrees. key: the run's PRNG key, never
-    advanced: step n draws from fold_in(key, n). ema: decay (as text) -> uncorrected averages.
+    advanced: step n draws from fold_in(key, n). ema: decay (as text) -> averages of params.
     carry: what no gradient moves and the next step needs (running averages, power vectors, a frozen
     reference), a pytree of arrays, or None; see `train_step`.
     """
@@ -35,8 +36,8 @@ class TrainState:
     carry: Any = None
 
     def ema_params(self, decay: float) -> Params:
-        """Read the bias-corrected average of the parameters, see `ema_read`."""
-        return ema_read(self.ema, decay, self.step, self.params)
+        """Read the average of the parameters, without a bias to its start, see `ema_update`."""
+        return ema_read(self.ema, decay)
 
     def replace(self, **changes: Any) -> "TrainState":
         """Return the state with some fields changed."""
@@ -51,7 +52,7 @@ def init_state(
     ema_decays: Sequence[float] = (),
     carry: Any = None,
 ) -> TrainState:
-    """Build the state at step 0: optimiser state, one zero average for each decay, the carry.
+    """Build the state at step 0: optimiser state, one average for each decay, the carry.
 
     `optimizer` is an optax transformation (`init` and `update`). All arrays are copied, so that
     the caller's own parameters outlive a compiled step that donates its state. Raises ValueError
@@ -108,6 +109,12 @@ def is_float(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
+def wide(x: Any) -> Any:
+    """Cast floating and complex arrays to float32 or complex64 at least; leave the others."""
+    dtype = jnp.result_type(x)
+    return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32)) if is_float(x) else x
+
+
 def is_key(x: Any) -> bool:
     """Whether an array is one of typed PRNG keys."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -141,46 +148,48 @@ def check_layout(found: Mapping[str, list], expected: Mapping[str, list]) -> Non
 
 
 def ema_init(params: Params, decays: Sequence[float]) -> dict[str, Params]:
-    """Start one average for each decay: zeros, float32 at least (integers: their own value)."""
-
-    def start(x: Any) -> jax.Array:
-        dtype = jnp.result_type(x)
-        return jnp.zeros(jnp.shape(x), jnp.promote_types(dtype, jnp.float32)) if is_float(x) else x
-
+    """Start one average for each decay at the parameters, in float32 at least (integers: as is)."""
     for decay in decays:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decays must lie in [0, 1), got {decay}")
-    return {str(float(decay)): jax.tree.map(start, params) for decay in decays}
+    start = jax.tree.map(wide, params)
+    return {str(float(decay)): start for decay in decays}
 
 
-def ema_update(ema: dict[str, Params], params: Params) -> dict[str, Params]:
-    """Move every average by one update: m <- d m + (1 - d) params, in float32 at least."""
+def ema_update(ema: dict[str, Params], params: Params, updates: Any) -> dict[str, Params]:
+    """Move every average by the update that is the `updates`-th, in float32 at least.
 
-    def move(decay: float, mean: Any, new: Any) -> Any:
-        return decay * mean + (1 - decay) * new.astype(mean.dtype) if is_float(new) else new
+        m <- m + w_n (params - m),  w_n = (1 - d) / (1 - d^n)
+
+    is the mean of the parameters after updates 1..n with weights d^(n - i): w_1 = 1 forgets the
+    start, and a constant stays what it is. The form d m + (1 - d) params shrinks it in float32,
+    whose rounded d and 1 - d do not sum to 1.
+    """
+    n = jnp.maximum(jnp.asarray(updates).astype(float), 1)
+
+    def weight(decay: float) -> Any:
+        # 1 - d^n = -expm1(n log d): exact to float32 where d^n is near 1.
+        log_decay = math.log(decay) if decay > 0 else -math.inf
+        return jnp.where(n > 1, (1 - decay) / -jnp.expm1(n * log_decay), 1)
+
+    def move(w: Any, mean: Any, new: Any) -> Any:
+        if not is_float(new):
+            return new
+        new = new.astype(mean.dtype)
+        # The first mean is its only member, without the rounding of m + (new - m).
+        return jnp.where(n > 1, mean + w.astype(mean.dtype) * (new - mean), new)
 
     return {
-        name: jax.tree.map(lambda m, p, d=float(name): move(d, m, p), mean, params)
+        name: jax.tree.map(functools.partial(move, weight(float(name))), mean, params)
         for name, mean in ema.items()
     }
 
 
-def ema_read(ema: dict[str, Params], decay: float, updates: Any, params: Params) -> Params:
-    """Read one average without the bias of its zero start: m_n / (1 - d^n) after n updates.
+def ema_read(ema: dict[str, Params], decay: float) -> Params:
+    """Read one average; before the first update it is the parameters. See `ema_update`.
 
-    This is the weighted mean of the parameters after updates 1..n with weights d^(n - i). Before
-    the first update it is `params`. Float32 at least. Raises ValueError for a decay not kept.
+    Raises ValueError for a decay that is not kept.
     """
     name = str(float(decay))
     checks.one_of("decay", name, ema)
-    log_decay = math.log(float(decay)) if decay > 0 else -math.inf
-    n = jnp.asarray(updates).astype(jnp.float32)
-    # 1 - d^n = -expm1(n log d): exact to float32 where d^n is near 1; n = 0 is answered below.
-    weight = -jnp.expm1(jnp.maximum(n, 1) * log_decay)
-
-    def read(mean: Any, now: Any) -> Any:
-        if not is_float(now):
-            return now
-        return jnp.where(n > 0, mean / weight.astype(mean.dtype), jnp.asarray(now, mean.dtype))
-
-    return jax.tree.map(read, ema[name], params)
+    return ema[name]

@@ -70,7 +70,7 @@ def train_step(
         params=player.params,
         opt_state=player.opt_state,
         key=state.key,
-        ema=ema_update(state.ema, player.params),
+        ema=ema_update(state.ema, player.params, state.step + 1),
         carry=carry,
     ), metrics
 
