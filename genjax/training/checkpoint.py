@@ -1,8 +1,8 @@
 """Checkpoints by orbax: atomic, asynchronous, checked by checksum.
 
-A checkpoint is the whole state as host arrays, so it does not know how many devices wrote it, and
-a record of every array's type, shape and checksum. What does not agree with its record, or with
-the state that is asked for, is refused.
+A checkpoint is the whole state as host arrays by their names, so it does not know how many devices
+wrote it, and a record of every array's type, shape and checksum. What does not agree with its
+record, or with the state that is asked for, is refused.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import numpy as np
 
 from genjax import checks
 from genjax.training.record import EVALUATION
-from genjax.training.state import check_layout, is_key, layout
+from genjax.training.state import check_layout, is_key, leaf_name
 
 __all__ = ["CheckpointError", "Checkpoints"]
 
@@ -68,13 +68,22 @@ class Checkpoints:
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Begin to save the state under its step; a step that is just saved is not saved again.
 
-        Without metrics it is no candidate for the best. Raises ValueError where they lack it.
+        Every leaf comes back as it was: arrays of any number type (jax or numpy, empty ones too),
+        PRNG keys, Python numbers. Raises TypeError by name for any other leaf. Without metrics it
+        is no candidate for the best. Raises ValueError where they lack it.
         """
         if step == self._saved:
             return
         ocp = _orbax()
 
-        tree = to_host(state)
+        record = _layout(state)
+        arrays = dict(zip(record, to_host(state), strict=True))
+        if not arrays:
+            raise ValueError("state must hold at least one array, got none")
+        for name, x in arrays.items():
+            if x.dtype.kind not in "biufcV" or x.dtype.names:
+                raise TypeError(f"{name} cannot be saved: {record[name][0]} is not a number")
+            record[name].append(_checksum(x))
         # orbax wants plain JSON.
         numbers = None if metrics is None else {k: float(v) for k, v in metrics.items()}
         if numbers is not None and self.best is not None:
@@ -93,8 +102,8 @@ class Checkpoints:
             self._writer.save(
                 self.folder / str(step),
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(tree),
-                    record=ocp.args.JsonSave({"leaves": _record(tree), "metrics": numbers}),
+                    state=ocp.args.StandardSave({n: _stored(x) for n, x in arrays.items()}),
+                    record=ocp.args.JsonSave({"leaves": record, "metrics": numbers}),
                 ),
             )
         except Exception as error:
@@ -126,6 +135,7 @@ class Checkpoints:
         that is damaged or foreign is passed over with a warning and moved aside, so that its step
         can be saved again. Raises CheckpointError, naming each reason, where none can be read.
         """
+        self.wait()
         reasons: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
@@ -154,23 +164,25 @@ class Checkpoints:
         """Read one checkpoint into the structure and devices of `like`; checks every array."""
         ocp = _orbax()
 
-        template = to_host(like, empty=True)
         path = self.folder / str(step)
         name = f"checkpoint {path}"
         try:
             found = self._read_record(step)["leaves"]
-            check_layout(found, layout(template))
+            check_layout(found, _layout(like))
         except Exception as error:
             raise CheckpointError(f"{name} is not of this run or is damaged: {error}") from error
+        arrays = dict(zip(_layout(like), to_host(like, empty=True), strict=True))
         try:
             with ocp.StandardCheckpointer() as reader:
-                tree = reader.restore(path / "state", template)
+                stored = {leaf: _stored(x) for leaf, x in arrays.items()}
+                stored = reader.restore(path / "state", stored)
         except Exception as error:
             raise CheckpointError(f"{name} is damaged: {_reason(error)}") from error
-        for leaf, (*_, checksum) in _record(tree).items():
-            if [checksum] != found[leaf][2:]:
+        for leaf, x in arrays.items():
+            arrays[leaf] = _unstored(stored[leaf], x)
+            if [_checksum(arrays[leaf])] != found[leaf][2:]:
                 raise CheckpointError(f"{name} is damaged: the checksum of {leaf} does not agree")
-        return from_host(tree, like)
+        return from_host([*arrays.values()], like)
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         for name in (self.best, f"{EVALUATION}{self.best}"):
@@ -263,34 +275,58 @@ def _from_elsewhere(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
-def to_host(tree: Any, empty: bool = False) -> Any:
-    """Copy a tree to numpy arrays (keys as their data); only the layout where `empty`.
+def to_host(tree: Any, empty: bool = False) -> list[np.ndarray]:
+    """Copy the leaves to numpy arrays (keys as their data); only their layout where `empty`.
 
     A copy, not a view: the next step is given the buffers back while the disk is still busy.
     """
 
     def copy(x: Any) -> np.ndarray:
         x = jax.random.key_data(x) if is_key(x) else x
-        return np.empty(x.shape, x.dtype) if empty else np.array(x)
+        return np.empty(x.shape, x.dtype) if empty and hasattr(x, "dtype") else np.array(x)
 
-    return jax.tree.map(copy, tree)
-
-
-def from_host(tree: Any, like: Any) -> Any:
-    """Put host arrays on the devices of `like`, and make keys of their data."""
-
-    def put(x: Any, old: Any) -> Any:
-        x = jnp.array(x)
-        x = jax.random.wrap_key_data(x, impl=jax.random.key_impl(old)) if is_key(old) else x
-        return jax.device_put(x, old.sharding) if getattr(old, "committed", False) else x
-
-    return jax.tree.map(put, tree, like)
+    return [copy(x) for x in jax.tree.leaves(tree)]
 
 
-def _record(tree: Any) -> dict[str, list]:
-    """The layout of a tree of host arrays, with a checksum for each."""
-    record = layout(tree)
-    for columns, x in zip(record.values(), jax.tree.leaves(tree), strict=True):
-        x = np.ascontiguousarray(x)
-        columns.append(hashlib.blake2b(x.tobytes(), digest_size=16).hexdigest())
-    return record
+def from_host(arrays: list[np.ndarray], like: Any) -> Any:
+    """Make of host arrays what the leaves of `like` are, on the same devices."""
+
+    def put(x: np.ndarray, old: Any) -> Any:
+        if isinstance(old, np.ndarray | np.generic):
+            return x if isinstance(old, np.ndarray) else x[()]
+        if not hasattr(old, "dtype"):
+            return type(old)(x.item())
+        new = jnp.array(x)
+        new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if is_key(old) else new
+        return jax.device_put(new, old.sharding) if getattr(old, "committed", False) else new
+
+    leaves, structure = jax.tree.flatten(like)
+    return structure.unflatten(map(put, arrays, leaves))
+
+
+def _layout(tree: Any) -> dict[str, list]:
+    """The type and the shape of every leaf, by its name; raises ValueError where two share one."""
+    found: dict[str, list] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        name = leaf_name(path)
+        if name in found:
+            raise ValueError(f"two leaves of the state have the name {name!r}")
+        found[name] = [str(getattr(x, "dtype", type(x).__name__)), list(np.shape(x))]
+    return found
+
+
+def _stored(x: np.ndarray) -> np.ndarray:
+    """The array itself, or where orbax does not take it (empty, bfloat16, int4) its bytes and 0."""
+    if x.size and x.dtype.isbuiltin == 1 and x.dtype.char in "?bBhHiIlLqQefdFD":
+        return x
+    return np.frombuffer(x.tobytes() + b"\0", np.uint8)
+
+
+def _unstored(stored: np.ndarray, like: np.ndarray) -> np.ndarray:
+    if stored.dtype == like.dtype and stored.shape == like.shape:
+        return stored
+    return np.frombuffer(bytearray(stored[:-1]), like.dtype).reshape(like.shape)
+
+
+def _checksum(x: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(x).tobytes(), digest_size=16).hexdigest()

@@ -87,7 +87,7 @@ def check_player(name: str, optimizer: Any, params: Params) -> None:
 def check_arrays(name: str, tree: Any) -> None:
     """Raise TypeError unless every leaf is an array or a number."""
     for leaf in jax.tree.leaves(tree):
-        if not isinstance(leaf, int | float) and not hasattr(leaf, "dtype"):
+        if not isinstance(leaf, int | float | complex) and not hasattr(leaf, "dtype"):
             raise TypeError(f"{name} must be a tree of arrays, got a {type(leaf).__name__} in it")
 
 

@@ -29,7 +29,7 @@ def main(folder, steps):
         state, step, share, num_steps=steps, folder=folder, checkpoints=checkpoints, save_every=2
     )
     checkpoints.close()
-    leaves = jax.tree.leaves(to_host((state.params, state.ema)))
+    leaves = to_host((state.params, state.ema))
     np.savez(f"{folder}/end-{index}.npz", *leaves, devices=jax.device_count(), processes=count)
 
 

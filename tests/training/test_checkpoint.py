@@ -41,6 +41,43 @@ def test_round_trip(saved):
     same(Checkpoints(saved).read(1, make_state()), make_state(1))
 
 
+def test_every_leaf_comes_back_as_it_was_or_is_refused_by_name(tmp_path):
+    state = {
+        "empty": jnp.zeros((0, 3), jnp.bfloat16),
+        "integers": [jnp.array([2**24 + 1], jnp.int32), np.array(2**40), jnp.ones(2, jnp.int4)],
+        "numbers": (3, -0.1, True, 1 - 2j, np.float32(0.1), None, {}),
+        "odd/name.": {"": jnp.array([jnp.inf, jnp.nan], jnp.float8_e5m2)},
+        "complex": jnp.array([1j, 2.0]),
+        "keys": jax.random.split(jax.random.key(3, impl="rbg"), 2),
+    }
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, state)
+    _, back = checkpoints.restore(state)
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True):
+        assert type(a) is type(b)
+        assert getattr(a, "dtype", None) == getattr(b, "dtype", None)
+        if b is back["keys"]:
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    for message, like in {
+        "not key": {**state, "keys": jax.random.split(jax.random.key(3, impl="unsafe_rbg"), 2)},
+        "numbers/0 is int": {**state, "numbers": (3.0, *state["numbers"][1:])},
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.read(1, like)
+    for refused in ("text", np.array(["text"]), 2**70, print):
+        with pytest.raises(TypeError, match=r"carry/1 cannot be saved: .* is not a number"):
+            checkpoints.save(2, {"carry": [1, refused]})
+    with pytest.raises(ValueError, match="two leaves of the state have the name 'a/b'"):
+        checkpoints.save(2, {"a": {"b": 1}, "a/b": 2})
+    with pytest.raises(ValueError, match="at least one array"):
+        checkpoints.save(2, {"a": None})
+    checkpoints.save(2, {"only": np.zeros(0)})
+    checkpoints.close()
+    assert checkpoints.read(2, {"only": np.zeros(0)})["only"].shape == (0,)
+
+
 def test_nothing_saved_yet(tmp_path):
     assert Checkpoints(tmp_path / "none").restore(make_state()) is None
 
