@@ -56,11 +56,10 @@ def log_mean_exp(x: Float[Array, "..."], axis: int | Sequence[int] = 0) -> Float
 
 
 def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Square root whose gradient at 0 is 0, not infinite (double `where`)."""
-    positive = x > 0
-    root = jnp.sqrt(jnp.where(positive, x, 1))
-    # NaN in gives NaN out: a norm of something broken must not look like 0.
-    return jnp.where(positive, root, jnp.where(x == 0, 0.0, jnp.nan)).astype(root.dtype)
+    """Square root whose gradient at 0 is 0, not infinite; NaN of what is NaN or negative."""
+    zero = x == 0
+    root = jnp.sqrt(jnp.where(zero, 1, x))
+    return jnp.where(zero, 0, root)
 
 
 def safe_norm(

@@ -43,8 +43,8 @@ def check_features(least: int, why: str = "", **features: Any) -> None:
 
 def nan_unless_finite(value: Array, *inputs: Array) -> Array:
     """Give NaN where an input holds one: under `jax.jit` nothing raises, and counts stay finite."""
-    total = sum(jnp.sum(x, dtype=jnp.float32) for x in inputs)
-    return jnp.where(jnp.isfinite(total), value, jnp.nan)
+    # 0 times what is not finite is NaN.
+    return value + sum(jnp.sum(0 * x, dtype=value.dtype) for x in inputs)
 
 
 def widest() -> Any:
@@ -61,7 +61,9 @@ def in_float64(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wide(*args: Any, **kwargs: Any) -> Any:
-        if not all(map(checks.is_concrete, jax.tree.leaves((args, kwargs)))):
+        # Inside jit what is made of constants is traced too, as this zero.
+        leaves = [*jax.tree.leaves((args, kwargs)), jnp.zeros(())]
+        if not all(map(checks.is_concrete, leaves)):
             return function(*args, **kwargs)
         was_on = widest() == np.float64
         with jax.enable_x64(True):

@@ -1,8 +1,9 @@
 """Optimal transport between Gaussians in closed form, with and without entropy.
 
-Both costs depend on the covariances A, B through the spectrum w of A^{1/2} B A^{1/2}. Their
-derivatives are taken from the transport maps, not through the eigenvectors, so that repeated and
-zero eigenvalues give finite gradients.
+Both costs depend on the covariances through the singular values s of L_B^T L_A, with A = L_A L_A^T
+and B = L_B L_B^T. They are s = w^{1/2} for the eigenvalues w of A^{1/2} B A^{1/2}, but keep the
+digits that rounding of w loses. First and second derivatives come from the transport maps, not
+through the eigenvectors, so that repeated and zero eigenvalues give finite ones.
 """
 
 import jax
@@ -18,57 +19,104 @@ def _product(*factors: Array) -> Array:
     return jnp.linalg.multi_dot(factors, precision=HIGHEST)
 
 
-def _root(matrix: Array) -> Array:
-    """Symmetric square root of a positive semi-definite matrix."""
-    values, vectors = jnp.linalg.eigh(matrix)
-    return _product(vectors * jnp.sqrt(jnp.maximum(values, 0))[None, :], vectors.T)
+def _above_rounding(values: Array) -> Array:
+    """Positive values; what rounding leaves of a zero, at d^{1/2} eps of the largest, is 0."""
+    floor = values.shape[0] ** 0.5 * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
+    return jnp.where(values <= floor, 0, values)
 
 
-def _spectral(w: Array, s2: Array) -> tuple[Array, Array, Array]:
-    """h(w), dh/dw and dh/ds2, where 2 s2 = epsilon (Janati et al. 2020, theorem 1).
-
-    With D = (4 w + s2^2)^{1/2}: h = s2 - D + s2 log((D + s2) / (2 s2)), -2 w^{1/2} for s2 = 0.
-    """
-    zero = (w <= 0) & (s2 <= 0)
-    d = jnp.sqrt(4 * w + s2 * s2)
-    excess = jnp.where(zero, 0, 4 * w / jnp.where(zero, 1, d + s2))  # D - s2, without cancelling
-    log = jnp.where(s2 > 0, jnp.log1p(excess / (2 * jnp.where(s2 > 0, s2, 1))), 0)
-    slope = jnp.where(zero, 0, -2 / jnp.where(zero, 1, d + s2))
-    return s2 * log - excess, slope, log
+def _inverse(values: Array) -> Array:
+    """1 / values, 0 at 0."""
+    return jnp.where(values == 0, 0, 1 / jnp.where(values == 0, 1, values))
 
 
-def _spectrum(a: Array, b: Array) -> tuple[Array, Array, Array]:
-    """A^{1/2}, and the eigenvalues and vectors of A^{1/2} B A^{1/2}; rounding is cut to 0."""
-    root = _root(a)
-    values, vectors = jnp.linalg.eigh(_product(root, b, root))
-    floor = values.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
-    return root, jnp.where(values > floor, values, 0), vectors
+def _factor(cov: Array) -> Array:
+    """L with L L^T = cov, of the correlations: rounding is relative to each variance."""
+    variances = jnp.diagonal(cov)
+    scale = jnp.sqrt(jnp.where(variances <= 0, 1, variances))
+    values, vectors = jnp.linalg.eigh(cov / scale[:, None] / scale[None, :])
+    return scale[:, None] * vectors * jnp.sqrt(_above_rounding(values))[None, :]
+
+
+def _factors(a: Array, b: Array) -> tuple[Array, Array, Array]:
+    """L, K and s with L L^T = A, K K^T = B and L^T K = diag(s)."""
+    of_a, of_b = _factor(a), _factor(b)
+    left, s, right = jnp.linalg.svd(_product(of_a.T, of_b))
+    return _product(of_a, left), _product(of_b, right.T), _above_rounding(s)
+
+
+def _log_term(s: Array, s2: Array) -> tuple[Array, Array]:
+    """D = (4 s^2 + s2^2)^{1/2} and log((D + s2) / (2 s2)), 0 for s2 = 0, where 2 s2 = epsilon."""
+    d = 2 * s * jnp.sqrt(1 + jnp.square(s2 / 2 * _inverse(s)))
+    d = jnp.where(s == 0, s2, d)
+    excess = 4 * s * s * _inverse(d + s2)  # D - s2, without cancelling
+    return d, jnp.log1p(excess / 2 * _inverse(s2))
 
 
 @jax.custom_jvp
 def _covariance_term(a: Array, b: Array, s2: Array) -> Array:
-    """tr A + tr B + sum h(w): the Bures distance for s2 = 0."""
-    h = _spectral(_spectrum(a, b)[1], s2)[0]
-    total = jnp.trace(a) + jnp.trace(b) + jnp.sum(h)
-    # Squared Bures distances are not negative; rounding could make them so.
-    return jnp.where(s2 > 0, total, jnp.maximum(total, 0))
+    """|L - K|^2 + sum of 2 s + s2 - D + s2 log((D + s2) / (2 s2)).
+
+    tr A + tr B - 2 sum s = |L - K|^2 is the Bures distance; the sum, 0 for s2 = 0, is what entropy
+    adds (Janati et al. 2020, theorem 1). No term is negative, and none cancels another.
+    """
+    left, right, s = _factors(a, b)
+    d, log = _log_term(s, s2)
+    added = 2 * s * s2 * _inverse(d + s2) * (1 + s2 * _inverse(d + 2 * s)) + s2 * log
+    bures = jnp.where(jnp.all(a == b), 0, jnp.sum(jnp.square(left - right)))
+    return bures + jnp.sum(added)
 
 
 @_covariance_term.defjvp
 def _covariance_term_jvp(primals, tangents):
+    da, db, ds2 = tangents
+    of_a, of_b, log = _slopes(*primals)
+    return _covariance_term(*primals), jnp.sum(of_a * da) + jnp.sum(of_b * db) + log * ds2
+
+
+@jax.custom_jvp
+def _slopes(a: Array, b: Array, s2: Array) -> tuple[Array, Array, Array]:
+    """Derivatives I - T, I - T' and sum log((D + s2) / (2 s2)) of the term.
+
+    T = K t K^T solves T A T + s2 T = B, with t = 2 / (D + s2), and T' = L t L^T does with A and B
+    changing places: for s2 = 0 the transport maps.
+    """
+    left, right, s = _factors(a, b)
+    d, log = _log_term(s, s2)
+    t = 2 * _inverse(d + s2)[None, :]
+    eye = jnp.eye(a.shape[0], dtype=a.dtype)
+    return eye - _product(right * t, right.T), eye - _product(left * t, left.T), jnp.sum(log)
+
+
+@_slopes.defjvp
+def _slopes_jvp(primals, tangents):
     a, b, s2 = primals
     da, db, ds2 = tangents
+    left, right, s = _factors(a, b)
+    d, _ = _log_term(s, s2)
+    t = 2 * _inverse(d + s2)
+    of_s2 = jnp.sum(jnp.where(s == 0, 0, _inverse(d) - _inverse(s2)))
+    of_a, of_b = (_product(half * (t * _inverse(d))[None, :], half.T) for half in (right, left))
+    dlog = jnp.sum(of_a * da) + jnp.sum(of_b * db) + of_s2 * ds2
+    da, db = (da + da.T) / 2, (db + db.T) / 2
 
-    def gradient_of_second(a, b):
-        root, w, vectors = _spectrum(a, b)
-        half = _product(root, vectors)
-        return _product(half * _spectral(w, s2)[1][None, :], half.T)
+    def change_of_map(left: Array, right: Array, da: Array, db: Array) -> Array:
+        """dT from dT (A T) + (T A) dT + s2 dT = R; T A = K (s t) L^T has the eigenvalues s^2 t."""
+        this = _product(right * t[None, :], right.T)
+        rest = db - _product(this, da, this) - ds2 * this
+        left = left * _inverse(s)[None, :]
+        pick = _product(right, left.T)
+        outside = jnp.eye(s.shape[0], dtype=s.dtype) - pick
+        values = s * s * t
+        inner = _product(left.T, rest, left)
+        inner = inner * _inverse(values[:, None] + values[None, :] + s2)
+        inner = _product(right, inner, right.T)
+        mixed = _product(right * _inverse(values + s2)[None, :], left.T, rest, outside.T)
+        return inner + mixed + mixed.T + _product(outside, rest, outside.T) * _inverse(s2)
 
-    eye = jnp.eye(a.shape[0], dtype=a.dtype)
-    change = jnp.sum((eye + gradient_of_second(b, a)) * da)
-    change = change + jnp.sum((eye + gradient_of_second(a, b)) * db)
-    change = change + jnp.sum(_spectral(_spectrum(a, b)[1], s2)[2]) * ds2
-    return _covariance_term(a, b, s2), change
+    d_of_a = -change_of_map(left, right, da, db)
+    d_of_b = -change_of_map(right, left, db, da)
+    return _slopes(a, b, s2), (d_of_a, d_of_b, dlog)
 
 
 def _prepare(mean0, cov0, mean1, cov1) -> tuple[Array, Array, Array, Array]:
@@ -80,8 +128,8 @@ def _prepare(mean0, cov0, mean1, cov1) -> tuple[Array, Array, Array, Array]:
     mean0, cov0, mean1, cov1 = (at_least_float32(z) for z in (mean0, cov0, mean1, cov1))
 
     def symmetric(cov: Array) -> Array:
-        # Not finite anywhere: nowhere, or the sums over the spectrum would pass over it.
-        return jnp.where(jnp.all(jnp.isfinite(cov)), (cov + cov.T) / 2, jnp.nan)
+        # Not finite anywhere: NaN everywhere, or the sums over the spectrum would pass over it.
+        return (cov + cov.T) / 2 + jnp.sum(0 * cov)
 
     return mean0, symmetric(cov0), mean1, symmetric(cov1)
 
@@ -94,8 +142,9 @@ def gaussian_wasserstein(
 ) -> Float[Array, ""]:
     """Squared 2-Wasserstein distance between two Gaussians.
 
-    |m0 - m1|^2 + tr(A + B - 2 (A^{1/2} B A^{1/2})^{1/2}) (Dowson and Landau 1982). Covariances may
-    be singular; first derivatives are finite there too. Raises ValueError where shapes do not fit.
+    |m0 - m1|^2 + tr(A + B - 2 (A^{1/2} B A^{1/2})^{1/2}) (Dowson and Landau 1982), never negative,
+    0 for equal arguments. Covariances may be singular; first derivatives are finite there too,
+    second ones also where eigenvalues repeat. Raises ValueError where shapes do not fit.
     """
     mean0, cov0, mean1, cov1 = _prepare(mean0, cov0, mean1, cov1)
     zero = jnp.zeros((), cov0.dtype)
@@ -119,5 +168,5 @@ def gaussian_entropic_ot(
     checks.positive("epsilon", epsilon)
     mean0, cov0, mean1, cov1 = _prepare(mean0, cov0, mean1, cov1)
     s2 = jnp.asarray(epsilon).astype(cov0.dtype) / 2
-    s2 = jnp.where(s2 > 0, s2, jnp.nan)  # a traced one is not checked
+    s2 = s2 + 0 * jnp.log(s2)  # a traced one is not checked: NaN unless it is positive
     return jnp.sum(jnp.square(mean0 - mean1)) + _covariance_term(cov0, cov1, s2)

@@ -71,6 +71,27 @@ def test_frechet_known_values():
     np.testing.assert_allclose(frechet_distance(*given), 5 + np.sum((s0 - s1) ** 2), rtol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:real has|fake has")
+def test_frechet_is_never_negative_and_zero_for_equal_sets():
+    """Singular covariances of scale 100; under jax.debug_nans and under jit in float32 too."""
+    x = 100 * np.random.default_rng(3).normal(size=(12, 40)).astype(np.float32)
+    with jax.debug_nans(True):
+        for how in (frechet_distance, jax.jit(frechet_distance)):
+            assert float(how(x, x)) == 0
+            again = float(how(x, x[::-1].copy()))  # the same set, another rounding
+            assert 0 <= again < 1e-6 * np.var(x) * 40
+        # Half the points twice: the closed form of float64 by its nuclear norm.
+        y = x[:6].repeat(2, axis=0)
+        factors = [(v - v.mean(0)).astype(float) / np.sqrt(11) for v in (x, y)]
+        cross = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
+        expected = np.sum((x.mean(0, dtype=float) - y.mean(0, dtype=float)) ** 2)
+        expected += sum(np.sum(f**2) for f in factors) - 2 * cross
+        np.testing.assert_allclose(frechet_distance(x, y), expected, rtol=1e-7)
+        value, grad = jax.jit(jax.value_and_grad(lambda v: frechet_distance(v, y)))(x)
+        np.testing.assert_allclose(value, expected, rtol=2e-3)
+        assert np.isfinite(grad).all()
+
+
 def test_moments_over_several_blocks():
     x = features(n=2500, d=5)[0]
     moments = feature_moments(x)

@@ -82,6 +82,83 @@ def test_equal_and_singular_covariances(compiled):
     assert all(jnp.abs(g).max() < 1e-6 for g in run(zero, eye, zero, eye)[1])
 
 
+@pytest.mark.parametrize("rotated", [False, True], ids=["diagonal", "rotated"])
+def test_float32_keeps_small_eigenvalues(rotated):
+    """Condition number 1e5, covariances that commute: sum (a_i^{1/2} - b_i^{1/2})^2."""
+    rng = np.random.default_rng(2)
+    turn = np.linalg.qr(rng.normal(size=(4, 4)))[0] if rotated else np.eye(4)
+    a, b = np.array([3.0, 0.2, 4e-3, 3e-5]), np.array([3.0, 0.2, 1e-2, 3e-4])
+    zero, *covs = (
+        jnp.asarray(z, jnp.float32) for z in (np.zeros(4), turn * a @ turn.T, turn * b @ turn.T)
+    )
+    run = jax.jit(jax.value_and_grad(lambda a, b: gaussian_wasserstein(zero, a, zero, b), (0, 1)))
+    value, grads = run(*covs)
+    # float32 rounds a turned covariance itself, by 1e-7 of the largest eigenvalue.
+    rtol = 2e-2 if rotated else 1e-4
+    np.testing.assert_allclose(value, np.sum((np.sqrt(a) - np.sqrt(b)) ** 2), rtol=rtol)
+    for grad, expected in zip(grads, (1 - np.sqrt(b / a), 1 - np.sqrt(a / b)), strict=True):
+        np.testing.assert_allclose(turn.T @ grad @ turn, np.diag(expected), atol=3 * rtol)
+
+
+def test_never_negative_and_zero_for_equal_covariances():
+    root = np.random.default_rng(0).normal(size=(20, 6, 6)).astype(np.float32)
+    root[:10, :, 3:] = 0  # singular
+    root *= np.float32(10.0) ** np.arange(-3, 3).astype(np.float32)[:, None]
+    cov = root @ root.transpose(0, 2, 1)
+    run = jax.jit(jax.vmap(lambda a, b: gaussian_wasserstein(jnp.zeros(6), a, jnp.zeros(6), b)))
+    trace = np.trace(cov, axis1=1, axis2=2)
+    np.testing.assert_array_equal(run(cov, cov), 0)
+    value = np.asarray(run(cov, cov * np.float32(1 + 1e-6)))
+    assert np.all(value >= 0)
+    assert np.all(value < 1e-7 * trace)
+
+
+def test_hessian_where_eigenvalues_repeat():
+    """Along s I: d (s^{1/2} - 1)^2 has the second derivative d / (2 s^{3/2}); mixed, to B = r I."""
+    zero, eye = jnp.zeros(3), jnp.eye(3)
+
+    def along(s, r):
+        return gaussian_wasserstein(zero, s * eye, zero, r * eye)
+
+    with jax.debug_nans(True):
+        hessian = jax.jit(jax.hessian(along, (0, 1)))(jnp.float32(4), jnp.float32(1))
+        expected = [[3 / 16, -3 / 4], [-3 / 4, 3 * 2 / 2]]
+        np.testing.assert_allclose(hessian, expected, rtol=1e-5)
+        twice = jax.grad(lambda s: jax.grad(along)(s, jnp.float32(1)))
+        np.testing.assert_allclose(jax.jit(twice)(jnp.float32(4)), 3 / 16, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [3, 2])
+def test_second_derivatives(x64, rank):
+    """Against differences of first derivatives; a singular A for the entropic cost alone."""
+    m0, a, m1, b = gaussians(3)
+    root = jnp.linalg.cholesky(a)[:, :rank]
+
+    def slopes(a, b, s):
+        def loss(a, b, s):
+            if rank == 3:
+                plain = gaussian_wasserstein(m0, a, m1, b)
+                return plain + gaussian_entropic_ot(m0, a, m1, b, epsilon=s)
+            return gaussian_entropic_ot(m0, a, m1, b, epsilon=s)
+
+        return jax.grad(loss, (0, 1, 2))(a, b, s)
+
+    rng = np.random.default_rng(1)
+    at = (root @ root.T, b, jnp.asarray(0.7))
+    along = tuple(jnp.asarray(rng.normal(size=z.shape)) for z in at)
+    tilt = jnp.asarray(rng.normal(size=root.shape))
+    along = (root @ tilt.T + tilt @ root.T, along[1] + along[1].T, along[2])
+    got = jax.jit(lambda *z: jax.jvp(slopes, z, along))(*at)[1]
+
+    def moved(h):
+        r = root + h * tilt
+        return slopes(r @ r.T, b + h * along[1], at[2] + h * along[2])
+
+    ahead, behind = jax.jit(lambda h: (moved(h), moved(-h)))(1e-5)
+    for exact, up, down in zip(got, ahead, behind, strict=True):
+        np.testing.assert_allclose(exact, (up - down) / 2e-5, rtol=1e-6, atol=1e-7)
+
+
 def test_samples_meet_the_closed_form():
     rng = np.random.default_rng(0)
     m0, a, m1, b = gaussians(2, seed=3)
