@@ -15,7 +15,7 @@ import numpy as np
 from genjax import checks
 from genjax.training.checkpoint import Checkpoints
 from genjax.training.record import EVALUATION, MetricsLog
-from genjax.training.state import leaf_name
+from genjax.training.state import is_float, leaf_name
 from genjax.training.update import first_bad_term
 from genjax.typing import Batch
 
@@ -182,7 +182,7 @@ class _Training:
         if self.checkpoints is None:
             return
         for path, x in jax.tree_util.tree_leaves_with_path(self.state.params):
-            if not np.isfinite(np.asarray(x, dtype=np.float64)).all():
+            if is_float(x) and not np.isfinite(np.asarray(x)).all():
                 raise NonFiniteError(
                     f"parameter {leaf_name(path)} is not finite after {self.step} steps, though "
                     "the loss and its gradient were: look at the optimiser; this state is not saved"

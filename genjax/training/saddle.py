@@ -27,6 +27,7 @@ from genjax.training.update import (
     Rule,
     all_finite,
     cast_floating,
+    new_player,
     step_key,
     update,
 )
@@ -95,8 +96,8 @@ def init_saddle_state(
     return copy_leaves(
         SaddleState(
             step=jnp.zeros((), jnp.int32),
-            critic=Player(critic_params, critic_optimizer.init(critic_params)),
-            generator=Player(generator_params, generator_optimizer.init(generator_params)),
+            critic=new_player(critic_params, critic_optimizer),
+            generator=new_player(generator_params, generator_optimizer),
             key=key,
             ema=ema_init(generator_params, ema_decays),
             carry=carry,

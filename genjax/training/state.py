@@ -54,7 +54,8 @@ def init_state(
 ) -> TrainState:
     """Build the state at step 0: optimiser state, one average for each decay, the carry.
 
-    `optimizer` is an optax transformation (`init` and `update`). All arrays are copied, so that
+    `optimizer` is an optax transformation (`init` and `update`); parameters that are not floating
+    (integers, keys) stay as they are and are None to it. All arrays are copied, so that
     the caller's own parameters outlive a compiled step that donates its state. Raises ValueError
     for a decay outside [0, 1), parameters without an array, and TypeError for an optimiser
     without `init` and `update`, and for leaves that are not arrays.
@@ -64,7 +65,7 @@ def init_state(
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(trainable(params)),
         key=key,
         ema=ema_init(params, ema_decays),
         carry=carry,
@@ -79,9 +80,10 @@ def check_player(name: str, optimizer: Any, params: Params) -> None:
             f"{name} must be an optax transformation (with init and update), "
             f"got {type(optimizer).__name__}"
         )
-    if not jax.tree.leaves(params):
-        raise ValueError("params must hold at least one array, got an empty tree")
     check_arrays("params", params)
+    if not jax.tree.leaves(trainable(params)):
+        kinds = [str(jnp.result_type(x)) for x in jax.tree.leaves(params)]
+        raise ValueError(f"params must hold at least one array of floats, got {kinds}")
 
 
 def check_arrays(name: str, tree: Any) -> None:
@@ -113,6 +115,11 @@ def wide(x: Any) -> Any:
     """Cast floating and complex arrays to float32 or complex64 at least; leave the others."""
     dtype = jnp.result_type(x)
     return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32)) if is_float(x) else x
+
+
+def trainable(params: Params) -> Params:
+    """The parameters that have a gradient; None in the place of others (integers, keys)."""
+    return jax.tree.map(lambda x: x if is_float(x) else None, params)
 
 
 def is_key(x: Any) -> bool:

@@ -34,12 +34,13 @@ def train_step(
         g = grad of (1 / batch) sum_i loss_i(params, fold_in(key, step), batch)
 
     loss_fn(params, key, batch) -> (losses [batch], aux of named per-example terms). `optimizer` is
-    an optax transformation. axis_name: under pmap or vmap with that axis, gradients and metrics
-    are averaged over it and each part draws its own randomness (not under shard_map, whose
-    gradients are already sums). accumulate: the batch is taken in that many parts one after
-    another, with the memory of one; part i draws from fold_in(key, i). compute_dtype: floating
-    parameters and batch are cast to it for loss_fn; parameters, optimiser state, the mean of the
-    losses, the averages and the carry keep their own type.
+    an optax transformation; parameters that are not floating stay as they are, complex ones move
+    along the conjugate of jax's gradient, which is steepest. axis_name: under pmap or vmap with
+    that axis, gradients and metrics are averaged over it and each part draws its own randomness
+    (not under shard_map, whose gradients are already sums). accumulate: the batch is taken in that
+    many parts one after another, with the memory of one; part i draws from fold_in(key, i).
+    compute_dtype: floating parameters and batch are cast to it for loss_fn; parameters, optimiser
+    state, the mean of the losses, the averages and the carry keep their own type.
 
     Where the state has a carry: loss_fn(params, key, batch, carry) -> (losses, aux, seen), and
     after the update absorb(carry, updated params, seen) is the next carry. `seen` is any pytree

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from genjax.numerics import at_least_float32
-from genjax.training.state import check_layout, is_float, is_key, layout
+from genjax.numerics import at_least_float32, safe_sqrt
+from genjax.training.state import check_layout, is_float, is_key, layout, trainable, wide
 from genjax.typing import AbsorbFn, Batch, Params
 
 Metrics = dict[str, Any]
@@ -25,6 +25,11 @@ class Player:
 
     params: Any
     opt_state: Any
+
+
+def new_player(params: Params, optimizer: Any) -> Player:
+    """A player before its first update; the optimiser sees what has a gradient."""
+    return Player(params, optimizer.init(trainable(params)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +98,11 @@ def _gradient(
 
     def part(key: Any, batch: Batch) -> tuple[Params, Metrics, Any]:
         def mean(p: Params) -> tuple[Any, tuple[Metrics, Any]]:
-            return _mean_loss(rule, p, carry, key, batch)
+            return _mean_loss(rule, _with_fixed(p, params), carry, key, batch)
 
-        grads, (metrics, seen) = jax.grad(mean, has_aux=True)(params)
-        return grads, metrics, seen
+        grads, (metrics, seen) = jax.grad(mean, has_aux=True)(trainable(params))
+        # jax gives df/dx - i df/dy of complex parameters: steepest is its conjugate.
+        return jax.tree.map(jnp.conj, grads), metrics, seen
 
     if rule.accumulate == 1:
         return part(key, batch)
@@ -172,18 +178,34 @@ def apply_update(
     optimizer: Any, grads: Params, opt_state: Any, params: Params
 ) -> tuple[Params, Any]:
     """Do what optax's update and apply_updates do; parameters keep their types."""
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates), opt_state
+    moved = trainable(params)
+    updates, opt_state = optimizer.update(grads, opt_state, moved)
+    moved = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), moved, updates)
+    return _with_fixed(moved, params), opt_state
+
+
+def _with_fixed(moved: Params, params: Params) -> Params:
+    """The trainable parameters, and the others from `params` in their places."""
+    fill = lambda new, old: old if new is None else new  # noqa: E731
+    return jax.tree.map(fill, moved, params, is_leaf=lambda x: x is None)
 
 
 def with_norm(grads: Params) -> tuple[Params, Any]:
     """Return the gradients and their norm, taken before anything else reads them.
 
-    Left to itself, XLA on CPU mixes the sums into the update, which then costs 5% of a step of a
-    small network.
+    The norm is real, and finite where float32 holds it: squares overflow from 1e19 on and vanish
+    below 1e-19, so that they are taken again at another scale. Left to itself, XLA on CPU mixes
+    the sums into the update, which then costs 5% of a step of a small network.
     """
-    squares = [jnp.sum(jnp.square(at_least_float32(x))) for x in jax.tree.leaves(grads)]
-    return jax.lax.optimization_barrier((grads, jnp.sqrt(sum(squares))))
+    leaves = [wide(x) for x in jax.tree.leaves(grads)]
+
+    def norm(scale: Any) -> Any:
+        return scale * safe_sqrt(sum(jnp.sum(jnp.square(jnp.abs(x) / scale)) for x in leaves))
+
+    plain = norm(1)
+    within = (plain > 1e-15) & (plain < jnp.inf)
+    result = jax.lax.cond(within, lambda: plain, lambda: norm(jnp.where(plain > 1, 1e22, 1e-22)))
+    return jax.lax.optimization_barrier((grads, result))
 
 
 def all_finite(tree: Any) -> Any:

@@ -87,8 +87,10 @@ def test_bad_input(key, unchecked):
         init_state(params, sgd, key, ema_decays=[1.0])
     with pytest.raises(TypeError, match=r"optimizer must be an optax transformation.*got float"):
         init_state(params, 0.1, key)
-    with pytest.raises(ValueError, match="at least one array"):
+    with pytest.raises(ValueError, match="at least one array of floats"):
         init_state({}, sgd, key)
+    with pytest.raises(ValueError, match=r"at least one array of floats, got \['int32'\]"):
+        init_state({"n": jnp.ones(3, jnp.int32)}, sgd, key)
     with pytest.raises(TypeError, match="tree of arrays, got a str"):
         init_state({"w": "weights"}, sgd, key)
     state = init_state(params, sgd, key, ema_decays=[0.99])

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from genjax.training import data_mesh, init_state, make_train_step, train_step
-from genjax.training.update import first_bad_term
+from genjax.training.update import first_bad_term, with_norm
 
 from .problem import make_batch, make_params, noisy_loss, plain_loss, stack
 
@@ -66,6 +66,54 @@ def test_clipping_by_optax_and_the_norm_before_it(key):
     moved = jax.tree.map(jnp.subtract, state.params, before)
     np.testing.assert_allclose(optax.tree.norm(moved), 1e-3, rtol=1e-3)
     assert metrics["grad_norm"] > 1e-2
+
+
+@pytest.mark.parametrize("optimizer", [SGD, optax.adam(0.1)], ids=["sgd", "adam"])
+def test_parameters_that_are_not_floating_stay_as_they_are(key, optimizer):
+    """And complex ones descend: |c - 1 - 2j|^2 is 0 at 1 + 2j."""
+    params = {"w": jnp.ones(2), "c": jnp.zeros(3, jnp.complex64), "table": jnp.array([2, 0, 1])}
+    params |= {"none": None, "key": jax.random.key(5), "flag": np.array(True)}
+
+    def loss_fn(params, key, batch):
+        away = jnp.square(jnp.abs(params["c"] - 1 - 2j)).sum()
+        taken = params["w"][params["table"]].sum() * jnp.where(params["flag"], 1.0, jnp.nan)
+        return jnp.square(taken - batch["y"]) + away, {}
+
+    state = init_state(params, optimizer, key, ema_decays=[0.5])
+    step = jax.jit(lambda s, b: train_step(loss_fn, optimizer, s, b, accumulate=2))
+    for _ in range(100):
+        state, metrics = step(state, {"y": jnp.full(4, 6.0)})
+    assert metrics["grad_norm"].dtype == jnp.float32
+    new = state.params
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    np.testing.assert_array_equal(new["table"], params["table"])
+    np.testing.assert_array_equal(state.ema_params(0.5)["table"], params["table"])
+    assert new["key"] == params["key"]
+    np.testing.assert_allclose(new["w"][params["table"]].sum(), 6, atol=0.05)
+    np.testing.assert_allclose(new["c"], 1 + 2j, atol=0.05)
+
+
+def test_the_norm_of_the_gradient_is_finite_where_float32_holds_it():
+    def grads(size):
+        real, empty = jnp.array([3.0, -1.0]) * size, jnp.zeros((0, 2))
+        return [real.astype(jnp.bfloat16), jnp.array([[0.5 + 1j]]) * size, empty]
+
+    def norm_and_slope(grads):
+        # Where a scan discards the metric its cotangent is 0: no slope may make NaN of it.
+        return jax.value_and_grad(lambda g: with_norm(g)[1])(grads)
+
+    several = [grads(size) for size in (0.0, 3e-30, 1e-3, 2e19, 5e37)]
+    one = jax.jit(norm_and_slope)
+    mapped = jax.vmap(norm_and_slope)(stack(several))
+    for i, leaves in enumerate(several):
+        squares = [np.abs(np.asarray(x).astype(complex)) ** 2 for x in leaves]
+        expected = np.sqrt(sum(x.sum() for x in squares))
+        for norm, slope in (one(leaves), jax.tree.map(lambda x, i=i: x[i], mapped)):
+            assert norm.dtype == jnp.float32
+            np.testing.assert_allclose(norm, expected, rtol=2e-6)
+            chex.assert_tree_all_finite(slope)
+            if expected:
+                np.testing.assert_allclose(slope[1], np.conj(leaves[1]) / expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
