@@ -33,12 +33,19 @@ class Scaling(NamedTuple):
     def dequantise(self, key: PRNGKey, x: Levels) -> Float[Array, "..."]:
         """y = low + (high - low) (x + u) / levels in float32, u uniform in (0, 1).
 
-        u takes the midpoints of 2^15 equal cells: in float32 every y then lies strictly inside
-        its bin (`to_levels` gives x back exactly) and never on `low` or `high`.
+        u takes the midpoints of 2^12 equal cells. Every y lies strictly inside its bin (`to_levels`
+        gives x back exactly) and never on `low` or `high`: where the range is so far from 0 that
+        float32 rounds y out of it, y is the bin's centre.
         """
         x = self._levels(x)
-        cells = jax.random.bits(key, x.shape, jnp.uint16) >> 1
-        return self._scale(x + (cells.astype(jnp.float32) + 0.5) / 2**15)
+        cells = jax.random.bits(key, x.shape, jnp.uint16) >> 4
+        y = self._scale(x + (cells.astype(jnp.float32) + 0.5) / 2**12)
+        # Or XLA folds low - low, and the position is that of y before it was rounded.
+        y = jax.lax.optimization_barrier(y)
+        # Within four roundings of an edge another program may read the neighbour.
+        margin = self.levels / 2**22
+        inside = jnp.abs(self._position(y) - x - 0.5) < 0.5 - margin
+        return jnp.where(inside & (y > self.low) & (y < self.high), y, self._scale(x + 0.5))
 
     def to_continuous(self, x: Levels) -> Float[Array, "..."]:
         """The bin centres y = low + (high - low) (x + 1/2) / levels, float32, without noise."""
@@ -48,8 +55,8 @@ class Scaling(NamedTuple):
         """The level whose bin holds y, uint8; what lies outside [low, high) is clipped."""
         self._check()
         checks.floating("y", y)
-        unit = (jnp.asarray(y, jnp.float32) - self.low) / (self.high - self.low)
-        return jnp.clip(jnp.floor(unit * self.levels), 0, self.levels - 1).astype(jnp.uint8)
+        level = jnp.floor(self._position(jnp.asarray(y, jnp.float32)))
+        return jnp.clip(level, 0, self.levels - 1).astype(jnp.uint8)
 
     @property
     def log_det_per_dim(self) -> float:
@@ -59,6 +66,9 @@ class Scaling(NamedTuple):
 
     def _scale(self, position: Array) -> Array:
         return self.low + (self.high - self.low) * (position / self.levels)
+
+    def _position(self, y: Array) -> Array:
+        return (y - self.low) / (self.high - self.low) * self.levels
 
     def _levels(self, x: Levels) -> Array:
         self._check()
@@ -70,5 +80,10 @@ class Scaling(NamedTuple):
 
     def _check(self) -> None:
         checks.between("levels", self.levels, 2, 256)
-        if checks.is_concrete(self.low) and not self.low < self.high:
-            raise ValueError(f"low must be below high, got low={self.low} and high={self.high}")
+        if checks.is_concrete(self.low) and checks.is_concrete(self.high):
+            if not self.low < self.high:
+                raise ValueError(f"low must be below high, got low={self.low} and high={self.high}")
+            # A bin of fewer than eight float32 numbers has no room for a centre of its own.
+            ends = (self.low, self.high)
+            if (self.high - self.low) / self.levels < max(map(abs, ends)) / 2**20:
+                raise ValueError(f"float32 cannot hold {self.levels} levels on {ends}")

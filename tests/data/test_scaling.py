@@ -24,6 +24,25 @@ def test_every_level_comes_back(scaling, key):
     np.testing.assert_array_equal(compiled(scaling.to_levels)(scaling.to_continuous(x)), x)
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [Scaling(255), Scaling(256, 0, 255), Scaling(251, 0, 1), Scaling(200, 100.0, 101.0)],
+)
+@pytest.mark.parametrize("cell", [0, 2**16 - 1])
+def test_every_y_lies_strictly_inside_its_bin(scaling, cell, key, monkeypatch):
+    """The outermost noise of either side, in float64, read eagerly and compiled."""
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.full(shape, cell, dtype))
+    x = np.arange(scaling.levels, dtype=np.uint8)
+    for how in (lambda f: f, jax.jit):
+        y = how(lambda x: scaling.dequantise(key, x))(x)
+        np.testing.assert_array_equal(scaling.to_levels(y), x)
+        np.testing.assert_array_equal(jax.jit(scaling.to_levels)(y), x)
+        exact = (np.asarray(y, float) - scaling.low) / (scaling.high - scaling.low)
+        exact = exact * scaling.levels - x
+        assert exact.min() > 0
+        assert exact.max() < 1
+
+
 def test_noise_is_uniform_in_the_bin(key):
     scaling = Scaling(17, -1.0, 1.0)
     y = np.asarray(scaling.dequantise(key, np.full(200_000, 5, np.uint8)), np.float64)
@@ -70,5 +89,7 @@ def test_bad_input(key):
         _ = Scaling(1).log_det_per_dim
     with pytest.raises(ValueError, match="low must be below high"):
         Scaling(17, 1.0, -1.0).to_continuous(np.array([3]))
+    with pytest.raises(ValueError, match="float32 cannot hold 256 levels"):
+        Scaling(256, 1e4, 1e4 + 1).to_continuous(np.array([3]))
     with pytest.raises(TypeError, match="y must have a floating dtype"):
         Scaling(17).to_levels(jnp.array([1, 2]))
