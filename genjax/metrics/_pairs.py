@@ -10,10 +10,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from genjax import checks
-from genjax.numerics import squared_distances
+from genjax.numerics import DIRECT_DIMS, at_least_float32, squared_distances
 
 Features: TypeAlias = Float[Array, "n d"] | Float[np.ndarray, "n d"]
 MoreFeatures: TypeAlias = Float[Array, "m d"] | Float[np.ndarray, "m d"]
@@ -76,6 +77,33 @@ def in_float64(function: Callable) -> Callable:
 def squared_norms(x: Features) -> Float[Array, " n"]:
     """|x_i|^2."""
     return jnp.sum(jnp.asarray(x) ** 2, axis=1)
+
+
+def around_medoid(*points: ArrayLike) -> tuple[Array, ...]:
+    """Subtract the row of the first that is nearest to its mean from all, in float32 at least.
+
+    Integers stay integers, whose distances are exact, and one outlier does not move the centre.
+    """
+    arrays = [at_least_float32(x) for x in points]
+    centre = jnp.argmin(squared_norms(arrays[0] - jnp.mean(arrays[0], axis=0, keepdims=True)))
+    return tuple(x - jax.lax.stop_gradient(arrays[0][centre])[None] for x in arrays)
+
+
+def pair_distances(
+    x: Array, y: Array, norms: tuple[Array, Array], *, least: bool = False
+) -> Float[Array, "n m"]:
+    """|x_i - y_j|^2 of centred points: differences up to 8 dimensions, above a product.
+
+    `norms` are the squared norms, infinite for padding rows. `least` takes rounding off, so that a
+    tie with a distance that another program rounded is never missed.
+    """
+    eps = jnp.finfo(x.dtype).eps * least
+    if x.shape[1] <= DIRECT_DIMS:
+        far_x, far_y = (jnp.where(jnp.isinf(n), n, 0) for n in norms)
+        direct = squared_distances(x, y) * (1 - x.shape[1] * eps)
+        return direct + (far_x[:, None] + far_y[None, :])
+    share = 1 - x.shape[1] ** 0.5 / 2 * eps
+    return squared_distances(x, y, norms=(share * norms[0], share * norms[1]))
 
 
 def _even_blocks(size: int, most: int) -> tuple[int, int]:
@@ -157,7 +185,7 @@ def kth_neighbour(x: Float[Array, "n d"], k: int) -> Float[Array, " n"]:
 
     def update(best: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         i, j = pair
-        distances = squared_distances(blocks[i], blocks[j], norms=(norms[i], norms[j]))
+        distances = pair_distances(blocks[i], blocks[j], (norms[i], norms[j]))
         distances = jnp.where((i == j) & itself, jnp.inf, distances)
         best = merge(best, i, distances, 1)
         return merge(best, j, jnp.where(i == j, jnp.inf, distances), 0), None

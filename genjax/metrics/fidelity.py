@@ -12,13 +12,15 @@ from genjax import checks
 from genjax.metrics._pairs import (
     Features,
     MoreFeatures,
+    around_medoid,
     check_features,
     kth_neighbour,
     map_row_blocks,
     nan_unless_finite,
+    pair_distances,
     squared_norms,
 )
-from genjax.numerics import at_least_float32, centred, squared_distances
+from genjax.numerics import at_least_float32, squared_distances
 from genjax.typing import PRNGKey
 
 
@@ -40,18 +42,19 @@ def precision_recall(real: Features, fake: MoreFeatures, *, k: int = 3) -> Preci
     """Share of fakes inside the real manifold, and of reals inside that of the fakes.
 
     A manifold is the union of closed balls around its points, each reaching to the k-th nearest
-    other point of its own sample. Kynkaanniemi et al. 2019, equations (1) and (2).
+    other point of its own sample; ties and duplicates lie inside. Kynkaanniemi et al. 2019,
+    equations (1) and (2).
 
     Distances are taken in the features' dtype (float32 at least), in blocks of rows. Raises
     ValueError on NaN, different widths, fewer than k + 1 samples; under `jax.jit` NaN gives NaN.
     """
     _check_neighbours(k, real=real, fake=fake)
-    x, y = centred(real, fake)
+    x, y = around_medoid(real, fake)
     radii_x, radii_y = kth_neighbour(x, k), kth_neighbour(y, k)
     norms_y = squared_norms(y)
 
     def block(rows: Array, index: Array) -> tuple[Array, Array]:
-        distances = squared_distances(rows, y, norms=(squared_norms(rows), norms_y))
+        distances = pair_distances(rows, y, (squared_norms(rows), norms_y), least=True)
         # A padding row contains nothing: its radius is below every distance.
         radius = radii_x.at[index].get(mode="fill", fill_value=-1)
         hit = jnp.any(distances <= radius[:, None], axis=0)
@@ -74,13 +77,14 @@ def density_coverage(real: Features, fake: MoreFeatures, *, k: int = 5) -> Densi
     """
     _check_neighbours(k, real=real)
     check_features(1, real=real, fake=fake)
-    x, y = centred(real, fake)
+    x, y = around_medoid(real, fake)
     radii = kth_neighbour(x, k)
     norms_y = squared_norms(y)
 
     def block(rows: Array, index: Array) -> tuple[Array, Array]:
         radius = radii.at[index].get(mode="fill", fill_value=-1)
-        inside = squared_distances(rows, y, norms=(squared_norms(rows), norms_y)) <= radius[:, None]
+        distances = pair_distances(rows, y, (squared_norms(rows), norms_y), least=True)
+        inside = distances <= radius[:, None]
         return jnp.sum(inside, dtype=x.dtype), jnp.any(inside, axis=1)
 
     (counts, covered), _ = map_row_blocks(block, x, y.shape[0])
@@ -90,11 +94,12 @@ def density_coverage(real: Features, fake: MoreFeatures, *, k: int = 5) -> Densi
 
 
 def nearest_distance(x: Float[Array, "n d"], to: Float[Array, "m d"]) -> Float[Array, " n"]:
-    """Squared distance of each x to the nearest of `to`."""
+    """Squared distance of each x to the nearest of `to`, less rounding: 0 for a copy."""
     norms = squared_norms(to)
 
     def block(rows: Array, index: Array) -> Array:
-        return jnp.min(squared_distances(rows, to, norms=(squared_norms(rows), norms)), axis=1)
+        distances = pair_distances(rows, to, (squared_norms(rows), norms), least=True)
+        return jnp.min(distances, axis=1)
 
     blocks, _ = map_row_blocks(block, x, to.shape[0])
     return blocks.reshape(-1)[: x.shape[0]]
@@ -103,19 +108,20 @@ def nearest_distance(x: Float[Array, "n d"], to: Float[Array, "m d"]) -> Float[A
 def memorisation_share(
     train: Features, test: MoreFeatures, samples: Any, *, quantile: float = 0.01
 ) -> Float[Array, ""]:
-    """Share of samples closer to a training point than the closest 1% of test points are.
+    """Share of samples as close to a training point as the closest 1% of test points are.
 
     The threshold is the `quantile` of the test points' distances to their nearest training point:
-    a model that has the law of the test data scores about `quantile`, one that copies scores 1.
+    a model that has the law of the test data scores about `quantile`, one that copies scores 1,
+    also where the threshold is 0 because test points are copies themselves.
 
     Raises ValueError on NaN, different widths, a quantile outside [0, 1]; under `jax.jit` NaN gives
     NaN.
     """
     check_features(1, train=train, test=test, samples=samples)
     checks.between("quantile", quantile, 0, 1)
-    a, b, c = centred(train, test, samples)
+    a, b, c = around_medoid(train, test, samples)
     threshold = jnp.quantile(nearest_distance(b, a), quantile)
-    share = jnp.mean(nearest_distance(c, a) < threshold, dtype=a.dtype)
+    share = jnp.mean(nearest_distance(c, a) <= threshold, dtype=a.dtype)
     return nan_unless_finite(share, a, b, c)
 
 
@@ -139,7 +145,7 @@ def classifier_two_sample(
     Raises ValueError on NaN, different widths, fewer than 4 samples; under `jax.jit` NaN gives NaN.
     """
     check_features(4, real=real, fake=fake)
-    x, y = centred(real, fake)
+    x, y = around_medoid(real, fake)
     size = min(x.shape[0], y.shape[0])
     half = size // 2
     k = 2 * (math.isqrt(2 * half) // 2) + 1 if k is None else k
@@ -150,7 +156,9 @@ def classifier_two_sample(
     y = y[jax.random.permutation(key_y, y.shape[0])[:size]]
     known = jnp.concatenate([x[:half], y[:half]])
     fresh = jnp.concatenate([x[half:], y[half:]])
-    is_real = jnp.arange(2 * half) < half
+    # In random order: among equal distances the first are taken, and they must not all be real.
+    order = jax.random.permutation(jax.random.fold_in(key, 2), 2 * half)
+    known, is_real = known[order], order < half
 
     def block(rows: Array, index: Array) -> Array:
         _, nearest = jax.lax.top_k(-squared_distances(rows, known), k)

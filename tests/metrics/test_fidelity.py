@@ -85,6 +85,58 @@ def test_fifty_thousand_features_fit_in_four_gib(metric):
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 4 * 2**30
 
 
+@pytest.mark.parametrize("kind", ["binary", "plane", "copies", "offset"])
+def test_ties_and_duplicates_lie_inside(kind):
+    rng = np.random.default_rng(5)
+    if kind == "binary":
+        x, y = rng.integers(0, 2, (2, 70, 40))
+    elif kind == "plane":  # few dimensions: distances of differences
+        x, y = rng.integers(0, 6, (2, 70, 3))
+    else:  # the fakes copy the reals, three times; the radii are the copies' own rounding
+        x = rng.normal(size=(70, 200)) + (500 if kind == "offset" else 0)
+        x = x[rng.permutation(140) % 70]
+        y = x[rng.permutation(210) % 70]
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    got, expected = measured(x, y, 4), reference_with_ties(x, y, 4)
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
+
+
+def reference_with_ties(x, y, k):
+    """Differences in float64, of numbers that float32 holds: equal distances come out equal."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    to, near_x, near_y = (
+        ((a[:, None] - b[None]) ** 2).sum(-1) for a, b in ((x, y), (x, x), (y, y))
+    )
+    inside = to <= np.sort(near_x, axis=1)[:, k, None]
+    around = to <= np.sort(near_y, axis=1)[None, :, k]
+    return {
+        "precision": inside.any(0).mean(),
+        "recall": around.any(1).mean(),
+        "density": inside.sum() / (k * len(y)),
+        "coverage": inside.any(1).mean(),
+    }
+
+
+@pytest.mark.parametrize("d", [3, 50])
+def test_one_that_copies_scores_1_where_the_data_hold_duplicates(d):
+    """Three test points are training points: the threshold is 0."""
+    train, test, fresh = np.random.default_rng(4).normal(size=(3, 60, d)).astype(np.float32) + 7
+    test[:3] = train[5]
+    share = jax.jit(lambda s: memorisation_share(train, test, s, quantile=0.02))
+    assert float(share(train[::-1].copy())) == 1
+    assert float(share(fresh)) == 0
+    np.testing.assert_allclose(share(test), 3 / 60, rtol=1e-6)
+
+
+def test_two_sample_test_of_ties():
+    """One law of a few integers: where reals came first among ties, accuracy would leave 1/2."""
+    x = np.random.default_rng(1).integers(0, 2, size=(40, 2, 100, 2)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(2), 40)
+    result = jax.jit(jax.vmap(lambda k, v: classifier_two_sample(k, v[0], v[1])))(keys, x)
+    assert abs(np.mean(result.accuracy) - 0.5) < 4 * 0.5 / np.sqrt(40 * 100)
+
+
 def test_k_smallest_with_ties():
     rows = np.random.default_rng(0).integers(0, 5, (40, 9)).astype(np.float32)
     rows[0], rows[1, 2:] = 2.0, np.inf
