@@ -323,6 +323,8 @@ def _plain(value: Any) -> Any:
 
 def _choose_folder(config: RunConfig) -> Path:
     if config.run_dir is not None:
+        if "://" in config.run_dir:
+            raise RunError(f"--run-dir must be a local folder, got {config.run_dir!r}")
         return Path(config.run_dir).absolute()
     above = Path("runs", experiment_of(config).rpartition(".")[2]).absolute()
     numbers = [int(p.name) for p in above.glob("*") if p.name.isdecimal()]

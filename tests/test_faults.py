@@ -20,7 +20,7 @@ import pytest
 from experiments import _run
 from genjax.data import batch_at, load
 from genjax.training import CheckpointError, Checkpoints, NonFiniteError
-from genjax.training.record import read_metrics
+from genjax.training.record import MetricsLog, read_metrics
 
 from .training import tiny
 from .training.forks import Forks
@@ -307,6 +307,17 @@ def test_a_read_only_run_folder_is_refused(open_path):
     (open_path / "file").write_text("")
     with pytest.raises(_run.RunError, match=r"cannot be written \(Not a directory\): give another"):
         here(open_path / "file" / "run")
+
+
+def test_an_address_is_no_run_folder(tmp_path, monkeypatch):
+    """It would make a local folder "gs:"."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(_run.RunError, match="--run-dir must be a local folder, got 's3://b/run'"):
+        here("s3://b/run")
+    for make in (Checkpoints, MetricsLog):
+        with pytest.raises(ValueError, match="folder must be a local one, got 's3:/b/run'"):
+            make(Path("s3://b/run"))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_run_folder_that_becomes_read_only(whole, open_path):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genjax import checks
-from genjax.training.record import EVALUATION
+from genjax.training.record import EVALUATION, local_folder
 from genjax.training.state import check_layout, is_key, leaf_name
 
 __all__ = ["CheckpointError", "Checkpoints"]
@@ -54,7 +54,8 @@ class Checkpoints:
     ):
         checks.integer("keep", keep, 1)
         checks.one_of("mode", mode, ("min", "max"))
-        self.folder, self.keep, self.best, self.mode = Path(folder).absolute(), keep, best, mode
+        self.folder, self.keep, self.best, self.mode = local_folder(folder), keep, best, mode
+        self.folder = self.folder.absolute()
         self._writer: Any = None
         self._saved: int | None = None
 

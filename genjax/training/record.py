@@ -4,12 +4,21 @@ import contextlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 EVALUATION = "eval/"
+
+
+def local_folder(folder: str | os.PathLike) -> Path:
+    """The folder as a path; raises ValueError for an address (gs://...), which Path would take for
+    a local folder of that name."""
+    if re.match(r"\w{2,}:/", str(folder)):  # pathlib makes one slash of two
+        raise ValueError(f"folder must be a local one, got {str(folder)!r}")
+    return Path(folder)
 
 
 class MetricsLog:
@@ -21,9 +30,10 @@ class MetricsLog:
     """
 
     def __init__(self, folder: str | os.PathLike, *, start: int = 0, tensorboard: bool = False):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self._board = _summary_writer(Path(folder), start) if tensorboard else None
-        self.path = Path(folder) / "metrics.jsonl"
+        folder = local_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._board = _summary_writer(folder, start) if tensorboard else None
+        self.path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if _is_before(line, start)]
         self._offset = _seconds(kept[-1]) if kept else 0.0
         partial = self.path.with_name(".metrics.jsonl")
