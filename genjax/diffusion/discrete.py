@@ -27,7 +27,8 @@ class DiscreteTime(Process):
 
     def _table(self) -> tuple[Array, Array]:
         half = 0.5 * self.log_alpha_bar
-        return jnp.linspace(0, 1, self.num_steps + 1), jnp.pad(half, (1, 0))
+        times = jnp.linspace(0, 1, self.num_steps + 1, dtype=half.dtype)
+        return times, jnp.pad(half, (1, 0))
 
     def log_alpha(self, t: Time) -> Float[Array, "..."]:
         return jnp.interp(as_float(t), *self._table())

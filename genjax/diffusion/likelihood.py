@@ -52,16 +52,17 @@ def log_likelihood(
         t = process.time_of_log_snr(-2 * u)
 
         def denoised(y: Array) -> Array:
-            return denoise_at(process.alpha(t) * y, t)
+            return denoise_at((process.alpha(t) * y).astype(y.dtype), t)
 
         value, jacobian_trace = ode.divergence(denoised, state[0], probes)
         return state[0] - value, dims - jacobian_trace
 
-    start = (y / process.alpha(process.t_min), jnp.zeros(y.shape[:1], y.dtype))
+    log_alpha = process.log_alpha(process.t_min).astype(y.dtype)
+    start = (y * jnp.exp(-log_alpha), jnp.zeros(y.shape[:1], y.dtype))
     method, rtol = ("rk4", 1.0) if rtol is None else ("dopri5", rtol)
     end, volume = ode.solve(
         slope, None, start, (low, high), num_steps=num_steps, method=method, rtol=rtol, atol=atol
     )
     prior = -0.5 * (sum_event(jnp.square(end / jnp.exp(high))) + dims * (LOG_2PI + 2 * high))
-    volume = volume - dims * process.log_alpha(process.t_min)
+    volume = volume - dims * log_alpha
     return prior + volume, {"prior": prior, "volume": volume}

@@ -73,7 +73,7 @@ class Process:
         """log(alpha^2 / sigma^2); at sigma = 0 the largest value the dtype can hold, finite."""
         variance = self.variance(t)
         return 2 * self.log_alpha(t) - jnp.log(
-            jnp.maximum(variance, jnp.finfo(variance.dtype).tiny)
+            jnp.maximum(variance, float(jnp.finfo(variance.dtype).tiny))
         )
 
     def noise_ratio(self, t: Time) -> Float[Array, "..."]:
@@ -83,15 +83,17 @@ class Process:
     def time_of_noise_ratio(self, ratio: Time) -> Float[Array, "..."]:
         """Time t at which sigma(t) / alpha(t) takes the given value."""
         ratio = as_float(ratio)
-        return self.time_of_log_snr(-2 * jnp.log(jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny)))
+        return self.time_of_log_snr(
+            -2 * jnp.log(jnp.maximum(ratio, float(jnp.finfo(ratio.dtype).tiny)))
+        )
 
     def drift(self, t: Time) -> Float[Array, "..."]:
         """f(t) = d log alpha / dt, the linear drift of dx = f(t) x dt + g(t) dw."""
-        return _derivative(self.log_alpha, t)
+        return derivative(self.log_alpha, t)
 
     def diffusion_squared(self, t: Time) -> Float[Array, "..."]:
         """g(t)^2 = d sigma^2 / dt - 2 sigma^2 d log alpha / dt (Song et al. 2021, eq. 29)."""
-        return _derivative(self.variance, t) - 2 * self.variance(t) * self.drift(t)
+        return derivative(self.variance, t) - 2 * self.variance(t) * self.drift(t)
 
     def diffusion(self, t: Time) -> Float[Array, "..."]:
         """g(t), the diffusion coefficient."""
@@ -99,10 +101,13 @@ class Process:
 
 
 def as_float(t: Time) -> Array:
+    """An array of float32 at least; a Python number takes the precision of what it meets."""
+    if isinstance(t, float | int):
+        return jnp.asarray(float(t))  # weakly typed: no float64 beside float32 data under x64
     return at_least_float32(jnp.asarray(t))
 
 
-def _derivative(function: Any, t: Time) -> Array:
+def derivative(function: Any, t: Time) -> Array:
     t = as_float(t)
     return jax.jvp(function, (t,), (jnp.ones_like(t),))[1]
 
@@ -163,7 +168,8 @@ class VariancePreserving(Process):
 
     def _time_of_integral(self, integral: Array) -> Array:
         slope = self.beta_max - self.beta_min
-        root = jnp.sqrt(self.beta_min**2 + 2 * slope * integral)
+        # Where beta falls to nearly 0, rounding must not take its square below.
+        root = safe_sqrt(jnp.maximum(self.beta_min**2 + 2 * slope * integral, 0))
         return 2 * integral / (self.beta_min + root)
 
     def log_alpha(self, t: Time) -> Float[Array, "..."]:
@@ -218,19 +224,24 @@ class Cosine(Process):
     def log_alpha(self, t: Time) -> Float[Array, "..."]:
         # cos(u) as the sine of the complement, which keeps its digits where alpha vanishes.
         cosine = jnp.sin((0.5 * math.pi) * (1 - as_float(t)) / (1 + self.offset))
-        cosine = jnp.maximum(cosine, jnp.finfo(cosine.dtype).tiny)
+        cosine = jnp.maximum(cosine, float(jnp.finfo(cosine.dtype).tiny))
         return jnp.log(cosine) - jnp.log(jnp.cos(self._angle(0.0)))
 
     def variance(self, t: Time) -> Float[Array, "..."]:
-        # 1 - cos(u)^2 / cos(u0)^2 without the difference.
-        angle, start = self._angle(t), self._angle(0.0)
-        return jnp.sin(angle - start) * jnp.sin(angle + start) / jnp.cos(start) ** 2
+        # 1 - cos(u)^2 / cos(u0)^2 = sin(u - u0) sin(u + u0) / cos(u0)^2, with u - u0 from t: a
+        # difference of the angles is not 0 at t = 0 where a compiler fuses one of them.
+        turn, start = (0.5 * math.pi) * as_float(t) / (1 + self.offset), self._angle(0.0)
+        return jnp.sin(turn) * jnp.sin(turn + 2 * start) / jnp.cos(start) ** 2
 
     def time_of_log_snr(self, log_snr: Time) -> Float[Array, "..."]:
         log_snr, start = as_float(log_snr), self._angle(0.0)
-        sine = jnp.sqrt(jax.nn.sigmoid(-log_snr) * jnp.cos(start) ** 2 + jnp.sin(start) ** 2)
-        cosine = jnp.sqrt(jax.nn.sigmoid(log_snr)) * jnp.cos(start)
-        return (jnp.arctan2(sine, cosine) - start) * (1 + self.offset) / (0.5 * math.pi)
+        c, s = jnp.cos(start), jnp.sin(start)
+        variance = jax.nn.sigmoid(-log_snr)
+        sine = jnp.sqrt(variance * c**2 + s**2)
+        cosine = jnp.exp(0.5 * jax.nn.log_sigmoid(log_snr)) * c
+        # sin(u - u0) = variance cos(u0)^2 / sin(u + u0): no difference, so never below 0.
+        turn = jnp.arctan2(variance * c**2 / (sine * c + cosine * s), cosine * c + sine * s)
+        return turn * (1 + self.offset) / (0.5 * math.pi)
 
 
 @pytree

@@ -146,3 +146,21 @@ def test_bad_input(unchecked):
         gd.log_likelihood(lambda x, t: x, jnp.ones((2, 3), int), process=gd.EDM())
     with pytest.raises(ValueError, match="x must have rank at least 2"):
         gd.log_likelihood(lambda x, t: x, jnp.ones(3), process=gd.EDM())
+
+
+@pytest.mark.parametrize("rtol", [None, 1e-3])
+def test_float32_data_stay_float32_where_64_bit_types_are_on(rtol, key):
+    """Exact trace and probes: the loops keep the type of the data, and its value."""
+    process, x = gd.Cosine(), jnp.array([[0.5, -0.25]], jnp.float32)
+    probe = None if rtol else key
+
+    def value():
+        return gd.log_likelihood(
+            lambda x, t: 0.3 * x, x, process=process, key=probe, num_steps=4, rtol=rtol
+        )[0]
+
+    expected = np.asarray(value())
+    with jax.enable_x64(True):
+        found = np.asarray(value())
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-4)

@@ -218,3 +218,53 @@ def test_bad_input(unchecked):
         gd.Cosine(t_max=1.5)
     with pytest.raises(ValueError, match="1 - t_max must be positive"):
         gd.RectifiedFlow(t_max=1.0)
+
+
+# alpha'(0) and (sigma^2)'(0), each from its process' definition by hand.
+COSINE = 0.5 * np.pi / 1.008 * np.tan(0.004 * np.pi / 1.008)
+SLOPES_AT_0 = {
+    "ve": (0.0, 2e-4 * np.log(5000.0)),
+    "vp": (-0.05, 0.1),
+    "subvp": (-0.05, 0.0),
+    "cosine": (-COSINE, 2 * COSINE),
+    "edm": (0.0, 0.0),
+    "rectified": (-1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_ends_of_time_are_what_the_definition_says(wide):
+    def at_0(process, zero):
+        slopes = [jax.jvp(f, (zero,), (zero + 1,)) for f in (process.alpha, process.variance)]
+        return slopes, process.sigma(zero), process.time_of_noise_ratio(zero)
+
+    with jax.enable_x64(wide):
+        zero = jnp.zeros((), float)
+        found = jax.jit(lambda t: {name: at_0(p, t) for name, p in PROCESSES.items()})(zero)
+        # The variance of Cosine was a difference of two angles, below 0 for some offsets.
+        sigma = jax.jit(jax.vmap(lambda s: gd.Cosine(s).sigma(zero)))(jnp.linspace(1e-3, 0.1, 300))
+        # A float32 time keeps its dtype where 64-bit types are on.
+        kept = {n: p.log_snr(jnp.float32(0.3)).dtype for n, p in PROCESSES.items()}
+        late = jax.jit(gd.VariancePreserving(20.0, 1e-4).time_of_log_snr)(
+            gd.VariancePreserving(20.0, 1e-4).log_snr(zero + 1)
+        )
+    for name, (slopes, sigma_0, time) in jax.tree.map(np.asarray, found).items():
+        (alpha, alpha_slope), (variance, variance_slope) = slopes
+        assert (variance, sigma_0) == (0, 0), name
+        np.testing.assert_allclose(alpha, 1, rtol=1e-15 if wide else 1e-7)
+        assert 0 <= time < 1e-18
+        expected = SLOPES_AT_0[name]
+        np.testing.assert_allclose((alpha_slope, variance_slope), expected, rtol=1e-5, atol=1e-12)
+    np.testing.assert_array_equal(np.asarray(sigma), 0)
+    np.testing.assert_allclose(np.asarray(late), 1.0, rtol=1e-3)
+    assert set(kept.values()) == {jnp.dtype(jnp.float32)}
+
+
+def test_debug_nans_raises_nowhere_at_time_0():
+    with jax.debug_nans(True):
+        for process in (PROCESSES["vp"], PROCESSES["cosine"]):
+            assert process.sigma(0.0) == 0
+            assert jax.grad(process.sigma)(0.0) == 0
+            move = gd.Move(0.5, 0.0, process, jax.random.key(0), 0, jnp.ones((1, 1)), 0.9)
+            x, _ = gd.ddim_step(lambda x, t: 0 * x, jnp.ones((1, 1)), move, eta=1.0)
+            np.testing.assert_array_equal(x, 0)
