@@ -82,7 +82,8 @@ def posterior_sampling(
             gradient, mean = jax.grad(misfit, has_aux=True)(x)
             gain = process.variance(t) / process.alpha(t)
             spread = _spread(process, t, data_std) + noise_variance
-            return mean - scale * gain / spread * gradient
+            # 0 at t = 0 without noise, where the gain is 0 too.
+            return mean - scale * gain / jnp.where(spread > 0, spread, 1.0) * gradient
 
         return step(conditional, x, move)
 

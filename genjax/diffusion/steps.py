@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from genjax.diffusion.discrete import posterior
 from genjax.diffusion.schedules import Scalar
+from genjax.numerics import safe_sqrt
 from genjax.randomness import Index, indexed_keys, indexed_normal
 from genjax.typing import PRNGKey
 
@@ -66,7 +67,8 @@ def euler_maruyama_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Ar
     y, level, next_level = x / process.alpha(t), process.noise_ratio(t), process.noise_ratio(s)
     denoised = denoise(x, t)
     shrink = (next_level / level) ** 2
-    noise = jnp.where(next_level > 0, level * jnp.sqrt(1 - shrink), 0.0)
+    # Two times next to each other may round to levels in the wrong order.
+    noise = jnp.where(next_level > 0, level * safe_sqrt(jnp.maximum(1 - shrink, 0)), 0.0)
     y = y + (shrink - 1) * (y - denoised) + noise * move.normal(0, x)
     return process.alpha(s) * y, denoised
 
@@ -91,7 +93,7 @@ def ancestral_step(
     shrink = jnp.where(last, 1.0, moments.variance / moments.forward_variance)
     variance = jnp.where(last, 0.0, moments.forward_variance * shrink ** (1 - mix))
     mean = moments.x0_coef * denoised + moments.xt_coef * x
-    return mean + jnp.sqrt(variance) * move.normal(0, x), denoised
+    return mean + safe_sqrt(variance) * move.normal(0, x), denoised
 
 
 def ddpm_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:
@@ -115,12 +117,15 @@ def ddim_step(
     t, s, process = move.t, move.s, move.process
     denoised = denoise(x, t)
     eps = (x - process.alpha(t) * denoised) / process.sigma(t)
-    added = eta**2 * posterior(process, t, s).variance
-    kept = jnp.sqrt(jnp.maximum(process.variance(s) - added, 0.0))
-    x = process.alpha(s) * denoised + kept * eps
-    if not (isinstance(eta, int | float) and eta == 0):
-        x = x + jnp.sqrt(added) * move.normal(0, x)
-    return x, denoised
+    sigma = process.sigma(s)
+    if isinstance(eta, int | float) and eta == 0:
+        return process.alpha(s) * denoised + sigma * eps, denoised
+    # beta~ = sigma_s^2 (1 - rest): factors, because at s = 0 roots of differences have no slope.
+    log_rest = process.log_snr(t) - process.log_snr(s)
+    kept = safe_sqrt(jnp.maximum(1 - eta**2 + eta**2 * jnp.exp(log_rest), 0.0))
+    x = process.alpha(s) * denoised + sigma * kept * eps
+    added = sigma * eta * safe_sqrt(jnp.maximum(-jnp.expm1(log_rest), 0.0))
+    return x + added * move.normal(0, x), denoised
 
 
 def euler_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:
@@ -159,7 +164,7 @@ def heun_step(
         gamma = jnp.where(inside, jnp.minimum(churn, math.sqrt(2) - 1), 0.0)
         raised = jnp.minimum(level * (1 + gamma), process.noise_ratio(process.t_max))
         added = jnp.maximum(raised**2 - level**2, 0.0)
-        y = y + noise_scale * jnp.sqrt(added) * move.normal(0, x)
+        y = y + noise_scale * safe_sqrt(added) * move.normal(0, x)
         t = jnp.where(raised > level, process.time_of_noise_ratio(raised), t)
         level = jnp.where(raised > level, raised, level)
     denoised = denoise(process.alpha(t) * y, t)
@@ -167,10 +172,12 @@ def heun_step(
     euler = y + (next_level - level) * slope
 
     def corrected() -> Array:
-        end = (euler - denoise(process.alpha(s) * euler, s)) / next_level
-        return y + (next_level - level) * 0.5 * (slope + end)
+        # Under vmap both branches are computed: at s = 0 this one must stay finite.
+        safe = jnp.where(next_level > 0, next_level, 1.0)
+        end = (euler - denoise(process.alpha(s) * euler, s)) / safe
+        return (y + (next_level - level) * 0.5 * (slope + end)).astype(x.dtype)
 
-    y = jax.lax.cond(next_level > 0, corrected, lambda: denoised)
+    y = jax.lax.cond(next_level > 0, corrected, lambda: denoised.astype(x.dtype))
     return process.alpha(s) * y, denoised
 
 
@@ -207,16 +214,15 @@ def predictor_corrector_step(
     batch in place of sigma_s, which is about its value; sigma_s keeps one sample independent of the
     others. No correction at s = 0.
     """
-    s, process = move.s, move.process
+    s, process, dtype = move.s, move.process, x.dtype
     x, denoised = predictor(denoise, x, move)
-    size = 2 * (snr * process.sigma(s)) ** 2
 
     def corrected() -> Array:
         moved = x
         for n in range(corrections):
-            mean = process.alpha(s) * denoise(moved, s)
-            score = (mean - moved) / process.variance(s)
-            moved = moved + size * score + jnp.sqrt(2 * size) * move.normal(n + 1, x)
-        return moved
+            # d score = 2 snr^2 (alpha D - x), without sigma_s, which may be 0.
+            shift = 2 * snr**2 * (process.alpha(s) * denoise(moved, s) - moved)
+            moved = moved + shift + 2 * snr * process.sigma(s) * move.normal(n + 1, x)
+        return moved.astype(dtype)
 
-    return jax.lax.cond(s > 0, corrected, lambda: x), denoised
+    return jax.lax.cond(s > 0, corrected, lambda: x.astype(dtype)), denoised
