@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from genjax import checks, ode
 from genjax.diffusion.denoising import check_times, same_shape
-from genjax.diffusion.schedules import Process
+from genjax.diffusion.schedules import Process, Time
 from genjax.diffusion.steps import DenoiseAt, Move, StepFn, dpm_solver_step, heun_step
 from genjax.numerics import at_least_float32
 from genjax.randomness import Index, indexed_normal
@@ -22,14 +22,19 @@ from genjax.typing import DenoiserFn, PRNGKey
 
 
 def initial_noise(
-    key: PRNGKey, shape: Sequence[int], *, process: Process, first_index: Index = 0
+    key: PRNGKey,
+    shape: Sequence[int],
+    *,
+    process: Process,
+    t: Time | None = None,
+    first_index: Index = 0,
 ) -> Float[Array, "batch *event"]:
-    """The start of every sampler: N(0, sigma(t_max)^2 I), not N(0, I), at the process' last time.
+    """The start of every sampler: N(0, sigma(t)^2 I), not N(0, I); t is t_max by default.
 
     (The notes start variance-exploding Algorithms 3 and 4 from N(0, I), a slip.)
     """
     noise = indexed_normal(jax.random.fold_in(key, 0), shape, first_index)
-    return process.sigma(process.t_max) * noise
+    return process.sigma(process.t_max if t is None else t) * noise
 
 
 def sample(
@@ -46,7 +51,7 @@ def sample(
     """Samples [batch, *event]: fold `step` over the decreasing `times` in one scan.
 
     `denoise` maps (x_t [batch, *event], t [batch]) to E[x_0 | x_t]. `x_init` at times[0] replaces
-    the start in N(0, sigma(t_max)^2 I). Where the times end at 0 the last step returns the
+    the start in N(0, sigma(times[0])^2 I). Where the times end at 0 the last step returns the
     denoised mean; where they end above, a sample of that noise level. `first_index` is the index
     of row 0: chunks that state it agree with the whole. Options of a step come by
     `functools.partial`, for example partial(ddim_step, eta=1.0). Raises where times do not
@@ -85,7 +90,7 @@ def _sample(
     checks.at_least("number of axes of shape", len(shape), 1)
     _check_grid(times, step, process)
     if x_init is None:
-        x_init = initial_noise(key, shape, process=process, first_index=first_index)
+        x_init = initial_noise(key, shape, process=process, t=times[0], first_index=first_index)
     checks.shape("x_init", x_init, shape)
     x_init = at_least_float32(x_init)
     denoising_step = functools.partial(step, at_one_time(denoise))
@@ -177,11 +182,14 @@ def sample_adaptive(
     checks.shape("x_init", x_init, tuple(shape))
     x_init = at_least_float32(x_init)
     denoise_at = at_one_time(denoise)
-    start, stop = (jnp.log(process.noise_ratio(t)) for t in (process.t_max, process.t_min))
+    dtype = x_init.dtype
+    start, stop = (
+        jnp.log(process.noise_ratio(t)).astype(dtype) for t in (process.t_max, process.t_min)
+    )
 
     def denoised(u: Any, y: Array) -> Array:
         t = process.time_of_log_snr(-2 * u)
-        return denoise_at((process.alpha(t) * y)[None], t)[0]
+        return denoise_at((process.alpha(t) * y).astype(dtype)[None], t)[0]
 
     def solve(y: Array) -> Array:
         end = ode.solve(
@@ -190,4 +198,4 @@ def sample_adaptive(
         )  # fmt: skip
         return denoised(stop, end)
 
-    return jax.vmap(solve)(x_init / process.alpha(process.t_max))
+    return jax.vmap(solve)((x_init / process.alpha(process.t_max)).astype(dtype))

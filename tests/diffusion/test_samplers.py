@@ -342,6 +342,15 @@ def test_bfloat16_network_samples_without_nan(key):
         assert np.all(np.isfinite(x))
 
 
+def test_the_start_has_the_noise_of_the_first_time(key):
+    """With D = x the samples are the start: sigma(times[0]), not sigma(t_max), and stated so."""
+    times = jnp.array([0.5, 0.25, 0.0])
+    x = gd.sample(lambda x, t: x, key, (4000, 1), process=gd.EDM(), times=times, step=gd.ddim_step)
+    np.testing.assert_allclose(np.std(x), 0.5, rtol=0.05)
+    start = gd.initial_noise(key, (4000, 1), process=gd.EDM(), t=0.5)
+    np.testing.assert_allclose(x, start, rtol=1e-5)
+
+
 def test_samples_have_gradients(key):
     """Through the scan, with respect to a parameter of the denoiser: against differences."""
     process = gd.EDM(t_max=2.0)
