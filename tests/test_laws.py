@@ -91,8 +91,8 @@ CASES = {
         lambda k, x: diffusion.variational_bound(
             network, k, x, process=diffusion.VariancePreserving(), num_steps=5, levels=2
         ),
-        (2 * LEVELS - 1,),
-        extremes=(-1.0, 1.0),
+        (LEVELS - 0.5,),
+        extremes=(-0.5, 0.5),
     ),
     "log_likelihood": Case(
         lambda k, x: diffusion.log_likelihood(network, x, process=VE, num_steps=4), (X,)

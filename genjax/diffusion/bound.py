@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from genjax import checks
@@ -24,14 +25,16 @@ def discretised_gaussian(
 ) -> Float[Array, "*shape"]:
     """Log probability of each value's bin under N(mean, std^2), nats; the outer bins are open.
 
-    x takes `levels` values, equally spaced from `low` to `high` (bin centres); a bin reaches half
-    a spacing to both sides (Ho et al. 2020, eq. 13). A difference of logs of normal CDFs in the
-    tail where they are small, so it neither underflows nor loses its gradient.
+    `levels` bins of equal width fill [low, high] and x holds their centres, as
+    `genjax.data.Scaling` has it (Ho et al. 2020, eq. 13, whose outer centres are -1 and 1: low and
+    high are -+256/255). A difference of logs of normal CDFs in the tail where they are small, so it
+    neither underflows nor loses its gradient. Raises where concrete x is not at a bin's centre.
     """
     checks.integer("levels", levels, 2)
     checks.positive("std", std)
     x, mean, std = at_least_float32(x), at_least_float32(mean), at_least_float32(std)
-    half = 0.5 * (high - low) / (levels - 1)
+    _check_centres(x, levels, low, high)
+    half = 0.5 * (high - low) / levels
     lower, upper = (x - half - mean) / std, (x + half - mean) / std
     # Phi(b) - Phi(a) = Phi(-a) - Phi(-b): take the side on which both are at most about 1/2.
     flip = lower > 0
@@ -39,9 +42,22 @@ def discretised_gaussian(
     log_a, log_b = jax.scipy.special.log_ndtr(a), jax.scipy.special.log_ndtr(b)
     gap = jnp.maximum(log_b - log_a, jnp.finfo(x.dtype).tiny)
     inside = log_b + jnp.log(-jnp.expm1(-gap))
-    first, last = x <= low + half, x >= high - half
+    first, last = x < low + 2 * half, x > high - 2 * half
     outside = jax.scipy.special.log_ndtr(jnp.where(first, upper, -lower))
     return jnp.where(first | last, outside, inside)
+
+
+def _check_centres(x: Array, levels: int, low: float, high: float) -> None:
+    if not checks.is_concrete(x) or not x.size:
+        return
+    number = (np.asarray(x, np.float64) - low) / (high - low) * levels - 0.5
+    nearest = np.clip(np.round(number), 0, levels - 1)
+    if not np.all(np.abs(number - nearest) < 0.05):
+        half = 0.5 * (high - low) / levels
+        raise ValueError(
+            f"x must hold centres of the {levels} bins that fill [{low}, {high}], from "
+            f"{low + half} to {high - half}, got values from {x.min()} to {x.max()}"
+        )
 
 
 def variational_bound(
@@ -61,14 +77,16 @@ def variational_bound(
 
     KL(q(x_T | x) || N(0, sigma_T^2 I)) + sum_i KL(q(x_{i-1} | x_i, x) || p(x_{i-1} | x_i))
     - log P(x | x_1), eq. 5: noise at every step with `every_step`, else one step i per example,
-    times T: unbiased either way. x holds `levels` values from `low` to `high`. `mix` sets the
-    model's variance as in `ancestral_step`; x_1 is decoded with standard deviation sigma(t_1).
+    times T: unbiased either way. x holds centres of `levels` bins that fill [low, high], see
+    `discretised_gaussian`. `mix` sets the model's variance as in `ancestral_step`; x_1 is decoded
+    with standard deviation sigma(t_1). Raises as `discretised_gaussian` does.
     Returns (losses [batch], aux: "prior", "diffusion", "reconstruction").
     """
     checks.integer("num_steps", num_steps, 1)
     checks.floating("x", x)
     checks.min_rank("x", x, 1)
     x = at_least_float32(x)
+    _check_centres(x, levels, low, high)
     dims = x[0].size
     check_times(process.t_max, process)
     signal, noise = process.alpha(process.t_max), process.variance(process.t_max)

@@ -5,22 +5,30 @@ import pytest
 from scipy.stats import norm
 
 from genjax import diffusion as gd
+from genjax.data import Scaling
 from tests.diffusion.oracles import reference
 from tests.diffusion.test_samplers import move_with_noise
+
+# Ho et al. put the centres of the outer bins at -1 and 1.
+HO = {"low": -256 / 255, "high": 256 / 255}
+
+
+def centres(levels):
+    return Scaling(levels).to_continuous(jnp.arange(levels))
 
 
 def test_discretised_decoder(x64, compiled):
     data = reference("ddpm_discrete_decoder_iddpm_var")
     inputs = data["inputs"]
     x = jnp.array(inputs["x_int"]) / 127.5 - 1
-    value = compiled(lambda x, m, s: gd.discretised_gaussian(x, m, s, levels=256))(
+    value = compiled(lambda x, m, s: gd.discretised_gaussian(x, m, s, levels=256, **HO))(
         x, jnp.array(inputs["mean"]), jnp.array(inputs["std"])
     )
     np.testing.assert_allclose(value, data["expected"]["log_prob"], rtol=1e-7)
 
 
 def test_decoder_sums_to_one_and_is_finite_in_the_tails(compiled):
-    x = jnp.linspace(-1, 1, 17)
+    x = centres(17)
     for mean, std in [(0.2, 0.3), (0.95, 0.01), (-1.0, 1e-3)]:
         value = compiled(lambda m, s: gd.discretised_gaussian(x, m, s, levels=17))(
             jnp.full(17, mean), jnp.full(17, std)
@@ -29,14 +37,17 @@ def test_decoder_sums_to_one_and_is_finite_in_the_tails(compiled):
     one = jnp.ones(())
 
     def single(m, s):
-        return gd.discretised_gaussian(-0.5 * one, m, s, levels=256)
+        return gd.discretised_gaussian(-0.50390625 * one, m, s, levels=256)
 
     value_and_grad = compiled(jax.value_and_grad(single, argnums=(0, 1)))
     for mean, std in [(1.0, 0.05), (0.5, 1e-4), (-0.5, 1e-4), (-0.5, 1e3)]:
         value, grad = value_and_grad(jnp.float32(mean), jnp.float32(std))
         assert np.isfinite(value)
         assert np.all(np.isfinite(grad))
-    mass = [np.diff(norm.cdf((np.array([-1, 1]) / 255 - 0.5 - m) / 0.4)) for m in (0.3001, 0.2999)]
+    mass = [
+        np.diff(norm.cdf((np.array([-1, 1]) / 256 - 0.50390625 - m) / 0.4))
+        for m in (0.3001, 0.2999)
+    ]
     numeric = (np.log(mass[0]) - np.log(mass[1]))[0] / 2e-4
     np.testing.assert_allclose(jax.grad(single)(0.3, jnp.float32(0.4)), numeric, rtol=1e-3)
 
@@ -80,7 +91,7 @@ def _expected_bound(x, gain, process, num_steps, levels, mix):
     kl = 0.5 * (ratio - 1 - np.log(ratio)) + 0.5 * coef**2 * error / model
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
     mean = c[0] * (at[0] * x + st[0] * nodes)
-    half = 1 / (levels - 1)
+    half = 1 / levels
     lower, upper = (x - half - mean) / st[0], (x + half - mean) / st[0]
     mass = np.where(lower > 0, norm.sf(lower) - norm.sf(upper), norm.cdf(upper) - norm.cdf(lower))
     decode = -(weights / weights.sum()) @ np.log(mass)
@@ -96,9 +107,9 @@ def test_bound_is_its_closed_form_for_a_linear_denoiser(mix, x64, key):
         return alpha * std**2 / (alpha**2 * std**2 + sigma**2)
 
     prior, diffusion, decode = _expected_bound(
-        0.25, lambda t: np.asarray(gain(t)), process, num_steps, levels, mix
+        2 / 9, lambda t: np.asarray(gain(t)), process, num_steps, levels, mix
     )
-    x = jnp.full((4000, 1), 0.25)
+    x = jnp.full((4000, 1), 2 / 9)
     for every_step in (False, True):
         losses, aux = jax.jit(
             lambda key, e=every_step: gd.variational_bound(
@@ -127,8 +138,8 @@ def test_bound_meets_the_exact_likelihood_for_many_steps(key):
 
     With the forward variance, exact while data is smooth at the scale of a step's noise.
     """
-    process, levels, std = gd.VariancePreserving(), 257, 0.3
-    x = jnp.tile(jnp.linspace(-1, 1, levels)[100:160:15, None], (500, 1))
+    process, levels, std = gd.VariancePreserving(), 256, 0.3
+    x = jnp.tile(centres(levels)[100:160:15, None], (500, 1))
 
     def denoise(x_t, t):
         alpha, sigma = process.alpha(t), process.sigma(t)
@@ -139,20 +150,37 @@ def test_bound_meets_the_exact_likelihood_for_many_steps(key):
             denoise, key, x, process=process, num_steps=128, levels=levels, mix=1.0, every_step=True
         )
     )(key)
-    half = 1 / (levels - 1)
+    half = 1 / levels
     exact = -np.log(norm.cdf((x + half) / std) - norm.cdf((x - half) / std))[:, 0]
     gap = float((losses - exact).mean())
     assert -0.01 < gap < 0.1, gap
 
 
+@pytest.mark.parametrize(("levels", "ends"), [(256, (-1.0, 1.0)), (17, (0.0, 3.0))])
+def test_levels_scaled_by_the_data_room_sum_to_one(levels, ends):
+    """The outer bins are open, the inner ones meet: also where the mass lies in the last bins."""
+    x = Scaling(levels, *ends).to_continuous(jnp.arange(levels))
+    mean = jnp.repeat(jnp.array([[0.1], [0.9], [2.99]]), levels, axis=1)
+    low, high = ends
+    log_prob = gd.discretised_gaussian(
+        jnp.broadcast_to(x, mean.shape), mean, 0 * mean + 0.03, levels=levels, low=low, high=high
+    )
+    np.testing.assert_allclose(np.exp(log_prob).sum(1), 1.0, rtol=2e-5)
+
+
 def test_bad_input(unchecked, key):
+    for x in (jnp.linspace(-1, 1, 4), jnp.array([1.25])):
+        with pytest.raises(ValueError, match=r"x must hold centres of the 4 bins .* from -0.75 to"):
+            gd.discretised_gaussian(x, x, 0 * x + 1, levels=4)
+        with pytest.raises(ValueError, match="x must hold centres of the 4 bins"):
+            gd.variational_bound(lambda x, t: x, key, x, process=gd.EDM(), num_steps=4, levels=4)
     with pytest.raises(ValueError, match="levels must be at least 2"):
         gd.discretised_gaussian(jnp.ones(1), jnp.ones(1), jnp.ones(1), levels=1)
     with pytest.raises(ValueError, match="std must be positive"):
         gd.discretised_gaussian(jnp.ones(1), jnp.ones(1), jnp.zeros(1), levels=4)
     with pytest.raises(ValueError, match="denoiser must keep the shape"):
         gd.variational_bound(
-            lambda x, t: x[:1], key, jnp.ones((2, 3)), process=gd.EDM(), num_steps=4, levels=4
+            lambda x, t: x[:1], key, jnp.zeros((2, 3)), process=gd.EDM(), num_steps=4, levels=3
         )
     with pytest.raises(TypeError, match="x must have a floating dtype"):
         gd.variational_bound(
