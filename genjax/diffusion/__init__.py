@@ -6,6 +6,7 @@ from genjax.diffusion.denoising import PREDICTIONS as PREDICTIONS
 from genjax.diffusion.denoising import convert as convert
 from genjax.diffusion.denoising import denoiser as denoiser
 from genjax.diffusion.denoising import denoising_score_matching as denoising_score_matching
+from genjax.diffusion.denoising import flow_denoiser as flow_denoiser
 from genjax.diffusion.denoising import loss_weight as loss_weight
 from genjax.diffusion.discrete import DiscreteTime as DiscreteTime
 from genjax.diffusion.discrete import ddpm_betas as ddpm_betas

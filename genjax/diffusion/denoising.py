@@ -1,7 +1,8 @@
 """Denoising score matching: what a network may predict, how predictions convert, losses.
 
 Everything else in this family takes a denoiser: a callable (x_t, t) -> E[x_0 | x_t]. `denoiser`
-makes one of a network that predicts x_0, noise, score, v or EDM's residual.
+makes one of a network that predicts x_0, noise, score, v, EDM's residual or a velocity, and
+`flow_denoiser` of a flow-matching network, whose clock runs the other way.
 """
 
 from collections.abc import Callable
@@ -13,12 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from genjax import checks
-from genjax.diffusion.schedules import Process, Scalar
+from genjax.diffusion.schedules import Process, Scalar, derivative
 from genjax.diffusion.times import TimesFn, uniform_times
 from genjax.numerics import at_least_float32, expand_to, sum_event
-from genjax.typing import DenoiserFn, PRNGKey
+from genjax.typing import DenoiserFn, PRNGKey, VelocityFn
 
-PREDICTIONS = ("x0", "epsilon", "score", "v", "edm")
+PREDICTIONS = ("x0", "epsilon", "score", "v", "edm", "velocity")
 # times [batch] -> weight on |x_0 - D|^2 [batch]
 WeightFn: TypeAlias = Callable[[Array], Array]
 
@@ -43,6 +44,11 @@ def _components(
         return 0 * one, -1 / _positive(sigma), -alpha / _positive(sigma)
     if kind == "v":
         return -sigma, alpha, alpha**2 + sigma**2
+    if kind == "velocity":
+        # At t = 0 the slope of sigma may be infinite; just above it is finite.
+        above = jnp.maximum(t, 1e-3 * process.t_min)
+        p, q = derivative(process.log_alpha, t) * alpha, derivative(process.sigma, above)
+        return p, q, alpha * q - sigma * p
     total = jnp.sqrt(ratio**2 + sigma_data**2)
     return ratio / (sigma_data * total), -sigma_data / total, -alpha * total / sigma_data
 
@@ -67,7 +73,9 @@ def convert(
 
     With x_t = alpha x_0 + sigma eps: "x0"; "epsilon"; "score" = -eps / sigma; "v" = alpha eps -
     sigma x_0 (Salimans & Ho 2022); "edm" = (x_0 - c_skip x_t / alpha) / c_out (Karras et al. 2022,
-    eq. 7, at noise level sigma / alpha). Computed from the pair (x_0, eps), so nothing cancels.
+    eq. 7, at noise level sigma / alpha); "velocity" = alpha' x_0 + sigma' eps, for `RectifiedFlow`
+    eps - x_0 (Lipman et al. 2023, eq. 15; its negative in the clock of flow matching, see
+    `flow_denoiser`). Computed from the pair (x_0, eps), so nothing cancels.
     """
     checks.one_of("source", source, PREDICTIONS)
     checks.one_of("target", target, PREDICTIONS)
@@ -121,14 +129,32 @@ def denoiser(
     return denoise
 
 
+def flow_denoiser(velocity: VelocityFn, *, process: Process) -> DenoiserFn:
+    """Make a denoiser for any process of a flow-matching velocity, E[x_0 - eps | x at time u].
+
+    `velocity` has the clock of `genjax.flows`: noise at u = 0, data at u = 1, along the straight
+    path u x_0 + (1 - u) eps. The state of `process` whose sigma / alpha is l lies on that path at
+    u = 1 / (1 + l) after division by alpha + sigma; there D = x + (1 - u) velocity(x, u).
+    """
+
+    def denoise(x_t: Array, t: Array) -> Array:
+        x_t, t = at_least_float32(x_t), at_least_float32(t)
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        x, u = x_t / expand_to(alpha + sigma, x_t), alpha / (alpha + sigma)
+        return x + expand_to(sigma / (alpha + sigma), x) * at_least_float32(velocity(x, u))
+
+    return denoise
+
+
 def loss_weight(
     weighting: str | WeightFn, t: Float[Array, " batch"], process: Process, sigma_data: Scalar = 0.5
 ) -> Float[Array, " batch"]:
     """Weight on |x_0 - D|^2 that makes it the squared error of the named prediction.
 
     "x0": 1; "epsilon": (alpha / sigma)^2; "score": (alpha / sigma^2)^2; "v": (alpha^2 + sigma^2)^2
-    / sigma^2; "edm": (s^2 + s_d^2) / (s s_d)^2 with s = sigma / alpha; "likelihood": half of g^2
-    times "score" (Song et al. 2021b). A callable gives its own weight of t.
+    / sigma^2; "edm": (s^2 + s_d^2) / (s s_d)^2 with s = sigma / alpha; "velocity": (alpha d
+    log s / dt)^2 (1 / t^2 for `RectifiedFlow`); "likelihood": half of g^2 times "score" (Song et
+    al. 2021b). A callable gives its own weight of t.
     """
     if callable(weighting):
         weight = jnp.asarray(weighting(t))

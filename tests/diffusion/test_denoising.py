@@ -21,6 +21,8 @@ def _conversion_case():
     kinds["score"] = jnp.array(expected["score_cond"])
     # EDM's residual from its definition, at noise level 0.6 / 0.8.
     s, sd = 0.75, 0.5
+    beta = float(0.1 + 19.9 * t[0])
+    kinds["velocity"] = -0.5 * beta * 0.8 * x0 + 0.5 * beta * 0.8**2 / 0.6 * eps
     c_skip, c_out = sd**2 / (s**2 + sd**2), s * sd / np.sqrt(s**2 + sd**2)
     x_t = jnp.array(expected["x_t"])
     kinds["edm"] = (x0 - c_skip * x_t / 0.8) / c_out
@@ -314,3 +316,36 @@ def test_bad_input(unchecked, key):
         gd.denoiser(same, process=VP, prediction="edm", sigma_data=0.0)
     with pytest.raises(ValueError, match="target must be one of"):
         gd.convert(x, x, jnp.ones(4), source="x0", target="noise", process=VP)
+
+
+@pytest.mark.parametrize("process", [gd.RectifiedFlow(), VP, gd.EDM()])
+def test_a_flow_matching_velocity_is_a_denoiser_under_any_process(process, compiled):
+    """Data N(3, 0.5^2): E[x_0 - eps | u x_0 + (1 - u) eps] and E[x_0 | x_t] in closed form."""
+    mean, var = 3.0, 0.25
+
+    def velocity(x, u):
+        u = u[:, None]
+        gain = (u * var - (1 - u)) / (u**2 * var + (1 - u) ** 2)
+        return mean + gain * (x - u * mean)
+
+    def exact(x, t):
+        alpha, variance = process.alpha(t)[:, None], process.variance(t)[:, None]
+        return mean + alpha * var / (alpha**2 * var + variance) * (x - alpha * mean)
+
+    t = jnp.array([0.0, process.t_min, 0.3, 0.7, process.t_max])
+    x = jnp.linspace(-2.0, 2.0, 5)[:, None]
+    found = compiled(gd.flow_denoiser(velocity, process=process))(x, t)
+    np.testing.assert_allclose(found, exact(x, t), rtol=2e-4, atol=2e-5)
+
+
+def test_velocity_of_the_straight_path_is_noise_minus_data(compiled):
+    """Also at t = 0 and as a network's prediction; with slope 1 / t of the mean's error."""
+    process, t = gd.RectifiedFlow(), jnp.array([0.0, 1e-3, 0.5, 0.999])
+    x0, eps = jnp.array([[1.0], [-2.0], [0.5], [3.0]]), jnp.array([[0.3], [0.1], [-1.0], [2.0]])
+    x_t = x0 + t[:, None] * (eps - x0)
+    denoise = gd.denoiser(lambda x, t: eps - x0, process=process, prediction="velocity")
+    np.testing.assert_allclose(compiled(denoise)(x_t, t), x0, rtol=1e-5)
+    to = {"source": "x0", "target": "velocity", "process": process}
+    np.testing.assert_allclose(gd.convert(x0, x_t, t, **to)[1:], (eps - x0)[1:], rtol=1e-3)
+    weight = gd.loss_weight("velocity", t[1:], process)
+    np.testing.assert_allclose(weight, 1 / t[1:] ** 2, rtol=1e-5)
