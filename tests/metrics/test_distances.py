@@ -144,6 +144,14 @@ def test_sliced_wasserstein_gradient(x64, key):
     assert np.isfinite(at_zero).all()
 
 
+def test_sliced_wasserstein_under_debug_nans(key):
+    x = features(8, 8, 3)[0]
+    with jax.debug_nans(True):
+        assert float(sliced_wasserstein(key, x, x, num_projections=4)) == 0
+        by_one = sliced_wasserstein(key, x, x + 1, directions=np.eye(3, dtype=np.float32))
+        np.testing.assert_allclose(by_one, 1, rtol=1e-5)
+
+
 def test_sinkhorn_of_a_shift():
     """Equal clouds moved apart: the divergence of the cost |x - y|^2 is |v|^2 for any epsilon."""
     x = features(n=12, d=3)[0]
