@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from genjax import checks, numerics
@@ -110,33 +111,62 @@ def sample_pairs(
 
     Without `coupling` rows are matched as they come (independent). `coupling` takes the squared
     distances [n, n] and returns either the index of the noise for each data point, or a plan, from
-    whose columns the noise of each data point is drawn (Tong et al., 2024, section 3.2). With
-    `label` noise i belongs to the class of data i and pairs stay within the class: pairs across
-    classes cost n times the largest cost more, so that none lowers the total. Data and labels keep
-    their order. Raises ValueError where shapes disagree.
+    whose columns the noise of each data point is drawn (Tong et al., 2024, section 3.2). Data and
+    labels keep their order.
+
+    With `label` noise i belongs to the class of data i, and pairs stay within the class: the
+    coupling is called class by class. Traced labels have no known sizes, so there it is called
+    once, with pairs across classes 8 max(C) dearer and the whole shifted so that the mean over
+    the matrix is that over the pairs within classes (an epsilon relative to it stays right).
+
+    Raises ValueError where shapes disagree, a column of the plan has no mass or is not finite, or
+    an index lies outside; where that is traced, the noise of that data point is NaN.
     """
     key_noise, key_pair = jax.random.split(key)
     if x0 is None:
         x0 = jax.random.normal(key_noise, x1.shape, x1.dtype)
     checks.same_shape(x0=x0, x1=x1)
-    if coupling is None:
-        return Pairs(x0, x1)
     n = x1.shape[0]
-    cost = numerics.squared_distances(x0.reshape(n, -1), x1.reshape(n, -1))
-    apart = None
     if label is not None:
         checks.shape("label", label, (n,))
+    if coupling is None or n == 0:
+        return Pairs(x0, x1)
+    flat0, flat1 = x0.reshape(n, -1), x1.reshape(n, -1)
+    cost = numerics.squared_distances(flat0, flat1)
+    if label is None:
+        mass = _plan(coupling, cost)
+    elif checks.is_concrete(label):
+        mass = jnp.zeros((n, n))
+        for kind in np.unique(label):
+            block = np.ix_(*[np.flatnonzero(np.asarray(label) == kind)] * 2)
+            mass = mass.at[block].set(_plan(coupling, cost[block]))
+    else:
         apart = label[:, None] != label[None, :]
-        cost = jnp.where(apart, cost + n * jnp.max(cost), cost)
-    matched = coupling(cost)
+        # A crossing pair costs 7 max(C) more than the worst within the class that replaces it;
+        # a larger step would take digits from the costs.
+        far = jnp.where(apart, 8 * jnp.max(cost) + jnp.finfo(cost.dtype).tiny, cost)
+        far = far - (jnp.mean(far) - jnp.mean(cost, where=~apart))
+        mass = jnp.where(apart, 0, _plan(coupling, far))
+    usable = jnp.all(jnp.isfinite(mass), axis=0) & jnp.any(mass > 0, axis=0)
+    if checks.is_concrete(usable) and not jnp.all(usable):
+        raise ValueError(
+            f"the coupling must give each data point an index in [0, n) or a column of finite mass "
+            f"above 0: it gave {n - int(jnp.sum(usable))} of {n} neither"
+        )
+    logits = jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1)), -jnp.inf)
+    drawn = x0[jax.random.categorical(key_pair, logits, axis=0)]
+    usable = usable.reshape((n,) + (1,) * (x0.ndim - 1))
+    return Pairs(jnp.where(usable, drawn, jnp.nan), x1)
+
+
+def _plan(coupling: CouplingFn, cost: Array) -> Array:
+    """What the coupling returns, as a plan [n, n]: an index is a column with one 1, or none."""
+    n, matched = cost.shape[0], coupling(cost)
     if jnp.issubdtype(matched.dtype, jnp.integer):
         checks.shape("coupling's indices", matched, (n,))
-        return Pairs(x0[matched], x1)
+        return jax.nn.one_hot(matched, n, axis=0)
     checks.shape("coupling's plan", matched, (n, n))
-    # An approximate plan leaves some mass between classes: it is dropped.
-    mass = matched if apart is None else jnp.where(apart, 0, matched)
-    logits = jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1)), -jnp.inf)
-    return Pairs(x0[jax.random.categorical(key_pair, logits, axis=0)], x1)
+    return matched
 
 
 def flow_matching_loss(
