@@ -4,6 +4,7 @@ y is an array or a tree of arrays, t a scalar. Explicit Runge-Kutta methods take
 scan; adaptive ones are diffrax's.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from genjax import checks
-from genjax.numerics import sum_event
+from genjax.numerics import at_least_float32, sum_event
 
 Number: TypeAlias = float | int | Float[Array, ""]
 Times: TypeAlias = tuple[Number, Number]
@@ -72,10 +73,16 @@ def solve(
     extra `ode`). `gradient` is "backprop" (through the steps: the exact gradient of what was
     computed; with `recompute` in the memory of one step) or "adjoint" (the backward equation of
     Chen et al., 2018, section 2: memory that does not grow with the steps, an error of the order
-    of the solver's). Each leaf keeps its dtype. Raises ValueError for an unknown method or
-    gradient, no interval, or a field of another shape, ImportError where diffrax is missing.
+    of the solver's), also for what the field closes over. Leaves narrower than float32 become
+    float32, in which a small step does not vanish; the others keep their dtype. Raises ValueError
+    for an unknown method or gradient, no interval, or a field of another shape, TypeError for
+    leaves that are not floating, ImportError where diffrax is missing.
     """
     check_solver(method, num_steps, times, gradient)
+    jax.tree.map(lambda leaf: checks.floating("what is carried along a field", leaf), y)
+    y = jax.tree.map(at_least_float32, y)
+    if gradient == "adjoint":
+        field, args = _hoisted(field, args, y)
     if method in ADAPTIVE:
         return _adaptive(field, args, y, times, method, (rtol, atol), gradient, max_steps)
     if gradient == "adjoint":
@@ -98,7 +105,7 @@ def _runge_kutta(
     def moved(y: Any, weights: tuple[float, ...], slopes: list[Any]) -> Any:
         for weight, k in zip(weights, slopes, strict=True):
             if weight:
-                y = jax.tree.map(lambda a, b, w=weight: a + h * w * b, y, k)
+                y = jax.tree.map(lambda a, b, w=weight: a + (h * w * b).astype(a.dtype), y, k)
         return y
 
     def step(y: Any, i: Array) -> tuple[Any, None]:
@@ -107,7 +114,7 @@ def _runge_kutta(
             now = moved(y, row, slopes)
             slopes.append(field(now, jnp.asarray(t + node * h, dtype)))
             jax.tree.map(_same_shape, slopes[-1], y)
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), moved(y, rk.b, slopes), y), None
+        return moved(y, rk.b, slopes), None
 
     # The scan itself keeps the compiler from merging the two computations of a step.
     step = jax.checkpoint(step, prevent_cse=False) if recompute else step
@@ -119,40 +126,59 @@ def _same_shape(slope: Array, y: Array) -> None:
     checks.shape("what the field returns", slope, y.shape)
 
 
+def _hoisted(field: FieldFn, args: Any, y: Any) -> tuple[FieldFn, Any]:
+    """The field with all traced arrays that it closes over, integers too, among its arguments."""
+    t = jnp.zeros((), jax.tree.leaves(y)[0].dtype)
+    closed, out = jax.make_jaxpr(field, return_shape=True)(args, y, t)
+
+    def pure(everything: Any, y: Any, t: Array) -> Any:
+        args, traced = everything[0], iter(everything[1])
+        consts = [c if checks.is_concrete(c) else next(traced) for c in closed.consts]
+        flat = jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((args, y, t)))
+        return jax.tree.unflatten(jax.tree.structure(out), flat)
+
+    return pure, (args, [c for c in closed.consts if not checks.is_concrete(c)])
+
+
 def _adjoint(field: FieldFn, args: Any, y: Any, times: Times, num_steps: int, rk: Tableau) -> Any:
     """The same values as `_runge_kutta`; the gradient from the adjoint equation, run backwards.
 
-    With a = dL/dy: da/dt = -a^T df/dy and dL/dargs = integral of a^T df/dargs dt.
+    With a = dL/dy: da/dt = -a^T df/dy and dL/dargs = integral of a^T df/dargs dt, for the
+    arguments that have a gradient (integers and keys have none).
     """
-    # What the field closes over becomes an argument, so that it can be differentiated.
-    pure, consts = jax.closure_convert(field, args, y, jnp.zeros((), jax.tree.leaves(y)[0].dtype))
+    leaves, tree = jax.tree.flatten(args)
+    moving = [jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact) for leaf in leaves]
 
-    def closed(args: Any, y: Any, t: Array) -> Any:
-        return pure(args[0], y, t, *args[1])
+    def joined(args: list[Any], fixed: list[Any], y: Any, t: Array) -> Any:
+        parts = iter(args), iter(fixed)
+        return field(tree.unflatten(next(parts[not m]) for m in moving), y, t)
 
     @jax.custom_vjp
-    def run(args: Any, y: Any) -> Any:
-        return _runge_kutta(lambda y, t: closed(args, y, t), y, times, num_steps, rk)
+    def run(args: list[Any], fixed: list[Any], y: Any) -> Any:
+        return _runge_kutta(lambda y, t: joined(args, fixed, y, t), y, times, num_steps, rk)
 
-    def run_forward(args: Any, y: Any) -> tuple[Any, Any]:
-        end = run(args, y)
-        return end, (args, end)
+    def run_forward(args: list[Any], fixed: list[Any], y: Any) -> tuple[Any, Any]:
+        end = run(args, fixed, y)
+        return end, (args, fixed, end)
 
-    def run_backward(saved: tuple[Any, Any], y_bar: Any) -> tuple[Any, Any]:
-        args, end = saved
+    def run_backward(saved: tuple[Any, Any, Any], y_bar: Any) -> tuple[Any, None, Any]:
+        args, fixed, end = saved
 
         def back(state: tuple[Any, Any, Any], t: Array) -> tuple[Any, Any, Any]:
-            value, pull = jax.vjp(lambda args, y: closed(args, y, t), args, state[0])
+            value, pull = jax.vjp(lambda args, y: joined(args, fixed, y, t), args, state[0])
             bars = pull(jax.tree.map(lambda bar, v: bar.astype(v.dtype), state[1], value))
             args_bar, y_bar = jax.tree.map(jnp.negative, bars)
             return value, y_bar, args_bar
 
-        start = (end, y_bar, jax.tree.map(jnp.zeros_like, args))
+        start = (end, y_bar, [jnp.zeros_like(at_least_float32(leaf)) for leaf in args])
         _, y_bar, args_bar = _runge_kutta(back, start, (times[1], times[0]), num_steps, rk)
-        return args_bar, y_bar
+        return jax.tree.map(lambda bar, leaf: bar.astype(leaf.dtype), args_bar, args), None, y_bar
 
     run.defvjp(run_forward, run_backward)
-    return run((args, consts), y)
+    split = [
+        [jnp.asarray(x) for x, m in zip(leaves, moving, strict=True) if m == w] for w in (1, 0)
+    ]
+    return run(*split, y)
 
 
 def _adaptive(
@@ -169,10 +195,11 @@ def _adaptive(
         import diffrax
     except ImportError as error:
         raise ImportError(f"method={method!r} needs diffrax: install the extra `ode`") from error
-    rtol, atol = tolerance
-    checks.positive("rtol", rtol)
-    checks.positive("atol", atol)
+    for name, value in zip(("rtol", "atol"), tolerance, strict=True):
+        checks.positive(name, value)
+    # Under 64 bits numbers of another dtype would change that of the steps.
     dtype = jax.tree.leaves(y)[0].dtype
+    start, stop, rtol, atol = (jnp.asarray(x, dtype) for x in (*times, *tolerance))
     solver = {"dopri5": diffrax.Dopri5, "tsit5": diffrax.Tsit5}[method]()
     adjoint = {
         "backprop": diffrax.RecursiveCheckpointAdjoint,
@@ -181,8 +208,8 @@ def _adaptive(
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, args: field(args, y, jnp.asarray(t, dtype))),
         solver,
-        times[0],
-        times[1],
+        start,
+        stop,
         None,
         y,
         args=args,
@@ -190,7 +217,7 @@ def _adaptive(
         adjoint=adjoint,
         max_steps=max_steps,
     )
-    return jax.tree.map(lambda leaf: leaf[-1], solution.ys)
+    return jax.tree.map(lambda leaf, old: leaf[-1].astype(old.dtype), solution.ys, y)
 
 
 def divergence(
@@ -202,8 +229,10 @@ def divergence(
 
     Exact: one forward derivative per dimension. With a probe e `[batch, *event]`,
     E[e e^T] = I, Hutchinson's estimate e^T (dv/dx) e, unbiased (Grathwohl et al., 2019, eq. (7));
-    with several, `[probes, batch, *event]`, the mean of theirs.
+    with several, `[probes, batch, *event]`, the mean of theirs. Raises TypeError for integers.
     """
+    checks.floating("x", x)
+    probe = None if probe is None else probe.astype(x.dtype)
     if probe is not None and probe.ndim == x.ndim:
         checks.same_shape(probe=probe, x=x)
         v, along = jax.jvp(field, (x,), (probe,))
@@ -214,7 +243,7 @@ def divergence(
     if probe is not None:
         checks.shape("probe", probe, (None, *x.shape))
         return v, jnp.mean(jax.vmap(lambda e: sum_event(e * push(e)))(probe), axis=0)
-    count = x.size // x.shape[0]
+    count = math.prod(x.shape[1:])
 
     def diagonal(i: Array | int) -> Array:
         unit = (jnp.arange(count) == i).astype(x.dtype).reshape(1, *x.shape[1:])

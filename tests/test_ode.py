@@ -79,6 +79,72 @@ def test_gradients_with_respect_to_arguments_start_and_what_is_closed_over(x64):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_the_adjoint_of_a_field_over_labels_keys_and_traced_context(method):
+    """Integers among the arguments and in what is closed over; jit in grad, and grad in jit."""
+    key, y = jax.random.key(3), jnp.asarray([[0.4, -0.2], [1.0, 0.3], [0.1, 0.9]])
+
+    def loss(args, bend, label, gradient):
+        def field(args, y, t):
+            noise = jax.random.normal(args["key"], y.shape)
+            rate = args["table"][label] * args["power"] - jax.nn.relu(y) * bend
+            return jnp.tanh(rate * y) + 0.1 * t * noise
+
+        return jnp.sum(jnp.sin(ode.solve(field, args, y, (0, 1), method=method, gradient=gradient)))
+
+    def both(table, bend, label, gradient):
+        args = lambda table: {"key": key, "power": jnp.asarray(2), "table": table}  # noqa: E731
+        return jax.grad(lambda v, b: loss(args(v), b, label, gradient), (0, 1))(table, bend)
+
+    given = jnp.asarray([[0.3, -0.5], [0.8, 0.1]]), jnp.asarray(0.7), jnp.asarray([1, 0, 1])
+    run = jax.jit(both, static_argnums=3)
+    want = run(*given, "backprop")
+    outer = jax.jit(
+        lambda v, b, label: loss({"key": key, "power": 2, "table": v}, b, label, "adjoint")
+    )
+    for got in (run(*given, "adjoint"), jax.grad(outer, (0, 1))(*given)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), got, want)
+
+
+def test_narrow_states_move_and_integers_are_refused(unchecked):
+    """dy/dt = 1 from 256 in 100 steps: each is a thousandth of what bfloat16 can tell there."""
+    one = lambda _, y, t: jnp.ones_like(y)  # noqa: E731
+    for method in ("euler", "dopri5"):
+        end = ode.solve(
+            one, None, jnp.full(2, 256, jnp.bfloat16), (0, 1), num_steps=100, method=method
+        )
+        assert end.dtype == jnp.float32
+        np.testing.assert_allclose(end, 257, rtol=1e-5)
+    # The integral of the adjoint, too: 100 steps of 1/100 each around 256.
+    scale = jax.grad(
+        lambda s: ode.solve(lambda s, y, t: 256 * s * jnp.ones_like(y), s, jnp.zeros(()), (0, 1),
+                            num_steps=1000, gradient="adjoint")
+    )(jnp.ones((), jnp.bfloat16))  # fmt: skip
+    assert scale == 256
+    with pytest.raises(TypeError, match="floating dtype, got int32"):
+        ode.solve(one, None, jnp.arange(3), (0, 1))
+
+
+@pytest.mark.parametrize("method", ["heun", "dopri5"])
+def test_float32_states_keep_their_dtype_under_64_bits(method, x64):
+    """Times and tolerances of float64 change no carry; the field sees one dtype."""
+
+    def field(rate, y, t):
+        assert (y.dtype, t.dtype) == (jnp.float32, jnp.float32)
+        return -rate * y
+
+    times = (np.float64(0), jnp.asarray(1.0))
+    options = {"method": method, "rtol": np.float64(1e-5)}
+    for gradient in ("backprop", "adjoint") if method == "heun" else ("backprop",):
+        run = lambda y, r, g=gradient: ode.solve(field, r, y, times, gradient=g, **options)  # noqa: E731
+        end, pull = jax.vjp(run, jnp.ones(3, jnp.float32), jnp.float32(0.5))
+        assert end.dtype == jnp.float32
+        np.testing.assert_allclose(end, np.exp(-0.5), rtol=5e-4)
+        y_bar, rate_bar = pull(jnp.ones_like(end))
+        np.testing.assert_allclose(y_bar, np.exp(-0.5), rtol=5e-4)
+        np.testing.assert_allclose(rate_bar, -3 * np.exp(-0.5), rtol=5e-4)
+
+
 @pytest.mark.parametrize("dim", [3, 12])  # unrolled, and in blocks of eight
 def test_traces_against_the_jacobian(dim, key, compiled):
     a, b = (jax.random.normal(k, (dim, dim)) / dim**0.5 for k in jax.random.split(key))
