@@ -38,7 +38,7 @@ def mlp(params, x):
 def causal(params, x):
     """Raw parameters at t from the numbers before t: strictly lower triangular products."""
     weight, bias = params
-    mask = np.tril(np.ones(weight.shape[1:]), -1)
+    mask = np.tril(np.ones(weight.shape[1:], weight.dtype), -1)
     raw = jnp.tanh(jnp.einsum("bj,kij->bki", x, weight * mask[None])) + bias[None]
     return raw.reshape(x.shape[0], -1)
 

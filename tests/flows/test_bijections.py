@@ -109,6 +109,64 @@ def test_spline_is_the_identity_outside_and_at_zero_with_finite_gradients():
         np.testing.assert_array_equal(grads[1][np.abs(x) > 2], 1)
 
 
+def test_a_spline_on_a_closed_interval_never_leaves_it():
+    """The last float32 numbers within [0, 1], 400 splines: a uniform base has them all."""
+    spline = flows.rational_quadratic(8, 0.0, 1.0)
+    raw = 2 * jax.random.normal(KEY, (400, spline.size, 8))
+    last = [1 - i * 2.0**-24 for i in range(4)] + [i * 2.0**-30 for i in range(4)]
+    x = jnp.broadcast_to(jnp.asarray(last, jnp.float32), (400, 8))
+    for run in (spline.forward, spline.inverse):
+        y, log_slope = jax.jit(run)(raw, x)
+        assert np.all(np.isfinite(flows.uniform((8,)).log_prob(y)))
+        assert np.all(np.isfinite(log_slope))
+
+
+def test_a_rescaled_interval_never_leaves_the_new_one():
+    rng = np.random.default_rng(0)
+    for low, width in zip(rng.normal(size=40), rng.uniform(0.1, 9, size=40), strict=True):
+        ends = jnp.asarray([[low], [low + width]], jnp.float32)
+        bijection = flows.rescale(float(ends[0, 0]), float(ends[1, 0]))
+        y, _ = bijection.forward(None, ends)
+        assert 0 <= y[0, 0] < 1e-6 < 1 - 1e-6 < y[1, 0] <= 1
+        back, _ = bijection.inverse(None, jnp.asarray([[0.0], [1.0]]))
+        assert ends[0, 0] <= back[0, 0] < back[1, 0] <= ends[1, 0]
+    np.testing.assert_allclose(flows.rescale(0, 4).forward(None, jnp.asarray([[9.0]]))[0], 2.25)
+
+
+def test_a_spline_has_its_slope_at_its_knots():
+    """At a knot, where the place in the bin is 0, the derivative is the slope, not half of it."""
+    spline = flows.rational_quadratic(4, -2.0, 2.0)
+    raw = jnp.zeros((spline.size, 5)).at[8:].set(jnp.asarray([-1.0, 0.5, 2.0])[:, None])
+    x = jnp.asarray([-2.0, -1.0, 0.0, 1.0, 2.0])
+    for run in (spline.forward, spline.inverse):
+        _, log_slope = run(raw, x)
+        slope = jax.grad(lambda x, f=run: jnp.sum(f(raw, x)[0]))(x)
+        np.testing.assert_allclose(slope, np.exp(log_slope), rtol=1e-5)
+
+
+def test_scales_are_kept_or_refused():
+    """Up to e^10 either way they are exact; beyond, an error, or NaN where traced."""
+    weight = np.diag([2e-4, 1, 2.1e4]) @ flows.random_rotation(0, 3)
+    order, params = flows.plu_init(weight)
+    got = flows.plu(order).forward(params, jnp.eye(3))[0].T
+    np.testing.assert_allclose(got, weight, rtol=2e-4, atol=1e-8)
+    for scale in (1e-5, -3e4):
+        with pytest.raises(ValueError, match="pivots of weight must lie in"):
+            flows.plu_init(np.diag([1, scale, 1]))
+    x = jax.random.normal(KEY, (500, 3)) * jnp.asarray([1e-4, 1.0, 2e4])[None]
+    y, _ = flows.actnorm().forward(flows.actnorm_init(x), x)
+    np.testing.assert_allclose(jnp.std(y, axis=0), 1, rtol=1e-4)
+    for scale in (1e-6, 1e6):
+        with pytest.raises(ValueError, match="standard deviations of x must lie in"):
+            flows.actnorm_init(scale * x[:, 1:2])
+        traced = jax.jit(flows.actnorm_init)(scale * x[:, 1:2])
+        assert np.isnan(traced["log_scale"][0])
+    single = flows.actnorm_init(jnp.ones((1, 3)))
+    np.testing.assert_array_equal(single["log_scale"], 0)
+    with pytest.raises(ValueError, match="at least one example"):
+        flows.actnorm_init(jnp.ones((0, 3)))
+
+
 def numpy_spline(raw, x, bins, low, high, least=1e-3):
     """Durkan et al. (2019), eqs (4) and (5), written out for one number in float64."""
     span = high - low

@@ -5,6 +5,7 @@ its own Jacobian over the event, one number per example. In a density, `forward`
 to the base and `inverse` takes the base to data; `invert` swaps the two.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -44,6 +45,13 @@ def zero_log_det(x: Array) -> Float[Array, " batch"]:
 def bounded(raw: Float[Array, "..."], bound: Number) -> Float[Array, "..."]:
     """Map a raw log-scale into (-bound, bound): bound tanh(raw / bound), the identity near 0."""
     return bound * jnp.tanh(raw / bound)
+
+
+def pinned(
+    x: Float[Array, "..."], low: Number = -np.inf, high: Number = np.inf
+) -> Float[Array, "..."]:
+    """x clipped to [low, high] with the gradient of x: for what only rounding carries outside."""
+    return jax.lax.stop_gradient(jnp.clip(x, low, high)) + (x - jax.lax.stop_gradient(x))
 
 
 def check_tree(name: str, params: Params, shapes: Mapping[str, Sequence[int | None]]) -> None:
@@ -104,7 +112,7 @@ def repeat(bijection: Bijection) -> Bijection:
 
         def body(carry: tuple[Array, Array], tree: Params) -> tuple[tuple[Array, Array], None]:
             y, log_det = step(tree, carry[0])
-            return (y.astype(x.dtype), carry[1] + log_det), None
+            return (y.astype(x.dtype), carry[1] + log_det.astype(carry[1].dtype)), None
 
         return jax.lax.scan(body, (x, zero_log_det(x)), params, reverse=reverse)[0]
 
@@ -146,17 +154,22 @@ def rescale(low: Number, high: Number, new_low: Number = 0.0, new_high: Number =
     """Map [low, high] to [new_low, new_high] linearly; takes no parameters (None).
 
     With low = 0, high = levels it carries dequantised integers (x + u) to the unit interval:
-    log |det| = -D log(levels). Raises ValueError unless both intervals have positive length.
+    log |det| = -D log(levels). What lies in the one interval never leaves the other by rounding.
+    Raises ValueError unless both intervals have positive length.
     """
     checks.positive("high - low", high - low)
     checks.positive("new_high - new_low", new_high - new_low)
-    scale = (new_high - new_low) / (high - low)
+    scale = float(new_high - new_low) / float(high - low)
 
-    def run(x: Array, a: Number, b: Number, c: Number) -> tuple[Array, Array]:
-        return (x - b) * a + c, zero_log_det(x) + float(np.log(a)) * (x.size // x.shape[0])
+    ends, new_ends = (low, high), (new_low, new_high)
+
+    def run(x: Array, a: float, old: tuple, new: tuple) -> tuple[Array, Array]:
+        y = (x - old[0]) * a + new[0]
+        y = jnp.where((x >= old[0]) & (x <= old[1]), pinned(y, *new), y)
+        return y, zero_log_det(x) + math.log(a) * math.prod(x.shape[1:])
 
     return Bijection(
-        lambda _, x: run(x, scale, low, new_low), lambda _, y: run(y, 1 / scale, new_low, low)
+        lambda _, x: run(x, scale, ends, new_ends), lambda _, y: run(y, 1 / scale, new_ends, ends)
     )
 
 
@@ -169,15 +182,15 @@ def logit(alpha: Number = 0.05) -> Bijection:
     """
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha must lie in (0, 0.5), got {alpha}")
-    width = 1 - 2 * alpha
+    width, log_width = 1 - 2 * alpha, math.log(1 - 2 * alpha)
 
     def forward(_: Params, x: Array) -> tuple[Array, Array]:
         s = alpha + width * x
         log_s, log_rest = jnp.log(s), jnp.log1p(-s)
-        return log_s - log_rest, numerics.sum_event(np.log(width) - log_s - log_rest)
+        return log_s - log_rest, numerics.sum_event(log_width - log_s - log_rest)
 
     def inverse(_: Params, y: Array) -> tuple[Array, Array]:
         x = (jax.nn.sigmoid(y) - alpha) / width
-        return x, numerics.sum_event(jax.nn.log_sigmoid(y) + jax.nn.log_sigmoid(-y) - np.log(width))
+        return x, numerics.sum_event(jax.nn.log_sigmoid(y) + jax.nn.log_sigmoid(-y) - log_width)
 
     return Bijection(forward, inverse)

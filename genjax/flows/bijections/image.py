@@ -51,13 +51,30 @@ def _spread(value: Array, x: Array) -> Array:
 
 
 def actnorm_init(x: Array) -> Params:
-    """Set actnorm from a first batch, so that each channel leaves with mean 0 and variance 1."""
+    """Set actnorm from a first batch, so that each channel leaves with mean 0 and variance 1.
+
+    A channel that is constant up to rounding keeps its scale. Raises ValueError where a standard
+    deviation lies outside (e^-10, e^10); where that is traced, its log-scale is NaN.
+    """
     checks.min_rank("x", x, 2)
+    checks.not_empty("x", x)
     axes = tuple(range(x.ndim - 1))
     x = numerics.at_least_float32(x)
     mean, std = jnp.mean(x, axis=axes), jnp.std(x, axis=axes)
-    log_scale = jnp.clip(-jnp.log(std + 1e-6), -0.9 * _BOUND, 0.9 * _BOUND)
+    constant = std <= 8 * jnp.finfo(x.dtype).eps * jnp.abs(mean)
+    log_scale = -jnp.log(jnp.where(constant, 1, std))
+    if checks.is_concrete(log_scale):
+        _check_scales("the standard deviations of x", log_scale)
+    log_scale = jnp.where(jnp.abs(log_scale) < _BOUND, log_scale, jnp.nan)
     return {"shift": -mean, "log_scale": _BOUND * jnp.arctanh(log_scale / _BOUND)}
+
+
+def _check_scales(name: str, log_scale: np.ndarray | Array) -> None:
+    if not np.all(np.abs(log_scale) < _BOUND):
+        got = np.exp(np.abs(np.asarray(log_scale)).max())
+        raise ValueError(
+            f"{name} must lie in (e^-{_BOUND:g}, e^{_BOUND:g}), got one a factor {got:.3g} from 1"
+        )
 
 
 def actnorm() -> Bijection:
@@ -81,7 +98,8 @@ def actnorm() -> Bijection:
 def plu_init(weight: np.ndarray) -> tuple[tuple[int, ...], Params]:
     """Factor a matrix W [c, c] into a permutation, kept fixed, and the parameters of `plu`.
 
-    Raises ValueError where W is not square or is singular.
+    Raises ValueError where W is not square or is singular, and where a pivot of its LU factors
+    lies outside (e^-10, e^10), the scales that `plu` can hold.
     """
     weight = np.asarray(weight, dtype=np.float64)
     if weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
@@ -90,7 +108,8 @@ def plu_init(weight: np.ndarray) -> tuple[tuple[int, ...], Params]:
     scale = np.diag(upper)
     if np.any(np.abs(scale) < 1e-12):
         raise ValueError("weight is singular: a 1x1 map by it has no inverse")
-    raw = _BOUND * np.arctanh(np.clip(np.log(np.abs(scale)) / _BOUND, -0.9, 0.9))
+    _check_scales("the pivots of weight", np.log(np.abs(scale)))
+    raw = _BOUND * np.arctanh(np.log(np.abs(scale)) / _BOUND)
     parts = {
         "lower": np.tril(lower, -1),
         "upper": np.triu(upper, 1),

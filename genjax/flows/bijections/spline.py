@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from genjax import checks
-from genjax.flows.bijections.base import Number, bounded
+from genjax.flows.bijections.base import Number, bounded, pinned
 
 __all__ = ["Transformer", "affine", "rational_quadratic", "standardise"]
 
@@ -97,7 +97,7 @@ class _Bin(NamedTuple):
         c = -s * rise
         # The discriminant is positive for a monotone spline; rounding may take it to 0.
         root = jnp.sqrt(jnp.maximum(b**2 - 4 * a * c, 1e-30))
-        return jnp.clip(2 * c / (-b - root), 0, 1)
+        return pinned(2 * c / (-b - root), 0, 1)
 
     def log_slope(self, z: Array) -> Array:
         """log dy/dx at the place z, eq. (5)."""
@@ -128,8 +128,8 @@ def rational_quadratic(
 
     Durkan, Bekasov, Murray and Papamakarios (2019), eqs (4)-(8), linear tails with slope 1 at both
     ends. Raw parameters: `bins` widths, `bins` heights (softmax, at least `min_bin` of the
-    interval each), `bins` - 1 inner slopes (softplus, at least `min_slope`). Gradients outside the
-    interval are those of the identity, never NaN.
+    interval each), `bins` - 1 inner slopes (softplus, at least `min_slope`). What lies inside the
+    interval never leaves it by rounding. Gradients outside are those of the identity, never NaN.
     """
     checks.integer("bins", bins, 2)
     checks.positive("high - low", high - low)
@@ -160,14 +160,17 @@ def rational_quadratic(
         # The spline sees the clipped value only: its gradient is finite wherever x lies.
         safe = jnp.clip(x, low, high)
         b = find(raw, safe, along_y=False)
-        z = jnp.clip((safe - b.left) / b.width, 0, 1)
-        return jnp.where(inside, b.value(z), x), jnp.where(inside, b.log_slope(z), 0)
+        z = pinned((safe - b.left) / b.width, 0, 1)
+        return jnp.where(inside, pinned(b.value(z), low, high), x), jnp.where(
+            inside, b.log_slope(z), 0
+        )
 
     def inverse(raw: Array, y: Array) -> tuple[Array, Array]:
         inside = (y > low) & (y < high)
         safe = jnp.clip(y, low, high)
         b = find(raw, safe, along_y=True)
         z = b.place(safe)
-        return jnp.where(inside, b.left + z * b.width, y), jnp.where(inside, -b.log_slope(z), 0)
+        x = pinned(b.left + z * b.width, low, high)
+        return jnp.where(inside, x, y), jnp.where(inside, -b.log_slope(z), 0)
 
     return Transformer(forward, inverse, 3 * bins - 1)
