@@ -1,5 +1,6 @@
 """Densities by change of variables: log_prob, sample, and both at once, over a base density."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def normal(shape: Sequence, scale: Number = 1.0) -> Base:
     def log_prob(z: Array) -> Array:
         _check_event(z, shape)
         log_scale = jnp.log(jnp.asarray(scale, jnp.promote_types(z.dtype, jnp.float32)))
-        count = z.size // z.shape[0]
+        count = math.prod(shape)
         square = numerics.sum_event(jnp.square(numerics.at_least_float32(z) / scale))
         return -0.5 * square - count * (0.5 * numerics.LOG_2PI + log_scale)
 
@@ -76,7 +77,7 @@ def uniform(shape: Sequence[int], low: Number = 0.0, high: Number = 1.0) -> Base
     def log_prob(z: Array) -> Array:
         _check_event(z, shape)
         inside = jnp.all((z >= low) & (z <= high), axis=tuple(range(1, z.ndim)))
-        level = -(z.size // z.shape[0]) * jnp.log(
+        level = -math.prod(shape) * jnp.log(
             jnp.asarray(high - low, jnp.promote_types(z.dtype, jnp.float32))
         )
         return jnp.where(inside, level, -jnp.inf)

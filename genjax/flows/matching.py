@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from genjax import checks, numerics
 from genjax.flows import continuous
-from genjax.flows.bijections.base import Number
+from genjax.flows.bijections.base import Number, pinned
 from genjax.typing import PRNGKey, VelocityFn
 
 __all__ = [
@@ -63,13 +63,14 @@ def vp_path(beta_min: Number = 0.1, beta_max: Number = 20.0) -> Path:
     """Variance-preserving path: data weight a = exp(-B(1 - t) / 2), noise weight sqrt(1 - a^2).
 
     B(s) = beta_min s + (beta_max - beta_min) s^2 / 2 (Lipman et al., 2023, eq. (18)). The noise
-    weight has an infinite slope at t = 1: s is kept above 1e-5, as Song et al. (2021) train.
+    weight has an infinite slope at t = 1: s is kept above 1e-5, as Song et al. (2021) train, and
+    the velocity there is that at 1e-5.
     """
     checks.positive("beta_min", beta_min)
     checks.at_least("beta_max", beta_max, beta_min)
 
     def integral(t: Array) -> Array:
-        s = jnp.maximum(1 - t, 1e-5)
+        s = pinned(1 - t, 1e-5)
         return beta_min * s + 0.5 * (beta_max - beta_min) * s**2
 
     return Path(
@@ -86,10 +87,12 @@ def interpolate(
 ) -> tuple[Float[Array, "batch *event"], Float[Array, "batch *event"]]:
     """Return the point x_t and the velocity dx_t/dt of the path from x0 to x1 at time t.
 
-    velocity = data'(t) x_1 + noise'(t) x_0 (Lipman et al., 2023, eq. (15)).
+    velocity = data'(t) x_1 + noise'(t) x_0 (Lipman et al., 2023, eq. (15)), in float32 at least.
     """
     checks.same_shape(x0=x0, x1=x1)
     checks.shape("t", t, x1.shape[:1])
+    x0, x1 = numerics.at_least_float32(x0), numerics.at_least_float32(x1)
+    t = t.astype(jnp.promote_types(x0.dtype, x1.dtype))
 
     def at(t: Array) -> Array:
         return (
@@ -124,7 +127,8 @@ def sample_pairs(
     """
     key_noise, key_pair = jax.random.split(key)
     if x0 is None:
-        x0 = jax.random.normal(key_noise, x1.shape, x1.dtype)
+        dtype = x1.dtype if jnp.issubdtype(x1.dtype, jnp.floating) else jnp.float32
+        x0 = jax.random.normal(key_noise, x1.shape, dtype)
     checks.same_shape(x0=x0, x1=x1)
     n = x1.shape[0]
     if label is not None:
@@ -187,8 +191,10 @@ def flow_matching_loss(
     path = ot_path() if path is None else path
     if t is None:
         t = jax.random.uniform(key, x1.shape[:1], jnp.promote_types(x1.dtype, jnp.float32))
-    x_t, velocity = interpolate(path, x0, x1, t.astype(x1.dtype))
-    predicted = numerics.at_least_float32(velocity_fn(x_t, t))
+    # The point is rounded once, at the end, so that it belongs to the time that is heard.
+    x_t, velocity = interpolate(path, x0, x1, t)
+    narrow = x1.dtype if jnp.issubdtype(x1.dtype, jnp.floating) else x_t.dtype
+    predicted = numerics.at_least_float32(velocity_fn(x_t.astype(narrow), t))
     checks.shape("what velocity_fn returns", predicted, x1.shape)
     error = predicted - velocity
     losses = numerics.sum_event(jnp.square(error))
@@ -205,7 +211,7 @@ def integrate(
 ) -> Float[Array, "batch *event"]:
     """Follow the velocity from times[0] to times[1]: samples, when x0 is noise at time 0.
 
-    The same methods as `continuous.solve`.
+    The same methods as `continuous.solve`; in float32 at least.
     """
     return continuous.solve(
         lambda _, x, t: velocity_fn(x, t), None, x0, times=times, num_steps=num_steps, method=method
@@ -238,14 +244,14 @@ def curvature(
     """
     checks.integer("num_steps", num_steps, 1)
     checks.min_rank("x0", x0, 1)
-    h = 1 / num_steps
+    checks.floating("x0", x0)
+    x0, h = numerics.at_least_float32(x0), 1 / num_steps
 
     def step(x: Array, i: Array) -> tuple[Array, Array]:
         v = velocity_fn(x, jnp.full(x.shape[:1], i * h, x.dtype))
         checks.shape("what velocity_fn returns", v, x.shape)
-        return x + h * v, v
+        return x + h * v.astype(x.dtype), v
 
     x1, velocities = jax.lax.scan(step, x0, jnp.arange(num_steps))
-    x0, x1, velocities = (numerics.at_least_float32(a) for a in (x0, x1, velocities))
     gaps = jnp.square((x1 - x0)[None] - velocities)
     return jnp.mean(jnp.sum(gaps.reshape(*gaps.shape[:2], -1), axis=-1), axis=0)

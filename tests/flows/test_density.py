@@ -54,6 +54,14 @@ def test_bases_equal_scipy():
     np.testing.assert_allclose(inside, [-2 * np.log(4), -np.inf], rtol=1e-6)
 
 
+def test_an_empty_batch_has_an_empty_log_prob():
+    none = jnp.zeros((0, 2))
+    assert flows.normal((2,)).log_prob(none).shape == (0,)
+    assert flows.uniform((2,)).log_prob(none).shape == (0,)
+    rescaled = flows.log_prob(flows.rescale(0, 2), flows.uniform((2,)), None, none)
+    assert rescaled.shape == flows.divergence(jnp.tanh, none)[1].shape == (0,)
+
+
 def test_multi_scale_log_prob_counts_every_part():
     """Two levels of actnorm: the same Gaussian, whatever leaves early."""
     x = jax.random.normal(KEY, (3, 4))

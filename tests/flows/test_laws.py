@@ -71,6 +71,22 @@ def compare_with_eager(bijection, params, x, y, log_det, back, tight):
     np.testing.assert_allclose(eager_back, back, atol=5 * tight, rtol=tight)
 
 
+@pytest.mark.parametrize("name", TABLE)
+def test_float32_stays_float32_under_64_bits(name):
+    entry = TABLE[name](KEY)
+    with jax.enable_x64(True):
+        y, log_det = jax.eval_shape(entry.bijection.forward, entry.params, entry.x)
+        back = jax.eval_shape(entry.bijection.inverse, entry.params, y)
+        assert {leaf.dtype for leaf in jax.tree.leaves((y, log_det, back))} == {np.dtype("float32")}
+
+
+def test_debug_nans_raises_nowhere_at_the_centre_of_a_radial_flow():
+    params = {"z0": jnp.ones(2), "alpha": jnp.ones(()), "beta": jnp.ones(())}
+    with jax.debug_nans(True):
+        for run in flows.radial():
+            jax.grad(lambda x, f=run: sum(map(jnp.sum, f(params, x))))(jnp.ones((1, 2)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_bijection_laws_eager_in_float32(name):

@@ -48,6 +48,9 @@ def test_vp_path_preserves_variance_and_its_velocity_is_the_derivative(x64):
     ahead, behind = (flows.interpolate(path, x0, x1, t + s)[0] for s in (h, -h))
     velocity = flows.interpolate(path, x0, x1, t)[1]
     np.testing.assert_allclose(velocity, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-6)
+    # Past 1 - 1e-5 the velocity stays what it is there.
+    late = [flows.interpolate(path, x0, x1, jnp.full(8, end))[1] for end in (1 - 1.0001e-5, 1.0)]
+    np.testing.assert_allclose(*late, rtol=1e-4)
     for end in (0.0, 1.0):
         out = flows.interpolate(path, x0, x1, jnp.full(8, end))
         assert all(np.all(np.isfinite(part)) for part in out)
@@ -109,6 +112,30 @@ def test_drawn_times_are_uniform_and_bfloat16_losses_are_float32():
     assert losses.dtype == jnp.float32
     assert abs(float(jnp.mean(aux["t"])) - 0.5) < 0.02
     assert abs(float(jnp.var(aux["t"])) - 1 / 12) < 0.005
+
+
+def test_bytes_are_data_and_narrow_points_belong_to_the_time_that_is_heard(unchecked):
+    x1 = jnp.asarray([[0, 255], [17, 3]], jnp.uint8)
+    pairs = flows.sample_pairs(KEY, x1)
+    losses, _ = flows.flow_matching_loss(lambda x, t: 0 * x, KEY, *pairs)
+    np.testing.assert_allclose(losses, np.sum((np.float32(x1) - pairs.x0) ** 2, 1), rtol=1e-6)
+    # t is 0.75 in bfloat16, which would put the point at 0.25 of its noise end: 256, not 255.
+    t, end = jnp.full(1, 0.7511), jnp.full((1, 1), 1024, jnp.bfloat16)
+    heard = []
+    flows.flow_matching_loss(lambda x, t: heard.append((x, t)) or x, KEY, end, 0 * end, t=t)
+    assert heard[0][0].dtype == jnp.bfloat16
+    assert (float(heard[0][0][0, 0]), heard[0][1]) == (255, t)
+
+
+def test_narrow_samples_move_and_integers_are_refused(unchecked):
+    x0 = jnp.full((2, 1), 256, jnp.bfloat16)
+    pairs = flows.reflow_pairs(lambda x, t: jnp.ones_like(x), x0)
+    np.testing.assert_allclose(pairs.x1, 257, rtol=1e-5)
+    bent = flows.curvature(lambda x, t: jnp.ones_like(x), x0)
+    np.testing.assert_allclose(bent, 0, atol=1e-5)
+    for run in (flows.integrate, flows.curvature, flows.reflow_pairs):
+        with pytest.raises(TypeError, match="floating dtype, got int32"):
+            run(lambda x, t: x, jnp.ones((2, 1), jnp.int32))
 
 
 @pytest.mark.parametrize("coupling", [assignment, permutation_plan])
