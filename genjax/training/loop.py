@@ -29,10 +29,12 @@ class NonFiniteError(FloatingPointError):
 
 
 class Stopped(SystemExit):
-    """A signal ended the run after its state was saved; the process leaves with status 0."""
+    """A signal ended the run after its state was saved; the process leaves with the status that
+    shells give it (130 after SIGINT, 143 after SIGTERM), so that what waits for its end stops too.
+    """
 
-    def __init__(self, message: str):
-        super().__init__(0)
+    def __init__(self, message: str, status: int):
+        super().__init__(status)
         self.message = message
 
     def __str__(self) -> str:
@@ -70,7 +72,7 @@ def fit(
 
     Raises NonFiniteError at the first step with a number that is not finite, before anything
     later is saved. An error in `batches` or `evaluate` is raised after the state is saved. SIGTERM
-    and SIGINT save the state and raise Stopped (exit status 0); a second one acts as usual.
+    and SIGINT save the state and raise Stopped (exit status 143, 130); a second acts as usual.
     """
     from tqdm import tqdm
 
@@ -206,7 +208,8 @@ class _Training:
             self.save()
             name = signals[0] if signals else "a signal to another process"
             place = f"at step {self.step} of {self.num_steps}"
-            raise Stopped(f"stopped by {name} {place}, the state is saved: resume to go on")
+            status = 128 + (signal.Signals[signals[0]] if signals else signal.SIGTERM)
+            raise Stopped(f"stopped by {name} {place}, the state is saved: resume to go on", status)
 
     def read_metrics(self) -> Numbers:
         """Read the metrics of the last call, write them, raise where they are not finite."""
