@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, PyTree
 
 from genjax import checks
@@ -134,7 +135,7 @@ def _hoisted(field: FieldFn, args: Any, y: Any) -> tuple[FieldFn, Any]:
     def pure(everything: Any, y: Any, t: Array) -> Any:
         args, traced = everything[0], iter(everything[1])
         consts = [c if checks.is_concrete(c) else next(traced) for c in closed.consts]
-        flat = jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((args, y, t)))
+        flat = eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((args, y, t)))
         return jax.tree.unflatten(jax.tree.structure(out), flat)
 
     return pure, (args, [c for c in closed.consts if not checks.is_concrete(c)])

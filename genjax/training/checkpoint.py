@@ -186,7 +186,7 @@ class Checkpoints:
         return from_host([*arrays.values()], like)
 
     def _score(self, metrics: Mapping[str, float]) -> float:
-        for name in (self.best, f"{EVALUATION}{self.best}"):
+        for name in (f"{self.best}", f"{EVALUATION}{self.best}"):
             if name in metrics:
                 return metrics[name]
         raise ValueError(f"metrics must hold best = {self.best!r}, got {sorted(metrics)}")

@@ -200,7 +200,8 @@ def with_norm(grads: Params) -> tuple[Params, Any]:
     leaves = [wide(x) for x in jax.tree.leaves(grads)]
 
     def norm(scale: Any) -> Any:
-        return scale * safe_sqrt(sum(jnp.sum(jnp.square(jnp.abs(x) / scale)) for x in leaves))
+        squares = [jnp.sum(jnp.square(jnp.abs(x) / scale)) for x in leaves]
+        return scale * safe_sqrt(sum(squares, start=jnp.zeros((), squares[0].dtype)))
 
     plain = norm(1)
     within = (plain > 1e-15) & (plain < jnp.inf)
