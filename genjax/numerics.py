@@ -81,7 +81,9 @@ def centred(*points: ArrayLike) -> tuple[Array, ...]:
     Distances stay, their rounding shrinks; no gradient flows through the mean.
     """
     arrays = [at_least_float32(x) for x in points]
-    mean = jax.lax.stop_gradient(jnp.mean(arrays[0], axis=0, keepdims=True))
+    first = jax.lax.stop_gradient(arrays[0])
+    share = jnp.full((len(first),), 1 / max(len(first), 1), first.dtype)
+    mean = jnp.matmul(share, first, precision=HIGHEST)[None, :]
     return tuple(x - mean for x in arrays)
 
 

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from genjax.numerics import HIGHEST
-from genjax.transport.log_domain import density_exponent, log_weights
 
 # Matrices up to this many entries are one block: below it the second pass reads from cache.
 SINGLE = 1 << 21
 BLOCK = 1 << 19
+# Of exponents: only columns of zero weight reach the ceiling. Below the floor nothing has mass, but
+# a column that is empty all over must still say how far it has to rise.
+FLOOR, CEILING = -80.0, 60.0
 
 
 class Blocks(NamedTuple):
@@ -80,122 +82,89 @@ def scan(body: Callable, carry: Any, xs: Any, count: int) -> tuple[Any, Any]:
     return carry, jax.tree.map(lambda z: z[None], y)
 
 
-def row_kernel(cost: Array, h: Array, epsilon: Array) -> tuple[Array, Array]:
-    """exp((h_j - C_ij - p_i) / epsilon) with p_i the row's maximum, and p.
+def sums(weights: Array, *vectors: Array) -> Array:
+    """<weights, vector> of each, as one product of a matrix.
 
-    The differences are taken in units of the cost, before the division: where the kernel has mass
-    they are small and lose nothing.
+    A product compiles to the call of a library, a sum to a long program of its own.
     """
-    z = h[None, :] - cost
-    peak = jnp.max(z, axis=1)
-    return jnp.exp((z - peak[:, None]) / epsilon), peak
+    return jnp.matmul(jnp.stack(vectors), weights, precision=HIGHEST)
 
 
-def build(blocks: Blocks, h: Array, epsilon: Array) -> tuple[Array, Array]:
-    """The kernel of all blocks, [blocks, rows, m], and its row maxima in units of the cost."""
+def row_peak(cost: Array, base: Array, b: Array) -> Array:
+    """max_j (base_j - C_ij) over the columns that have weight: a constant of every gradient."""
+    z = jnp.where(b > 0, base, -jnp.inf)[None, :] - cost
+    return jax.lax.stop_gradient(jnp.max(z, axis=1))
+
+
+def exponentials(s: Array, large: Array) -> Array:
+    """exp(s), and exp(s) - 1 without cancellation where epsilon is `large`: s is small then.
+
+    epsilon times the rounding of a sum near 1 would spoil potentials and value.
+    """
+    terms = 4 if s.dtype == jnp.float32 else 9
+    series = jnp.ones_like(s)
+    for k in range(terms, 1, -1):
+        series = 1 + s * series / k
+    exact = jnp.exp(s) - large.astype(s.dtype)
+    return jnp.where(large & (jnp.abs(s) < 0.05), s * series, exact)
+
+
+def log_sum(total: Array, large: Array) -> Array:
+    """log of a sum of exponentials with weights of sum 1, as `exponentials` gives them."""
+    terms = 6 if total.dtype == jnp.float32 else 11
+    series = jnp.zeros_like(total)  # of log(1 + t) / t
+    for k in range(terms, 0, -1):
+        series = 1 / k - total * series
+    plain = jnp.log(jnp.where(large, 1 + total, total))
+    return jnp.where(large & (jnp.abs(total) < 0.03), total * series, plain)
+
+
+def row_exponentials(
+    cost: Array, base: Array, gain: Array | float, b: Array, epsilon: Array, large: Array
+) -> tuple[Array, Array]:
+    """`exponentials` of (g_j - C_ij - p_i) / epsilon for g = base + gain, and the peaks p.
+
+    The differences are taken in units of the cost, before the division, and a small gain is added
+    after them: where the plan has mass they lose nothing.
+    """
+    peak = row_peak(cost, base, b)
+    s = (base[None, :] - cost) - peak[:, None] + jnp.broadcast_to(gain, base.shape)[None, :]
+    return exponentials(jnp.clip(s / epsilon, FLOOR, CEILING), large), peak
+
+
+def row_update(blocks: Blocks, g: Array, b: Array, epsilon: Array, large: Array) -> Array:
+    """f_i = -epsilon log sum_j b_j exp((g_j - C_ij) / epsilon): the rows of P then sum to a."""
 
     def body(_, rows):
-        return None, row_kernel(blocks.cost(rows), h, epsilon)
-
-    return scan(body, None, blocks.rows(), blocks.count)[1]
-
-
-def row_update(blocks: Blocks, g: Array, b: Array, epsilon: Array) -> Array:
-    """f_i = -epsilon log sum_j b_j exp((g_j - C_ij) / epsilon), block by block."""
-    h = g + epsilon * log_weights(b)
-
-    def body(_, rows):
-        kernel, peak = row_kernel(blocks.cost(rows), h, epsilon)
-        return None, -(peak + epsilon * jnp.log(jnp.sum(kernel, axis=1)))
+        w, peak = row_exponentials(blocks.cost(rows), g, 0.0, b, epsilon, large)
+        total = jnp.matmul(w, b, precision=HIGHEST)
+        return None, -(peak + epsilon * log_sum(total, large))
 
     return blocks.join(scan(body, None, blocks.rows(), blocks.count)[1])
 
 
-def col_update(blocks: Blocks, f: Array, a: Array, epsilon: Array) -> Array:
-    """g_j = -epsilon log sum_i a_i exp((f_i - C_ij) / epsilon), by a running maximum."""
-    h = f + epsilon * log_weights(a)
+def col_peak(blocks: Blocks, f: Array) -> Array:
+    """max_i (f_i - C_ij), for rows of -inf nothing: a constant of every gradient."""
 
-    def body(carry, block):
-        top, total = carry
-        rows, h = block
-        z = h[:, None] - blocks.cost(rows)
-        new = jnp.maximum(top, jnp.max(z, axis=0))
-        safe = jnp.where(jnp.isfinite(new), new, 0)  # blocks of padding or zero weight: -inf
-        part = jnp.sum(jnp.exp((z - safe[None, :]) / epsilon), axis=0)
-        return (new, total * jnp.exp((top - safe) / epsilon) + part), None
+    def body(top, block):
+        rows, f = block
+        return jnp.maximum(top, jnp.max(f[:, None] - blocks.cost(rows), axis=0)), None
 
-    start = (jnp.full((blocks.m,), -jnp.inf, f.dtype), jnp.zeros((blocks.m,), f.dtype))
-    xs = (blocks.rows(), blocks.split(h, -jnp.inf))
-    top, total = scan(body, start, xs, blocks.count)[0]
-    return -(top + epsilon * jnp.log(total))
+    xs = (blocks.rows(), blocks.split(f, -jnp.inf))
+    start = jnp.full((blocks.m,), -jnp.inf, f.dtype)
+    return jax.lax.stop_gradient(scan(body, start, xs, blocks.count)[0])
 
 
-class Reading(NamedTuple):
-    """What one pass over the plan of given potentials yields."""
+def col_update(blocks: Blocks, f: Array, a: Array, epsilon: Array, large: Array) -> Array:
+    """g_j = -epsilon log sum_i a_i exp((f_i - C_ij) / epsilon): the columns of P then sum to b."""
+    peak = col_peak(blocks, jnp.where(a > 0, f, -jnp.inf))
 
-    row_sums: Array
-    col_sums: Array
-    total: Array  # <P, C>
-    gradient: tuple[Array | None, ...]  # of <P, C> at fixed P, for each of blocks.arrays
+    def body(total, block):
+        rows, f, a = block
+        s = (f[:, None] - blocks.cost(rows)) - peak[None, :]
+        w = exponentials(jnp.minimum(s / epsilon, CEILING), large)
+        return total + jnp.matmul(a, w, precision=HIGHEST), None
 
-
-def _identity(p: Array) -> tuple[Any, ...]:
-    return (p,)
-
-
-def read(
-    blocks: Blocks,
-    f: Array,
-    g: Array,
-    a: Array,
-    b: Array,
-    epsilon: Array,
-    wanted: tuple[bool, ...] = (),
-) -> Reading:
-    """Marginals and cost of the plan, and the gradients that are wanted, in one pass."""
-    others = blocks.arrays[1:]
-    wanted = wanted or tuple(False for _ in blocks.arrays)
-    log_b = log_weights(b)
-
-    def body(carry, block):
-        cols, total, grads = carry
-        rows, f, log_a = block
-        if blocks.cost_fn is None:
-            cost, pull = rows, _identity
-        else:
-            cost, pull = jax.vjp(blocks.cost_fn, rows, *others)
-        z = density_exponent(cost, f, g, epsilon) + (log_a[:, None] + log_b[None, :])
-        p = jnp.exp(z)
-        pulled: tuple[Any, ...] = pull(p) if any(wanted) else ()
-        out = (jnp.sum(p, axis=1), next(iter(pulled), None) if wanted[0] else None)
-        grads = tuple(
-            acc + new if want else None
-            for acc, new, want in zip(grads, pulled[1:] or grads, wanted[1:], strict=True)
-        )
-        return (cols + jnp.sum(p, axis=0), total + jnp.sum(p * cost), grads), out
-
-    grads = tuple(jnp.zeros_like(z) if w else None for z, w in zip(others, wanted[1:], strict=True))
-    start = (jnp.zeros((blocks.m,), f.dtype), jnp.zeros((), f.dtype), grads)
-    xs = (blocks.rows(), blocks.split(f), blocks.split(log_weights(a), -jnp.inf))
-    (cols, total, grads), (row_sums, first) = scan(body, start, xs, blocks.count)
-    head = blocks.join(first) if wanted[0] else None
-    return Reading(blocks.join(row_sums), cols, total, (head, *grads))
-
-
-def kernel_products(
-    kernel: Array, a: Array, u: Array, v: Array, relaxation: Array
-) -> tuple[Array, Array]:
-    """Relax u towards 1 / (K v) and return it with K^T (a u): one pass over the kernel."""
-
-    def body(cols, block):
-        kernel, a, u = block
-        u = relaxed(u, jnp.matmul(kernel, v, precision=HIGHEST) * u, relaxation)
-        return cols + jnp.matmul(a * u, kernel, precision=HIGHEST), u
-
-    cols, u = scan(body, jnp.zeros_like(v), (kernel, a, u), kernel.shape[0])
-    return u, cols
-
-
-def relaxed(z: Array, ratio: Array, relaxation: Array) -> Array:
-    """z / ratio^relaxation."""
-    return z * jnp.exp(-relaxation * jnp.log(ratio))
+    xs = (blocks.rows(), blocks.split(f), blocks.split(a, 0.0))
+    total = scan(body, jnp.zeros_like(peak), xs, blocks.count)[0]
+    return -(peak + epsilon * log_sum(total, large))

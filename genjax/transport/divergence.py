@@ -1,7 +1,7 @@
 """Losses between two samples that are built from entropic transport."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,14 @@ from jaxtyping import Array, Bool, Float
 
 from genjax import checks
 from genjax.transport.costs import cosine, squared_euclidean
-from genjax.transport.sinkhorn import between, sinkhorn, sinkhorn_from_cost
-from genjax.transport.solve import Options
+from genjax.transport.problem import COSTS
+from genjax.transport.sinkhorn import (
+    Limits,
+    make_method,
+    sinkhorn,
+    sinkhorn_from_cost,
+    solve_clouds,
+)
 from genjax.typing import CostFn
 
 Potentials = tuple[Array, Array]
@@ -87,11 +93,9 @@ def sinkhorn_divergence(
     cost_fn: CostFn = squared_euclidean,
     a: Float[Array, " n"] | None = None,
     b: Float[Array, " m"] | None = None,
-    num_iterations: int | None = None,
-    tolerance: float | int = 1e-3,
-    max_iterations: int = 10_000,
     init: tuple[Potentials, Potentials, Potentials] | None = None,
     chunk_size: int | None = None,
+    **limits: Unpack[Limits],
 ) -> SinkhornDivergence:
     """Debiased transport: OT(x, y) - (OT(x, x) + OT(y, y)) / 2, with OT the value of `sinkhorn`.
 
@@ -100,27 +104,35 @@ def sinkhorn_divergence(
     terms take the symmetric update, and their potentials are the cross term's first guess.
     Gradients are the envelope's. Raises as `sinkhorn` does.
     """
-    options = Options(
-        num_iterations, tolerance, max_iterations, None, None, False, chunk_size=chunk_size
-    )
-    same = options._replace(symmetric=True)
+    method = make_method("envelope", init, chunk_size, **limits)
+    same = method._replace(symmetric=True)
     start: Sequence[Potentials | None] = (None, None, None) if init is None else init
-    self_x = between(x, x, cost_fn, same, epsilon=epsilon, a=a, b=a, init=start[1])
-    self_y = between(y, y, cost_fn, same, epsilon=epsilon, a=b, b=b, init=start[2])
+    self_x = solve_clouds(x, x, cost_fn, same, epsilon=epsilon, a=a, b=a, init=start[1])
+    self_y = solve_clouds(y, y, cost_fn, same, epsilon=epsilon, a=b, b=b, init=start[2])
     # At the potentials of the self problems the divergence is a squared kernel distance, epsilon/2
     # |a e^f - b e^g|^2: with them as a bound it stays >= 0 at any tolerance, and 0 for equal
     # clouds, which the self problems solve as they are (Feydy et al. 2019, theorem 1's proof).
-    guess = (self_x.f, self_y.f)
-    cross = between(x, y, cost_fn, options, epsilon=epsilon, a=a, b=b, init=start[0], guess=guess)
+    guess = (self_x.potentials[0], self_y.potentials[0])
+    cross = solve_clouds(
+        x, y, cost_fn, method, epsilon=epsilon, a=a, b=b, init=start[0], guess=guess
+    )
     results = (cross, self_x, self_y)
+    value = cross.value - (self_x.value + self_y.value) / 2
+    # The three values are larger than their difference: it is taken point by point.
+    exact = jnp.sum(cross.a * (cross.potentials[0] - guess[0]))
+    exact = exact + jnp.sum(cross.b * (cross.potentials[1] - guess[1]))
+    exact = exact + cross.slack - (self_x.slack + self_y.slack) / 2
+    if cost_fn in COSTS:  # exp(-C / epsilon) is positive definite: what is below 0 is rounding
+        exact = jnp.maximum(exact, 0)
+    exact = jnp.where(jnp.isfinite(value), exact, value)
     return SinkhornDivergence(
-        value=cross.value - (self_x.value + self_y.value) / 2,
+        value=value + jax.lax.stop_gradient(exact - value),
         cross=cross.value,
         self_x=self_x.value,
         self_y=self_y.value,
         marginal_error=jnp.max(jnp.stack([r.marginal_error for r in results])),
         converged=cross.converged & self_x.converged & self_y.converged,
-        init=((cross.f, cross.g), (self_x.f, self_x.g), (self_y.f, self_y.g)),
+        init=(cross.potentials, self_x.potentials, self_y.potentials),
     )
 
 
@@ -132,17 +144,15 @@ def minibatch_energy_distance(
     *,
     epsilon: ArrayLike,
     cost_fn: CostFn = cosine,
-    through_plan: bool = False,
-    num_iterations: int | None = None,
-    tolerance: float | int = 1e-3,
-    max_iterations: int = 10_000,
+    gradient: str = "envelope",
+    **limits: Unpack[Limits],
 ) -> MinibatchEnergy:
     """OT-GAN's distance between two independent minibatches of each law.
 
     W(x, y) + W(x, y2) + W(x2, y) + W(x2, y2) - 2 W(x, x2) - 2 W(y, y2), with W = <P, C>
     (Salimans et al. 2018, eq. 7). The plan is a constant of the gradient, as in the paper, unless
-    `through_plan`, which differentiates through the iterations and needs `num_iterations`. Raises
-    ValueError where shapes do not fit, and as `sinkhorn` does.
+    `gradient` is "implicit" or "unroll". Raises ValueError where shapes do not fit, and as
+    `sinkhorn` does.
     """
     checks.same_shape(x=x, x2=x2)
     checks.same_shape(y=y, y2=y2)
@@ -153,10 +163,8 @@ def minibatch_energy_distance(
         result = sinkhorn_from_cost(
             cost,
             epsilon=epsilon,
-            num_iterations=num_iterations,
-            tolerance=tolerance,
-            max_iterations=max_iterations,
-            gradient="unroll" if through_plan else "envelope",
+            gradient=gradient,
+            **limits,
         )
         return result.cost, jax.lax.stop_gradient(result.marginal_error)
 

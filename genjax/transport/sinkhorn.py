@@ -6,7 +6,8 @@
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 from genjax import checks
 from genjax.numerics import at_least_float32
-from genjax.transport import blocks, log_domain, solve
+from genjax.transport import blocks, derivatives
 from genjax.transport.costs import cosine, squared_euclidean
+from genjax.transport.derivatives import still
+from genjax.transport.problem import COSTS, Method, Problem
 from genjax.typing import CostFn
 
-GRADIENTS = ("envelope", "unroll", "last")
+GRADIENTS = ("envelope", "implicit", "unroll")
+
+
+class Limits(TypedDict, total=False):
+    """When to stop.
+
+    num_iterations: run that many plain log-domain iterations, f and then g. By default None: stop
+    at `tolerance`, an L1 marginal error (1e-3), or after `max_iterations` sweeps (10,000) of an
+    annealed, over-relaxed solver.
+    """
+
+    num_iterations: int | None
+    tolerance: float | int
+    max_iterations: int
 
 
 @jax.tree_util.register_pytree_node_class
@@ -30,13 +46,13 @@ class SinkhornResult:
     f, g: potentials in units of the cost, P_ij = a_i b_j exp((f_i + g_j - C_ij) / epsilon); they
     are defined up to a constant, chosen so that <a, f> and <b, g> are equal (nearly so after a
     fixed number of iterations).
-    value: the regularised optimum, <a, f> + <b, g>. cost: <P, C>, without the entropy.
+    value: the regularised optimum, <a, f> + <b, g> + slack; slack is 0 unless both marginals are
+    inexact. cost: <P, C>, without the entropy.
     marginal_error: |P 1 - a|_1 + |P^T 1 - b|_1, of the potentials that are returned.
     converged: whether that error is at most the tolerance, with room for the rounding of the cost.
     """
 
-    f: Float[Array, " n"]
-    g: Float[Array, " m"]
+    potentials: tuple[Float[Array, " n"], Float[Array, " m"]]
     value: Float[Array, ""]
     cost: Float[Array, ""]
     marginal_error: Float[Array, ""]
@@ -45,28 +61,221 @@ class SinkhornResult:
     a: Float[Array, " n"]
     b: Float[Array, " m"]
     epsilon: Float[Array, ""]
+    slack: Float[Array, ""]
     geometry: tuple[Array, ...]
+    scaling: tuple[Array, Array]  # potential of one side as a sum of two, for the plan
     cost_fn: CostFn | None
+    gradient: str
+    exchanged: bool  # whether the scaling is that of f: the columns of the plan are exact
+
+    @property
+    def f(self) -> Array:
+        return self._differentiable()[0]
+
+    @property
+    def g(self) -> Array:
+        return self._differentiable()[1]
 
     def plan(self) -> Float[Array, "n m"]:
         """The transport plan [n, m]: forms the cost matrix, whatever `chunk_size` was."""
-        cost = self.geometry[0]
-        if self.cost_fn is not None:
-            cost = at_least_float32(self.cost_fn(*self.geometry))
-        return log_domain.plan(cost, self.f, self.g, self.a, self.b, self.epsilon)
+        cost, weights = self.cost_matrix(), (self.a, self.b)
+        base, gain = self.scaling
+        if self.gradient != "unroll":
+            gain = gain + still(self._differentiable()[0 if self.exchanged else 1])
+        if self.exchanged:
+            return derivatives.plan(cost.T, base, gain, *weights[::-1], self.epsilon).T
+        return derivatives.plan(cost, base, gain, *weights, self.epsilon)
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], CostFn | None]:
+    def cost_matrix(self) -> Float[Array, "n m"]:
+        """The costs [n, m]."""
+        if self.cost_fn is None:
+            return self.geometry[0]
+        return at_least_float32(self.cost_fn(*self.geometry))
+
+    def _differentiable(self) -> tuple[Array, Array]:
+        """The potentials, with the derivatives of the optimum unless they have their own."""
+        if self.gradient == "unroll":
+            return self.potentials
+        arrays, cost_fn = self.geometry, self.cost_fn
+        if cost_fn is not None and cost_fn not in COSTS:
+            cost_fn, closed = jax.closure_convert(cost_fn, *arrays)
+            arrays = (*arrays, *closed)
+        f, g = self.potentials
+        problem = Problem(arrays, self.a, self.b, self.epsilon, (f, g))
+        run = functools.partial(derivatives.implicit, Method(cost_fn))
+        for _ in range(f.ndim - 1):  # results that came out of jax.vmap
+            run = jax.vmap(run)
+        df, dg = run(problem, f, g)
+        return f + df, g + dg
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         names = [field.name for field in dataclasses.fields(self)]
-        return tuple(getattr(self, name) for name in names[:-1]), self.cost_fn
+        values = tuple(getattr(self, name) for name in names)
+        return values[:-3], values[-3:]
 
     @classmethod
-    def tree_unflatten(cls, cost_fn: CostFn | None, leaves: tuple[Any, ...]) -> "SinkhornResult":
+    def tree_unflatten(cls, static: tuple[Any, ...], leaves: tuple[Any, ...]) -> "SinkhornResult":
         # Transformations put placeholders into the leaves: no checks of types here.
         new = object.__new__(cls)
         names = [field.name for field in dataclasses.fields(cls)]
-        for name, leaf in zip(names, (*leaves, cost_fn), strict=True):
+        for name, leaf in zip(names, (*leaves, *static), strict=True):
             object.__setattr__(new, name, leaf)
         return new
+
+
+def sinkhorn(
+    x: Float[Array, "n *event"],
+    y: Float[Array, "m *event"],
+    *,
+    epsilon: ArrayLike,
+    cost_fn: CostFn = squared_euclidean,
+    a: Float[Array, " n"] | None = None,
+    b: Float[Array, " m"] | None = None,
+    gradient: str = "envelope",
+    init: tuple[Float[Array, " n"], Float[Array, " m"]] | None = None,
+    chunk_size: int | None = None,
+    **limits: Unpack[Limits],
+) -> SinkhornResult:
+    """Entropic optimal transport between two weighted point clouds.
+
+    value = min_P <P, C> + epsilon KL(P | a b^T), with C = cost_fn(x, y) and the marginals of P a
+    and b, uniform by default (Peyre and Cuturi 2019, section 4). Costs and epsilon share a unit.
+
+    num_iterations, tolerance, max_iterations: when to stop, as in `Limits`.
+    gradient: "envelope" differentiates value and cost with the potentials held constant: exact for
+    the value at the optimum, and for the cost the gradient with the plan cut off (OT-GAN); f, g
+    and plan() have the derivatives of the optimum, by the implicit function theorem (a dense
+    linear solve of size m, done only where they are asked for). "implicit" differentiates the cost
+    so too. "unroll" goes through all of num_iterations, recomputing its exponentials. The first
+    two have second derivatives.
+    init: potentials (f, g) to start from. The solver then starts at epsilon itself, and goes back
+    to annealing if they are of no use.
+    chunk_size: form at most that many rows of the cost at a time, forward and backward, and never
+    the matrix, unless plan() or derivatives of f and g are asked for; cost_fn is then called on
+    blocks of one cloud.
+
+    Weights are divided by their sum, so their gradients are the potentials less a constant:
+    <a, gradient> = 0. Non-finite points give converged False and a NaN value. Narrow dtypes are
+    computed in float32. Raises ValueError or TypeError for shapes, weights or options that do not
+    fit and for epsilon <= 0.
+    """
+    method = make_method(gradient, init, chunk_size, **limits)
+    return solve_clouds(x, y, cost_fn, method, epsilon=epsilon, a=a, b=b, init=init)
+
+
+def sinkhorn_from_cost(
+    cost: Float[Array, "n m"],
+    *,
+    epsilon: ArrayLike,
+    a: Float[Array, " n"] | None = None,
+    b: Float[Array, " m"] | None = None,
+    gradient: str = "envelope",
+    init: tuple[Float[Array, " n"], Float[Array, " m"]] | None = None,
+    **limits: Unpack[Limits],
+) -> SinkhornResult:
+    """Entropic optimal transport for a cost matrix, which may depend on learned parameters.
+
+    value = min_P <P, C> + epsilon KL(P | a b^T). The options, the result and the errors are those
+    of `sinkhorn`; the gradient of the value for the cost is the plan.
+    """
+    checks.rank("cost", cost, 2)
+    checks.not_empty("cost", cost)
+    checks.not_empty("cost[0]", cost[0])
+    checks.floating("cost", cost)
+    method = make_method(gradient, init, None, **limits)
+    cost = at_least_float32(cost)
+    n, m = cost.shape
+    problem = _problem((cost,), (n, m), cost.dtype, epsilon, a, b, init)
+    exchanged = ends_with_columns(method)
+    if exchanged:
+        problem = _exchange(problem)._replace(arrays=(cost.T,))
+    return _solve(method, problem, (cost,), None, exchanged)
+
+
+def make_method(
+    gradient: str = "envelope",
+    init: Any = None,
+    chunk_size: int | None = None,
+    *,
+    num_iterations: int | None = None,
+    tolerance: float | int = 1e-3,
+    max_iterations: int = 10_000,
+) -> Method:
+    """The options of `sinkhorn`, checked."""
+    checks.one_of("gradient", gradient, GRADIENTS)
+    checks.positive("tolerance", tolerance)
+    checks.integer("max_iterations", max_iterations, 1)
+    if num_iterations is not None:
+        checks.integer("num_iterations", num_iterations, 1)
+    elif gradient == "unroll":
+        raise ValueError("gradient 'unroll' needs num_iterations, a fixed number; got None")
+    if chunk_size is not None:
+        checks.integer("chunk_size", chunk_size, 1)
+        if gradient != "envelope":
+            raise ValueError(f"chunk_size needs gradient 'envelope', got {gradient!r}")
+    warm = init is not None
+    return Method(None, gradient, num_iterations, tolerance, max_iterations, chunk_size, warm)
+
+
+def ends_with_columns(method: Method) -> bool:
+    """A fixed number of iterations ends with g: it is solved with the sides exchanged."""
+    return method.num_iterations is not None and not method.symmetric
+
+
+def solve_clouds(
+    x: Array,
+    y: Array,
+    cost_fn: CostFn,
+    method: Method,
+    *,
+    epsilon: ArrayLike,
+    a: Any,
+    b: Any,
+    init: Any,
+    guess: tuple[Array, Array] | None = None,
+) -> SinkhornResult:
+    """`sinkhorn` with its options packed, and the `guess` of a `Problem`."""
+    for name, z in (("x", x), ("y", y)):
+        checks.min_rank(name, z, 1)
+        checks.not_empty(name, z)
+        checks.floating(name, z)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    shape = (len(x), len(y))
+    formed = jax.eval_shape(cost_fn, x, y)
+    checks.shape("cost_fn(x, y)", formed, shape)
+    dtype = jnp.promote_types(formed.dtype, jnp.float32)
+    x, y = at_least_float32(x), at_least_float32(y)
+    problem = _problem((x, y), shape, dtype, epsilon, a, b, init)._replace(guess=guess)
+    exchanged, block_cost = ends_with_columns(method), cost_fn
+    if exchanged:
+        problem = _exchange(problem)
+        if cost_fn not in COSTS:
+            block_cost = lambda y, x: cost_fn(x, y).T  # noqa: E731
+    # A cosine is the difference of two numbers near 1, however small it is.
+    method = method._replace(floor=1.0 if cost_fn is cosine else 0.0)
+    if method.chunk_size is not None and cost_fn not in COSTS:
+        # What the cost closes over (learned parameters) becomes an argument, to differentiate.
+        first, second = problem.arrays
+        some = first[: blocks.rows(len(first), len(second), method.chunk_size)]
+        block_cost, closed = jax.closure_convert(block_cost, some, second)
+        problem = problem._replace(arrays=(first, second, *closed))
+    elif cost_fn not in COSTS or method.gradient == "unroll":
+        cost = at_least_float32(block_cost(*problem.arrays))
+        problem, block_cost = problem._replace(arrays=(cost,)), None
+    return _solve(method._replace(cost_fn=block_cost), problem, (x, y), cost_fn, exchanged)
+
+
+def _problem(arrays, shape, dtype, epsilon, a, b, init) -> Problem:
+    checks.rank("epsilon", epsilon, 0)
+    checks.positive("epsilon", epsilon)
+    a, b = _weights("a", a, shape[0], dtype), _weights("b", b, shape[1], dtype)
+    return Problem(arrays, a, b, jnp.asarray(epsilon).astype(dtype), _start(init, *shape, dtype))
+
+
+def _exchange(problem: Problem) -> Problem:
+    arrays, a, b, epsilon, start, guess = problem
+    guess = None if guess is None else guess[::-1]
+    return Problem(arrays[::-1], b, a, epsilon, start[::-1], guess)
 
 
 def _weights(name: str, weights: Any, size: int, dtype: Any) -> Array:
@@ -95,214 +304,40 @@ def _start(init: Any, n: int, m: int, dtype: Any) -> tuple[Array, Array]:
     return jnp.where(sound, f, 0), jnp.where(sound, g, 0)
 
 
-def _check(gradient: str, last_iterations: int, options: solve.Options) -> None:
-    checks.one_of("gradient", gradient, GRADIENTS)
-    checks.positive("tolerance", options.tolerance)
-    checks.integer("max_iterations", options.max_iterations, 1)
-    checks.integer("last_iterations", last_iterations, 1)
-    if options.num_iterations is not None:
-        checks.integer("num_iterations", options.num_iterations, 1)
-    elif gradient == "unroll":
-        raise ValueError("gradient 'unroll' needs num_iterations, a fixed number; got None")
-    if options.relaxation is not None and not 0 < options.relaxation < 2:
-        raise ValueError(f"relaxation must lie in (0, 2), got {options.relaxation}")
-    if options.chunk_size is not None:
-        checks.integer("chunk_size", options.chunk_size, 1)
-        if gradient != "envelope":
-            raise ValueError(f"chunk_size needs gradient 'envelope', got {gradient!r}")
-
-
 def _solve(
-    arrays: tuple[Array, ...],
-    shape: tuple[int, int],
-    dtype: Any,
-    options: solve.Options,
-    *,
-    epsilon: ArrayLike,
-    a: Any,
-    b: Any,
-    init: Any,
-    gradient: str,
-    last_iterations: int = 1,
-    guess: tuple[Array, ...] = (),
+    method: Method,
+    problem: Problem,
+    geometry: tuple[Array, ...],
+    cost_fn: CostFn | None,
+    exchanged: bool,
 ) -> SinkhornResult:
-    checks.rank("epsilon", epsilon, 0)
-    checks.positive("epsilon", epsilon)
-    _check(gradient, last_iterations, options)
-    if options.symmetric and shape[0] != shape[1]:
-        raise ValueError(f"symmetric needs y to be x, got {shape[0]} and {shape[1]} points")
-    if guess and options.num_iterations is not None:
-        init, guess = guess if init is None else init, ()
-    if options.anneal is None and init is None:
-        options = options._replace(anneal=True)
-    a, b = _weights("a", a, shape[0], dtype), _weights("b", b, shape[1], dtype)
-    level = jnp.asarray(epsilon).astype(dtype)
-    f, g = _start(init, *shape, dtype)
-    if gradient == "envelope":
-        out = solve.envelope(options, arrays, a, b, level, f, g, guess)
-    else:
-        last = last_iterations if gradient == "last" else None
-        out = solve.differentiated(options, last, arrays[0], a, b, level, f, g)
+    if method.num_iterations is not None and problem.guess is not None and not method.warm:
+        problem = problem._replace(start=problem.guess)
+    run = derivatives.unrolled if method.gradient == "unroll" else derivatives.envelope
+    out = run(method, problem)
     # A cost that is not finite makes <P, C> not finite, even where the plan is 0.
-    broken = ~(jnp.isfinite(out.cost) & (level > 0))
-    value, cost, error = (
-        jnp.where(broken, jnp.nan, z) for z in (out.value, out.cost, out.marginal_error)
-    )
-    return SinkhornResult(
-        f=out.f,
-        g=out.g,
+    broken = ~(jnp.isfinite(out.cost) & (problem.epsilon > 0))
+    value, cost, error = (jnp.where(broken, jnp.nan, z) for z in (out.value, out.cost, out.error))
+    sides = (out.f, out.g), (problem.a, problem.b)
+    (f, g), (a, b) = (z[::-1] for z in sides) if exchanged else sides
+    result = SinkhornResult(
+        potentials=(f, g),
         value=value,
         cost=cost,
         marginal_error=error,
         num_iterations=jax.lax.stop_gradient(out.count).astype(jnp.int32),
-        converged=error + out.rounding <= options.tolerance,
+        converged=error + out.rounding <= method.tolerance,
         a=a,
         b=b,
-        epsilon=level,
-        geometry=arrays,
-        cost_fn=None,
+        epsilon=problem.epsilon,
+        slack=out.slack,
+        geometry=geometry,
+        scaling=(out.potentials.base, out.potentials.gain),
+        cost_fn=cost_fn,
+        gradient=method.gradient,
+        exchanged=exchanged,
     )
-
-
-def sinkhorn_from_cost(
-    cost: Float[Array, "n m"],
-    *,
-    epsilon: ArrayLike,
-    a: Float[Array, " n"] | None = None,
-    b: Float[Array, " m"] | None = None,
-    num_iterations: int | None = None,
-    tolerance: float | int = 1e-3,
-    max_iterations: int = 10_000,
-    gradient: str = "envelope",
-    last_iterations: int = 1,
-    init: tuple[Float[Array, " n"], Float[Array, " m"]] | None = None,
-    anneal: bool | None = None,
-    relaxation: float | int | None = None,
-    symmetric: bool = False,
-) -> SinkhornResult:
-    """Entropic optimal transport for a cost matrix, which may depend on learned parameters.
-
-    value = min_P <P, C> + epsilon KL(P | a b^T). The options, the result and the errors are those
-    of `sinkhorn`; the gradient of the value for the cost is the plan.
-    """
-    checks.rank("cost", cost, 2)
-    checks.not_empty("cost", cost)
-    checks.not_empty("cost[0]", cost[0])
-    checks.floating("cost", cost)
-    cost = at_least_float32(cost)
-    options = solve.Options(
-        num_iterations, tolerance, max_iterations, anneal, relaxation, symmetric, None
-    )
-    return _solve(
-        (cost,),
-        (cost.shape[0], cost.shape[1]),
-        cost.dtype,
-        options,
-        epsilon=epsilon,
-        a=a,
-        b=b,
-        init=init,
-        gradient=gradient,
-        last_iterations=last_iterations,
-    )
-
-
-def sinkhorn(
-    x: Float[Array, "n *event"],
-    y: Float[Array, "m *event"],
-    *,
-    epsilon: ArrayLike,
-    cost_fn: CostFn = squared_euclidean,
-    a: Float[Array, " n"] | None = None,
-    b: Float[Array, " m"] | None = None,
-    num_iterations: int | None = None,
-    tolerance: float | int = 1e-3,
-    max_iterations: int = 10_000,
-    gradient: str = "envelope",
-    last_iterations: int = 1,
-    init: tuple[Float[Array, " n"], Float[Array, " m"]] | None = None,
-    anneal: bool | None = None,
-    relaxation: float | int | None = None,
-    symmetric: bool = False,
-    chunk_size: int | None = None,
-) -> SinkhornResult:
-    """Entropic optimal transport between two weighted point clouds.
-
-    value = min_P <P, C> + epsilon KL(P | a b^T), with C = cost_fn(x, y) and the marginals of P a
-    and b, uniform by default (Peyre and Cuturi 2019, section 4). Costs and epsilon share a unit.
-
-    num_iterations: run that many plain log-domain iterations, f and then g. Otherwise stop at
-    `tolerance`, an L1 marginal error, or after `max_iterations` sweeps of an annealed,
-    over-relaxed solver.
-    gradient: "envelope" differentiates value and cost with the potentials held constant: exact for
-    the value at the optimum, and for the cost the gradient with the plan cut off (OT-GAN).
-    "unroll" goes through all of num_iterations, "last" through `last_iterations` more after the
-    solver: exact for the value with one, for the cost with many. Memory O(n m) for all three,
-    "unroll" recomputing its exponentials.
-    init: potentials (f, g) to start from. The solver then starts at epsilon itself, and goes back
-    to annealing if they are of no use; `anneal` True or False forces either. Above 3% of the
-    cost's scale there is nothing to anneal: the solver starts at epsilon anyway.
-    relaxation: of both updates, in (0, 2); by default 1 for num_iterations, adapted otherwise.
-    symmetric: y is x and b is a, for a symmetric cost: one potential, by averaged updates.
-    chunk_size: form at most that many rows of the cost at a time, forward and backward, and never
-    the matrix; cost_fn is then called on blocks of x.
-
-    Weights are divided by their sum, so their gradients are the potentials less a constant:
-    <a, gradient> = 0. Non-finite points give converged False and a NaN value. Narrow dtypes are
-    computed in float32. Raises ValueError or TypeError for shapes, weights or options that do not
-    fit and for epsilon <= 0.
-    """
-    options = solve.Options(
-        num_iterations, tolerance, max_iterations, anneal, relaxation, symmetric, chunk_size
-    )
-    return between(
-        x,
-        y,
-        cost_fn,
-        options,
-        epsilon=epsilon,
-        a=a,
-        b=b,
-        init=init,
-        gradient=gradient,
-        last_iterations=last_iterations,
-    )
-
-
-def between(
-    x: Array,
-    y: Array,
-    cost_fn: CostFn,
-    options: solve.Options,
-    *,
-    gradient: str = "envelope",
-    **problem: Any,
-) -> SinkhornResult:
-    """`sinkhorn` with its options packed, and a `guess` beside init: potentials that are returned
-    where they meet the tolerance, stand in for init where it is None and they are near, and bound
-    the value from below."""
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    for name, z in (("x", x), ("y", y)):
-        checks.min_rank(name, z, 1)
-        checks.not_empty(name, z)
-        checks.floating(name, z)
-    shape = (x.shape[0], y.shape[0])
-    formed = jax.eval_shape(cost_fn, x, y)
-    checks.shape("cost_fn(x, y)", formed, shape)
-    x, y = at_least_float32(x), at_least_float32(y)
-    dtype = jnp.promote_types(formed.dtype, jnp.float32)
-    # A cosine is the difference of two numbers near 1, however small it is.
-    options = options._replace(floor=1.0 if cost_fn is cosine else 0.0)
-    arrays: tuple[Array, ...] = (x, y)
-    if options.chunk_size is not None and cost_fn not in solve.COSTS:
-        # What the cost closes over (learned parameters) becomes an argument, to differentiate.
-        some = x[: blocks.rows(*shape, options.chunk_size)]
-        converted, closed = jax.closure_convert(cost_fn, some, y)
-        arrays = (x, y, *closed)
-        options = options._replace(cost_fn=converted)
-    elif cost_fn in solve.COSTS and gradient == "envelope":
-        options = options._replace(cost_fn=cost_fn)
-    else:
-        arrays = (at_least_float32(cost_fn(x, y)),)
-    result = _solve(arrays, shape, dtype, options, gradient=gradient, **problem)
-    return dataclasses.replace(result, geometry=(x, y), cost_fn=cost_fn)
+    if method.gradient == "implicit":
+        change = still(jnp.sum(result.plan() * result.cost_matrix()))
+        result = dataclasses.replace(result, cost=jax.lax.stop_gradient(cost) + change)
+    return result

@@ -140,7 +140,7 @@ def test_minibatch_energy_with_the_plan_cut_or_kept(x64):
     def value(x, **options):
         return minibatch_energy_distance(x, x2, y, y2, epsilon=0.2, **options).value
 
-    kept = jax.jit(jax.grad(lambda x: value(x, through_plan=True, num_iterations=200)))(x)
+    kept = jax.jit(jax.grad(lambda x: value(x, gradient="unroll", num_iterations=200)))(x)
     step = 1e-5
     evaluate = jax.jit(lambda x: value(x, num_iterations=200))
     shift = jnp.zeros_like(x).at[2, 1].set(step)
@@ -161,7 +161,7 @@ def test_minibatch_energy_with_the_plan_cut_or_kept(x64):
     np.testing.assert_allclose(cut, jax.jit(jax.grad(by_hand))(x), atol=1e-8)
     assert np.abs(cut - kept).max() > 1e-3
     with pytest.raises(ValueError, match="needs num_iterations"):
-        value(x, through_plan=True)
+        value(x, gradient="unroll")
 
 
 def test_bad_input(unchecked):

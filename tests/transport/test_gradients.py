@@ -14,7 +14,7 @@ from tests.transport.reference import clouds, exact_plan, load, solve64, squared
 MODES = {
     "envelope": {"tolerance": 1e-11},
     "unroll": {"num_iterations": 300},
-    "last": {"tolerance": 1e-11},
+    "implicit": {"tolerance": 1e-11},
 }
 
 
@@ -106,12 +106,11 @@ def test_gradient_of_the_cost(x64):
     cut = gradient("cost", tolerance=1e-10)
     np.testing.assert_allclose(cut, expected["envelope"], atol=1e-9)
     assert np.abs(cut - unrolled).max() > 0.03
-    # Through the last iterations only: of the cost, exact when they are many.
-    many = gradient("cost", gradient="last", tolerance=1e-10, last_iterations=60)
-    np.testing.assert_allclose(many, unrolled, atol=1e-6)
+    implicit = gradient("cost", gradient="implicit", tolerance=1e-10)
+    np.testing.assert_allclose(implicit, unrolled, atol=1e-7)
 
 
-def test_envelope_has_forward_mode_and_stops_at_the_potentials(x64):
+def test_envelope_has_forward_mode(x64):
     args = problem()
     run = functools.partial(value, tolerance=1e-11)
     direction = jax.tree.map(jnp.ones_like, args)
@@ -121,8 +120,6 @@ def test_envelope_has_forward_mode_and_stops_at_the_potentials(x64):
     )
     along = jax.jvp(run, (args,), (direction,))[1]
     np.testing.assert_allclose(along, expected, rtol=1e-9)
-    zero = jax.grad(lambda a: jnp.sum(value(a, output="f", tolerance=1e-6)))(args)
-    assert all((g == 0).all() for g in jax.tree.leaves(zero))
 
 
 def test_gradient_for_a_cost_matrix_is_the_plan():

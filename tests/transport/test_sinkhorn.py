@@ -263,7 +263,7 @@ def test_running_out_of_iterations_is_said():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gradient": "last"}, {"num_iterations": 300}, {"num_iterations": 300, "chunk_size": 5}],
+    [{}, {"num_iterations": 300}, {"num_iterations": 300, "chunk_size": 5}],
     ids=str,
 )
 def test_the_rounding_of_the_cost_is_no_convergence(options):
@@ -363,10 +363,8 @@ def test_bad_input(unchecked):
     for init in (x, (jnp.zeros(4),)):
         with pytest.raises(ValueError, match=r"init must be two potentials \(f, g\)"):
             sinkhorn(x, y, epsilon=1.0, init=init)
-    with pytest.raises(ValueError, match="relaxation"):
-        sinkhorn(x, y, epsilon=1.0, relaxation=2.5)
-    with pytest.raises(ValueError, match="symmetric needs y to be x, got 4 and 3 points"):
-        sinkhorn(x, y, epsilon=1.0, symmetric=True)
+    with pytest.raises(TypeError, match="relaxation"):
+        sinkhorn(x, y, epsilon=1.0, relaxation=1.5)
     with pytest.raises(ValueError, match="at least one"):
         sinkhorn_from_cost(jnp.zeros((3, 0)), epsilon=1.0)
     with pytest.raises(TypeError, match="x must have a floating dtype"):

@@ -186,6 +186,8 @@ def test_bad_input(unchecked):
     x, y = clouds(4, 3, 2)
     with pytest.raises(ValueError, match="chunk_size needs gradient 'envelope', got 'unroll'"):
         sinkhorn(x, y, epsilon=1.0, chunk_size=2, gradient="unroll", num_iterations=3)
+    with pytest.raises(ValueError, match="chunk_size needs gradient 'envelope', got 'implicit'"):
+        sinkhorn(x, y, epsilon=1.0, chunk_size=2, gradient="implicit")
     with pytest.raises(ValueError, match="chunk_size must be at least 1"):
         sinkhorn(x, y, epsilon=1.0, chunk_size=0)
 
