@@ -87,7 +87,7 @@ def read(
             seen["information"] = jnp.matmul(s, b, precision=HIGHEST)
         if any(wanted):
             pulled = pull((a * scale)[:, None] * (density * b[None, :]))
-            seen["first"] = pulled[0] if wanted[0] else None
+            seen["first"] = pulled[0] if wanted[0] else None  # pyright: ignore
             grads = tuple(
                 acc + new if want else None
                 for acc, new, want in zip(grads, pulled[1:], wanted[1:], strict=True)
@@ -102,7 +102,7 @@ def read(
     rows = {name: None if z is None else blocks.join(z) for name, z in seen.items()}
     return Reading(
         *_dual(method, problem, potentials, rows, cols, large),
-        information=passes.sums(a, rows["information"])[0] if informed else None,
+        information=passes.sums(a, rows["information"])[0] if informed else None,  # pyright: ignore
         gradient=(rows.get("first"), *grads),
     )
 

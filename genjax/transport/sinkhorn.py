@@ -83,7 +83,7 @@ class SinkhornResult:
         if self.gradient != "unroll":
             gain = gain + still(self._differentiable()[0 if self.exchanged else 1])
         if self.exchanged:
-            return derivatives.plan(cost.T, base, gain, *weights[::-1], self.epsilon).T
+            return derivatives.plan(cost.T, base, gain, *weights[::-1], self.epsilon).T  # pyright: ignore
         return derivatives.plan(cost, base, gain, *weights, self.epsilon)
 
     def cost_matrix(self) -> Float[Array, "n m"]:
@@ -269,13 +269,13 @@ def _problem(arrays, shape, dtype, epsilon, a, b, init) -> Problem:
     checks.rank("epsilon", epsilon, 0)
     checks.positive("epsilon", epsilon)
     a, b = _weights("a", a, shape[0], dtype), _weights("b", b, shape[1], dtype)
-    return Problem(arrays, a, b, jnp.asarray(epsilon).astype(dtype), _start(init, *shape, dtype))
+    return Problem(arrays, a, b, jnp.asarray(epsilon).astype(dtype), _start(init, *shape, dtype))  # pyright: ignore
 
 
 def _exchange(problem: Problem) -> Problem:
     arrays, a, b, epsilon, start, guess = problem
     guess = None if guess is None else guess[::-1]
-    return Problem(arrays[::-1], b, a, epsilon, start[::-1], guess)
+    return Problem(arrays[::-1], b, a, epsilon, start[::-1], guess)  # pyright: ignore
 
 
 def _weights(name: str, weights: Any, size: int, dtype: Any) -> Array:

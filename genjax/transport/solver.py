@@ -44,35 +44,35 @@ class Solved(NamedTuple):
 class Ladder(NamedTuple):
     """Numbers of the whole solve. The epsilon of rung k is epsilon exp(k step)."""
 
-    epsilon: Array  # at the last rung, 0
-    step: Array
-    top: Array  # the first rung
-    ease: Array  # the spectral gap over epsilon
-    goal: Array  # the marginal error to reach at the last rung
-    limit: Array  # of sweeps
+    epsilon: Any  # at the last rung, 0
+    step: Any
+    top: Any  # the first rung
+    ease: Any  # the spectral gap over epsilon
+    goal: Any  # the marginal error to reach at the last rung
+    limit: Any  # of sweeps
 
 
 class Stage(NamedTuple):
     """Numbers that one stage hands to the next; conditions are 0 or 1."""
 
-    rung: Array
-    level: Array  # the epsilon of the stage before
-    finished: Array  # stages finished since the last restart: extrapolation needs two
-    count: Array  # sweeps so far
-    trial: Array  # the start is one that may prove useless
-    omega: Array  # the relaxation to start with
-    done: Array
+    rung: Any
+    level: Any  # the epsilon of the stage before
+    finished: Any  # stages finished since the last restart: extrapolation needs two
+    count: Any  # sweeps so far
+    trial: Any  # the start is one that may prove useless
+    omega: Any  # the relaxation to start with
+    done: Any
 
 
 class Sweep(NamedTuple):
     """Numbers that one sweep hands to the next."""
 
-    steps: Array
-    error: Array
-    mark: Array  # the error at the last look at the rate
-    reach: Array  # of the scalings: 1 where they are too large
-    omega: Array
-    done: Array
+    steps: Any
+    error: Any
+    mark: Any  # the error at the last look at the rate
+    reach: Any  # of the scalings: 1 where they are too large
+    omega: Any
+    done: Any
 
 
 class Kernel(NamedTuple):
