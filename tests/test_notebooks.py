@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import pathlib
+import typing
 
 import nbformat
 import pytest
@@ -78,12 +79,24 @@ def unknown_names(tree):
         if isinstance(node, ast.Attribute):
             resolve(node)
         if isinstance(node, ast.Call) and callable(function := resolve(node.func)):
-            options = inspect.signature(function).parameters
-            if all(option.kind != option.VAR_KEYWORD for option in options.values()):
-                given = [keyword.arg for keyword in node.keywords if keyword.arg]
-                wrong = {name for name in given if name not in options}
-                unknown |= {f"{function.__name__}({name}=)" for name in wrong}
+            options = taken(function)
+            given = [keyword.arg for keyword in node.keywords if keyword.arg and options]
+            wrong = {name for name in given if name not in options}
+            unknown |= {f"{function.__name__}({name}=)" for name in wrong}
     return unknown
+
+
+def taken(function):
+    """The names of the options, those of `**options: Unpack[Some]` too; none if it takes any."""
+    names = set()
+    for name, option in inspect.signature(function).parameters.items():
+        if option.kind != option.VAR_KEYWORD:
+            names.add(name)
+        elif typing.get_origin(option.annotation) is typing.Unpack:
+            names |= typing.get_args(option.annotation)[0].__annotations__.keys()
+        else:
+            return set()
+    return names
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
