@@ -68,7 +68,7 @@ class Config(_run.TrainConfig):
     """The noising process."""
     prediction: Literal["edm", "x0", "epsilon", "v", "score"] = "edm"
     """What the network's output stands for; edm also scales its input."""
-    weighting: Literal["edm", "x0", "epsilon", "v", "score", "likelihood"] = "edm"
+    weighting: Literal["edm", "x0", "epsilon", "v", "score", "likelihood", "min_snr"] = "edm"
     """The prediction whose squared error is the loss."""
     times: Literal["lognormal", "uniform"] = "lognormal"
     """How training draws t: log(sigma / alpha) normal (EDM), or t uniform."""

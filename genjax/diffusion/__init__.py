@@ -8,6 +8,7 @@ from genjax.diffusion.denoising import denoiser as denoiser
 from genjax.diffusion.denoising import denoising_score_matching as denoising_score_matching
 from genjax.diffusion.denoising import flow_denoiser as flow_denoiser
 from genjax.diffusion.denoising import loss_weight as loss_weight
+from genjax.diffusion.denoising import min_snr as min_snr
 from genjax.diffusion.discrete import DiscreteTime as DiscreteTime
 from genjax.diffusion.discrete import ddpm_betas as ddpm_betas
 from genjax.diffusion.discrete import discrete as discrete
@@ -15,6 +16,8 @@ from genjax.diffusion.discrete import posterior as posterior
 from genjax.diffusion.grids import time_grid as time_grid
 from genjax.diffusion.guidance import classifier_free_guidance as classifier_free_guidance
 from genjax.diffusion.guidance import classifier_guidance as classifier_guidance
+from genjax.diffusion.guidance import clipped as clipped
+from genjax.diffusion.guidance import dynamic_thresholding as dynamic_thresholding
 from genjax.diffusion.inverse import posterior_sampling as posterior_sampling
 from genjax.diffusion.inverse import pseudoinverse_guidance as pseudoinverse_guidance
 from genjax.diffusion.inverse import replacement as replacement
@@ -46,6 +49,7 @@ from genjax.diffusion.steps import heun_step as heun_step
 from genjax.diffusion.steps import predictor_corrector_step as predictor_corrector_step
 from genjax.diffusion.times import discrete_times as discrete_times
 from genjax.diffusion.times import edm_times as edm_times
+from genjax.diffusion.times import logit_normal_times as logit_normal_times
 from genjax.diffusion.times import uniform_times as uniform_times
 from genjax.randomness import indexed_normal as indexed_normal
 from genjax.randomness import low_discrepancy as low_discrepancy

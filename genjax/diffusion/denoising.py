@@ -154,14 +154,17 @@ def loss_weight(
     "x0": 1; "epsilon": (alpha / sigma)^2; "score": (alpha / sigma^2)^2; "v": (alpha^2 + sigma^2)^2
     / sigma^2; "edm": (s^2 + s_d^2) / (s s_d)^2 with s = sigma / alpha; "velocity": (alpha d
     log s / dt)^2 (1 / t^2 for `RectifiedFlow`); "likelihood": half of g^2 times "score" (Song et
-    al. 2021b). A callable gives its own weight of t.
+    al. 2021b); "min_snr": min((alpha / sigma)^2, 5) (Hang et al. 2023, eq. 7; `min_snr` has other
+    bounds than 5). A callable gives its own weight of t.
     """
     if callable(weighting):
         weight = jnp.asarray(weighting(t))
         checks.shape("what weighting returns", weight, t.shape)
         return weight
-    checks.one_of("weighting", weighting, [*PREDICTIONS, "likelihood"])
+    checks.one_of("weighting", weighting, [*PREDICTIONS, "likelihood", "min_snr"])
     checks.min_rank("t", t, 1)
+    if weighting == "min_snr":
+        return min_snr(process)(t)
     alpha, sigma = process.alpha(t), _positive(process.sigma(t))
     if weighting == "likelihood":
         return 0.5 * process.diffusion_squared(t) * (alpha / sigma**2) ** 2
@@ -170,6 +173,15 @@ def loss_weight(
     _, _, det = _components(weighting, process, t, sigma_data)
     # An error e in x_0 at fixed x_t is -alpha/sigma e in eps, so p e + q (-alpha/sigma) e.
     return (det / sigma) ** 2
+
+
+def min_snr(process: Process, bound: Scalar = 5.0) -> WeightFn:
+    """min((alpha / sigma)^2, bound), as `weighting`: the noise's error, but bounded near the data.
+
+    Times |x_0 - D|^2, whatever the network predicts (Hang et al. 2023, eq. 7, gamma = bound).
+    """
+    checks.positive("bound", bound)
+    return lambda t: jnp.exp(jnp.minimum(process.log_snr(t), jnp.log(bound)))
 
 
 def denoising_score_matching(

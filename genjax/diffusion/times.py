@@ -44,10 +44,31 @@ def edm_times(
     checks.positive("std", std)
 
     def times(key: PRNGKey, num: int) -> Array:
-        u = low_discrepancy(key, num) if spread else jax.random.uniform(key, (num,))
-        eps = jnp.finfo(u.dtype).eps
-        log_ratio = mean + std * jax.scipy.special.ndtri(jnp.clip(u, eps, 1 - eps))
+        log_ratio = mean + std * _normal(key, num, spread)
         t = process.time_of_noise_ratio(jnp.exp(log_ratio))
         return jnp.clip(t, process.t_min, process.t_max)
 
     return times
+
+
+def logit_normal_times(
+    process: Process, *, mean: Scalar = 0.0, std: Scalar = 1.0, spread: bool = True
+) -> TimesFn:
+    """Times with log(t / (1 - t)) ~ N(mean, std^2), clipped to the process' range.
+
+    Esser et al. 2024, section 3.1, in our clock, where 1 is noise: for `RectifiedFlow` these are
+    `edm_times` of the same mean and std. For processes on [0, 1].
+    """
+    checks.positive("std", std)
+
+    def times(key: PRNGKey, num: int) -> Array:
+        t = jax.nn.sigmoid(mean + std * _normal(key, num, spread))
+        return jnp.clip(t, process.t_min, process.t_max)
+
+    return times
+
+
+def _normal(key: PRNGKey, num: int, spread: bool) -> Array:
+    u = low_discrepancy(key, num) if spread else jax.random.uniform(key, (num,))
+    eps = jnp.finfo(u.dtype).eps
+    return jax.scipy.special.ndtri(jnp.clip(u, eps, 1 - eps))

@@ -110,6 +110,8 @@ def test_loss_is_the_closed_form_for_given_noise(compiled, key):
         ("epsilon", 1 / t**2),
         ("edm", (t**2 + 0.25) / (0.5 * t) ** 2),
         ("likelihood", 0.5 * 2 * t / t**4),
+        ("min_snr", np.minimum(1 / t**2, 5)),
+        (gd.min_snr(gd.EDM(), 1.5), np.minimum(1 / t**2, 1.5)),
         (lambda t: 3 * t, 3 * t),
     ]:
         value = compiled(lambda s, w=weighting: loss(s, w))(0.5)
@@ -117,6 +119,22 @@ def test_loss_is_the_closed_form_for_given_noise(compiled, key):
     slope = jax.grad(lambda s: loss(s, "x0").sum())(0.5)
     x_t = x + t[:, None] * eps
     np.testing.assert_allclose(slope, np.sum(-2 * (x - 0.5 * x_t) * x_t), rtol=1e-5)
+
+
+def test_logit_normal_times(key):
+    """log(t / (1 - t)) is normal; for the straight path these are EDM's times."""
+    process = gd.RectifiedFlow(t_min=1e-6, t_max=1 - 1e-6)
+    for spread in (True, False):
+        t = gd.logit_normal_times(process, mean=0.4, std=0.8, spread=spread)(key, 20_000)
+        logit = np.log(t) - np.log1p(-np.asarray(t))
+        atol = 1e-3 if spread else 0.02
+        found = np.quantile(logit, [0.16, 0.5, 0.84])
+        np.testing.assert_allclose(found, 0.4 + 0.8 * np.array([-0.9945, 0, 0.9945]), atol=atol)
+        edm = gd.edm_times(process, mean=0.4, std=0.8, spread=spread)(key, 20_000)
+        np.testing.assert_allclose(t, edm, rtol=2e-5)
+    narrow = gd.logit_normal_times(gd.RectifiedFlow(t_min=0.3, t_max=0.6), std=5.0)(key, 100)
+    assert narrow.min() >= np.float32(0.3)
+    assert narrow.max() <= np.float32(0.6)
 
 
 def test_dsm_identities(x64):
