@@ -47,28 +47,28 @@ def test_divergence_gradient_of_the_fixture(compiled):
     np.testing.assert_allclose(gradient, case["expected"]["grad_sinkhorn_divergence"], atol=1e-5)
 
 
-@pytest.mark.parametrize("relative", [1.0, 0.05, 0.001])
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 7}, {"num_iterations": 20}])
-def test_divergence_of_a_cloud_from_itself(relative, options):
+def test_divergence_of_a_cloud_from_itself(options):
     x, _ = clouds(32, 1, 2)
     scale = squared(x, x).mean()
     some = jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(32)), jnp.float32).at[3].set(0)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
-    def run(x, y, a, b):
-        result = sinkhorn_divergence(x, y, epsilon=relative * scale, a=a, b=b, **options)
+    def run(x, y, a, b, epsilon):
+        result = sinkhorn_divergence(x, y, epsilon=epsilon, a=a, b=b, **options)
         return result.value, result.converged
 
     same, some = jnp.full(32, 1 / 32), some / some.sum()
-    for y, a in ((x, same), (x[::-1], same), (x, some)):
-        (value, converged), gradient = run(x, y, a, a)
-        if "num_iterations" in options:  # after L updates the two plans are not the same
-            assert abs(value) < 1e-6 * scale
-        else:
-            assert converged
-            assert abs(value) < 2e-7 * scale
-            assert jnp.abs(gradient).sum() < 1e-6 * np.sqrt(scale)
+    for relative in (1.0, 0.05, 0.001):
+        for y, a in ((x, same), (x[::-1], same), (x, some)):
+            (value, converged), gradient = run(x, y, a, a, relative * scale)
+            if "num_iterations" in options:  # after L updates the two plans are not the same
+                assert abs(value) < 1e-6 * scale
+            else:
+                assert converged
+                assert abs(value) < 2e-7 * scale
+                assert jnp.abs(gradient).sum() < 1e-6 * np.sqrt(scale)
 
 
 @pytest.mark.parametrize("warm", [False, True])

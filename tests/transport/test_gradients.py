@@ -114,11 +114,11 @@ def test_envelope_has_forward_mode(x64):
     args = problem()
     run = functools.partial(value, tolerance=1e-11)
     direction = jax.tree.map(jnp.ones_like, args)
-    reverse = jax.grad(run)(args)
+    reverse = jax.jit(jax.grad(run))(args)
     expected = sum(
         jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (reverse, direction)), strict=True)
     )
-    along = jax.jvp(run, (args,), (direction,))[1]
+    along = jax.jit(lambda args, d: jax.jvp(run, (args,), (d,))[1])(args, direction)
     np.testing.assert_allclose(along, expected, rtol=1e-9)
 
 

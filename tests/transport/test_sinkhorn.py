@@ -278,14 +278,15 @@ def test_the_rounding_of_the_cost_is_no_convergence(options):
         (cosine, x + far, y + far, 1 - unit[0] @ unit[1].T, 0.01),
         (squared_euclidean, x, small * y + 100 * far, squared(x, small * y + 100 * far), 3e-7),
     ]
+
+    @functools.partial(jax.jit, static_argnums=(2, 3))
+    def run(u, v, cost_fn, tolerance, epsilon):
+        return sinkhorn(u, v, epsilon=epsilon, cost_fn=cost_fn, tolerance=tolerance, **options)
+
     for cost_fn, u, v, cost, relative in cases:
         epsilon = relative * cost.mean()
         for tolerance in (1e-3, 1e-5):
-            result = jax.jit(
-                lambda u, v, f=cost_fn, t=tolerance, e=epsilon: sinkhorn(
-                    u, v, epsilon=e, cost_fn=f, tolerance=t, **options
-                )
-            )(u, v)
+            result = run(u, v, cost_fn, tolerance, epsilon)
             a, b = uniform(20), uniform(16)
             error = marginal_error(exact_plan(cost, result.f, result.g, a, b, epsilon), a, b)
             assert not (result.converged and error > tolerance), (error, relative)
