@@ -25,6 +25,8 @@ from genjax.diffusion.likelihood import log_likelihood as log_likelihood
 from genjax.diffusion.mixture import GaussianMixture as GaussianMixture
 from genjax.diffusion.mixture import mixture_denoiser as mixture_denoiser
 from genjax.diffusion.mixture import mixture_log_prob as mixture_log_prob
+from genjax.diffusion.multistep import dpm_solver_step as dpm_solver_step
+from genjax.diffusion.multistep import unipc_step as unipc_step
 from genjax.diffusion.samplers import initial_noise as initial_noise
 from genjax.diffusion.samplers import sample as sample
 from genjax.diffusion.samplers import sample_adaptive as sample_adaptive
@@ -42,7 +44,6 @@ from genjax.diffusion.steps import StepFn as StepFn
 from genjax.diffusion.steps import ancestral_step as ancestral_step
 from genjax.diffusion.steps import ddim_step as ddim_step
 from genjax.diffusion.steps import ddpm_step as ddpm_step
-from genjax.diffusion.steps import dpm_solver_step as dpm_solver_step
 from genjax.diffusion.steps import euler_maruyama_step as euler_maruyama_step
 from genjax.diffusion.steps import euler_step as euler_step
 from genjax.diffusion.steps import heun_step as heun_step

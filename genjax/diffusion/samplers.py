@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, PyTree
 
 from genjax import checks, ode
 from genjax.diffusion.denoising import check_times, same_shape
+from genjax.diffusion.multistep import dpm_solver_step, unipc_step
 from genjax.diffusion.schedules import Process, Time
-from genjax.diffusion.steps import DenoiseAt, Move, StepFn, dpm_solver_step, heun_step
+from genjax.diffusion.steps import DenoiseAt, Move, StepFn, heun_step
 from genjax.numerics import at_least_float32
 from genjax.randomness import Index, indexed_normal
 from genjax.typing import DenoiserFn, PRNGKey
@@ -111,10 +112,11 @@ def scan_steps(
     """Fold `step` over `times` in the one scan that every sampler is.
 
     step(x, move) -> (x at s, estimate of x_0), which the next step is given as
-    `move.denoised_before`. x is a pytree of arrays [batch, ...] of floats, tokens or masks; both
-    values have its structure and shapes, and its dtype, which floats are cast to (else scan raises
-    TypeError). Step k has the key fold_in(key, k + 1); fold_in(key, 0) is the start's. With `keep`
-    the states at every time, the start first.
+    `move.denoised_before`, and the one after that as `move.denoised_earlier`. x is a pytree of
+    arrays [batch, ...] of floats, tokens or masks; both values have its structure and shapes, and
+    its dtype, which floats are cast to (else scan raises TypeError). Step k has the key
+    fold_in(key, k + 1); fold_in(key, 0) is the start's. With `keep` the states at every time, the
+    start first.
     """
 
     def cast(new: Array, old: Array) -> Array:
@@ -125,10 +127,10 @@ def scan_steps(
         step_key = jax.random.fold_in(key, number + 1)
         value = step(x, Move(t, s, process, step_key, first_index, *before))
         moved, denoised = jax.tree.map(cast, value, (x, x))
-        return (moved, (denoised, t)), (moved if keep else None)
+        return (moved, (denoised, t, *before[:2])), (moved if keep else None)
 
     x = jax.tree.map(jnp.asarray, x)
-    start = (x, (jax.tree.map(jnp.zeros_like, x), times[0]))
+    start = (x, 2 * (jax.tree.map(jnp.zeros_like, x), times[0]))
     numbers = jnp.arange(times.shape[0] - 1)
     (end, _), states = jax.lax.scan(body, start, (times[:-1], times[1:], numbers))
     if not keep:
@@ -149,7 +151,7 @@ def at_one_time(denoise: DenoiserFn) -> DenoiseAt:
 
 def _check_grid(times: Array, step: StepFn, process: Process) -> None:
     checks.rank("times", times, 1)
-    least = 2 if getattr(step, "func", step) is dpm_solver_step else 1
+    least = 2 if getattr(step, "func", step) in (dpm_solver_step, unipc_step) else 1
     if times.shape[0] < least + 1:
         raise ValueError(
             f"times must hold at least {least + 1} values for this solver ({least} steps), "

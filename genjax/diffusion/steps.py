@@ -29,7 +29,7 @@ class Move(NamedTuple):
     t, s: the times before and after. process: the noise schedule, as the caller of the scan gave
     it. step_key: the key of this step, whatever the batch. first_index: the index of row 0.
     denoised_before, t_before: the second value that the step before returned (zeros at the first
-    step), and its time.
+    step), and its time. denoised_earlier, t_earlier: those of the step before that.
     """
 
     t: Array
@@ -39,6 +39,8 @@ class Move(NamedTuple):
     first_index: Index
     denoised_before: Any
     t_before: Array
+    denoised_earlier: Any = None
+    t_earlier: Array | None = None
 
     def key(self, n: int) -> PRNGKey:
         """The n-th key of this step; `row_keys` and `normal` make the rows of it."""
@@ -179,23 +181,6 @@ def heun_step(
 
     y = jax.lax.cond(next_level > 0, corrected, lambda: denoised.astype(x.dtype))
     return process.alpha(s) * y, denoised
-
-
-def dpm_solver_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:
-    """DPM-Solver++(2M): second order in log(alpha / sigma) from the last two denoised means.
-
-    x' = sigma_s / sigma_t x - alpha_s (e^-h - 1) D', D' = D + h / (2 h_prev) (D - D_prev); first
-    order at the first step and at s = 0 (Lu et al. 2022, Algorithm 2).
-    """
-    t, s, process = move.t, move.s, move.process
-    denoised = denoise(x, t)
-    lambda_t, lambda_s = 0.5 * process.log_snr(t), 0.5 * process.log_snr(s)
-    h, h_before = lambda_s - lambda_t, lambda_t - 0.5 * process.log_snr(move.t_before)
-    second = (h_before > 0) & (process.sigma(s) > 0)
-    weight = jnp.where(second, 0.5 * h / jnp.where(h_before > 0, h_before, 1.0), 0.0)
-    target = denoised + weight * (denoised - move.denoised_before)
-    x = process.sigma(s) / process.sigma(t) * x - process.alpha(s) * jnp.expm1(-h) * target
-    return x, denoised
 
 
 def predictor_corrector_step(

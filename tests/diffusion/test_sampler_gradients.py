@@ -23,7 +23,7 @@ def test_every_step_to_time_0_has_finite_gradients(key):
             alpha, variance = process.alpha(t), process.variance(t)
             return 0.25 * alpha / (0.25 * alpha**2 + variance) * x
 
-        before = (jnp.ones((3, 1)), jnp.float32(0.9))
+        before = (jnp.ones((3, 1)), jnp.float32(0.9), 0.5 * jnp.ones((3, 1)), jnp.float32(0.95))
         x, _ = step(denoise, jnp.ones((3, 1)), gd.Move(t, s, process, key, 0, *before))
         return jnp.square(x).sum()
 
