@@ -37,6 +37,7 @@ def data_dir(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_leave_one_whole_data_set(data_dir):
     assert [p.name for p in (data_dir / "digits").iterdir()] == ["1.0.0"]
     assert not list(data_dir.glob("preparing_*"))

@@ -69,6 +69,7 @@ def test_sampling_from_the_checkpoint_repeats_the_run(short_run, tmp_path):
     assert not (tmp_path / "b" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_points(tmp_path):
     config = dataclasses.replace(
         SHORT,
@@ -182,6 +183,7 @@ def test_degradations():
     assert inverse.hidden_square((8, 8, 1)).sum() == 16
 
 
+@pytest.mark.slow
 def test_deep_image_prior(tmp_path):
     config = deep_image_prior.Config(
         size=16, channels=(4,), steps=6, steps_per_call=3, run_dir=str(tmp_path / "run"),

@@ -35,6 +35,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_spline_flow_of_digits(tmp_path):
     folder = tmp_path / "run"
     summary = flow.main(dataclasses.replace(SMALL, run_dir=str(folder)))
@@ -54,6 +55,19 @@ def test_spline_flow_of_digits(tmp_path):
         np.testing.assert_array_equal(params["margins"], file["margins"])
 
 
+def test_a_short_run_of_flow_matching_leaves_its_files(tmp_path):
+    folder = tmp_path / "run"
+    config = flow_matching.Config(
+        run_dir=str(folder), methods=("ot",), width=8, depth=1, steps=20, steps_per_call=10,
+        batch_size=32, samples=64, sample_steps=4, **QUICK,
+    )  # fmt: skip
+    summary = flow_matching.main(config)
+    assert np.isfinite(summary["distance_ot"])
+    assert (folder / "samples.png").stat().st_size > 1000
+    assert _system.reopen(folder / "ot")[2].methods == ("ot",)
+
+
+@pytest.mark.slow
 def test_flow_matching_with_reflow_and_coupling(tmp_path):
     folder = tmp_path / "run"
     config = flow_matching.Config(

@@ -35,6 +35,7 @@ def digits():
     return reference("digits")
 
 
+@pytest.mark.slow
 def test_two_families_and_one_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(leaderboard, "rows_of", lambda _: TINY)
     monkeypatch.setattr(leaderboard, "floors", lambda *_: [])  # have a test of their own
