@@ -62,8 +62,10 @@ class Data(NamedTuple):
 def load_data(config: Any) -> Data:
     """Load the data set that the config names. Of the train split it keeps back the share
     `held_out`, where the config has such a field."""
-    train, spec = load(config.dataset, "train", data_dir=config.data_dir)
-    test, _ = load(config.dataset, "test", data_dir=config.data_dir)
+    names = ("data_dir", "image_size", "grey", "unreadable")
+    options = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    train, spec = load(config.dataset, "train", **options)
+    test, _ = load(config.dataset, "test", **options)
     held_out = getattr(config, "held_out", 0.0)
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must lie in [0, 1), got {held_out}")

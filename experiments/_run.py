@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -36,7 +36,13 @@ class RunConfig:
     """What every run has: its data, its folder and its seed. Experiments add their own options."""
 
     dataset: str = "digits"
-    """Data set by name: digits, mnist_5k, or a tfds image set such as mnist."""
+    """Data set by name: digits, mnist_5k, a tfds image set such as mnist, or folder:PATH."""
+    image_size: int | None = None
+    """Side to which the images of folder:PATH are cropped and resized (default: as they are)."""
+    grey: bool = False
+    """Read the images of folder:PATH without colours."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    """What becomes of a file of folder:PATH that is no whole image."""
     data_dir: str | None = None
     """Folder of the prepared data sets (default: the usual one of tensorflow_datasets)."""
     run_dir: str | None = None

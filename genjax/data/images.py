@@ -41,14 +41,14 @@ class ImageRecords:
 
 
 def open_images(
-    name: str, split: str, data_dir: str | os.PathLike | None
+    name: str, split: str, data_dir: str | os.PathLike | None, options: Any = None
 ) -> tuple[ImageRecords, tuple[int, ...], int | None]:
     """Open a split, preparing the data set if it is not on disk: (records, shape, classes).
 
     Raises ValueError for a split or a data set without fixed-size uint8 images, RuntimeError where
-    the data set is not on disk and cannot be prepared here.
+    the data set is not on disk and cannot be prepared here. options: of a folder of images.
     """
-    builder = builder_of(name, data_dir)
+    builder = builder_of(name, data_dir, options)
     features = builder.info.features
     if "image" not in features or features["image"].np_dtype != np.uint8:
         raise ValueError(f"{name} must have uint8 images under 'image', got {list(features)}")
@@ -56,8 +56,8 @@ def open_images(
     if None in shape:
         raise ValueError(f"{name} must have images of one size, got shape {shape}")
     if not is_prepared(builder):
-        prepare(name, data_dir)
-        builder = builder_of(name, data_dir)
+        prepare(name, data_dir, options)
+        builder = builder_of(name, data_dir, options)
     splits = list(builder.info.splits)
     if split.split("[")[0] not in splits:
         raise ValueError(f"split must be one of {splits} for {name}, got {split!r}")

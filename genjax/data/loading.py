@@ -10,6 +10,7 @@ import numpy as np
 from genjax import checks
 from genjax.data.images import IMAGES, ImageRecords, known_to_tfds, open_images
 from genjax.data.pipeline import check_arrays
+from genjax.data.preparing import FOLDER
 from genjax.data.scaling import Scaling
 from genjax.data.synthetic import DENSITIES
 
@@ -55,6 +56,9 @@ def load(
     *,
     data_dir: str | os.PathLike | None = None,
     in_memory: bool = True,
+    image_size: int | None = None,
+    grey: bool = False,
+    unreadable: str = "refuse",
 ) -> tuple[Any, DataSpec]:
     """Load one split as ({"x": ..., "label": ...}, spec), the arrays numpy.
 
@@ -63,16 +67,24 @@ def load(
     use in `data_dir` (default: tfds' own folder) and read from there. With `in_memory=False` the
     first value is a record source on disk instead, which `batch_at` and `stream` take alike.
 
+    "folder:PATH" is a folder of images, its subfolders the classes: each image is cut to the square
+    in its middle and resized to `image_size` (None: left as it is, all must be of one size), in
+    colour or `grey`, with one in ten to test on (or the folders train and test). It is prepared
+    once for every state of the files. unreadable: "refuse" a folder with a file that is no whole
+    image, or "skip" such files.
+
     Raises ValueError: unknown name (with the nearest valid one) or split, a split over 4 GiB that
-    was asked for in memory. RuntimeError: not on disk and not to be downloaded from here.
+    was asked for in memory, a folder that cannot be used, its options with another set.
+    RuntimeError: not on disk and not to be downloaded from here.
     """
     check_name(name)
+    options = folder_options(name, image_size, grey, unreadable)
     if name in DENSITIES:
         checks.one_of("split", split, DENSITY_SPLITS)
         key = jax.random.key(list(DENSITY_SPLITS).index(split), impl="threefry2x32")
         x = np.asarray(DENSITIES[name].sample(key, DENSITY_SPLITS[split]))
         return {"x": x}, DataSpec(name, "points", (2,), None, None)
-    records, shape, classes = open_images(name, split, data_dir)
+    records, shape, classes = open_images(name, split, data_dir, options)
     spec = DataSpec(name, "images", shape, 17 if name == "digits" else 256, classes)
     if not in_memory:
         return records, spec
@@ -87,8 +99,8 @@ def load(
 
 def check_name(name: str) -> None:
     """Raise ValueError unless the data set is known; names the nearest valid name."""
-    ours = [*DENSITIES, *IMAGES]
-    if name in ours:
+    ours = [*DENSITIES, *IMAGES, "folder:PATH"]
+    if name in ours[:-1] or name.startswith(FOLDER):
         return
     known = known_to_tfds()
     if name in known:
@@ -98,6 +110,18 @@ def check_name(name: str) -> None:
     raise ValueError(
         f"data set must be one of {ours} or the tfds name of an image data set, got {name!r}{hint}"
     )
+
+
+def folder_options(name: str, image_size: int | None, grey: bool, unreadable: str) -> Any:
+    """The options of "folder:PATH"; None of another set, which must have none (ValueError)."""
+    if name.startswith(FOLDER):
+        from genjax.data.folder import Options
+
+        return Options(image_size, grey, unreadable)
+    given = {"image_size": image_size, "grey": grey, "unreadable": unreadable}
+    if given != {"image_size": None, "grey": False, "unreadable": "refuse"}:
+        raise ValueError(f"image_size, grey and unreadable are for folder:PATH, got {given}")
+    return None
 
 
 def _read_all(records: ImageRecords) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+FOLDER = "folder:"
 # Data sets of our own, from packages that ship them: the module and the class of the builder.
 BUNDLED = {
     "digits": ("genjax.data.digits", "Digits"),
@@ -21,13 +22,18 @@ BUNDLED = {
 }
 
 
-def builder_of(name: str, data_dir: str | os.PathLike | None) -> Any:
+def builder_of(name: str, data_dir: str | os.PathLike | None, options: Any = None) -> Any:
     """Make the tfds builder of a data set, its files in the array_record format.
 
-    Raises RuntimeError where the data set is on disk in another format.
+    options: of a folder of images, `genjax.data.folder.Options`. Raises RuntimeError where
+    the data set is on disk in another format.
     """
     data_dir = None if data_dir is None else os.path.expanduser(os.fspath(data_dir))
-    if name in BUNDLED:
+    if name.startswith(FOLDER):
+        from genjax.data.folder import Options, folder_builder
+
+        make = functools.partial(folder_builder, name, options=options or Options())
+    elif name in BUNDLED:
         module, builder = BUNDLED[name]
         make = getattr(importlib.import_module(module), builder)
     else:
@@ -64,22 +70,23 @@ def _without_warnings() -> Iterator[None]:
         absl.disabled = was_disabled
 
 
-def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
+def prepare(name: str, data_dir: str | os.PathLike | None = None, options: Any = None) -> Path:
     """Write a data set to disk (downloading it where it must be) and return its folder.
 
     Several processes may do this at once: each writes a folder of its own, and the first to finish
-    renames it into place. Raises RuntimeError where it cannot be done here, with the reason.
+    renames it into place. Raises RuntimeError where it cannot be done here, with the reason, and
+    FolderError (a ValueError) for a folder of images that cannot be used; nothing is left there.
     """
-    builder = builder_of(name, data_dir)
+    builder = builder_of(name, data_dir, options)
     target, root = Path(builder.data_dir), Path(builder.data_dir_root)
     if is_prepared(builder):
         return target
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=f"preparing_{name}_") as scratch:
-        builder = builder_of(name, scratch)
+    with tempfile.TemporaryDirectory(dir=root, prefix=f"preparing_{builder.name}_") as scratch:
+        builder, folder = builder_of(name, scratch, options), name.startswith(FOLDER)
         try:
             with contextlib.ExitStack() as stack:
-                if name in BUNDLED:  # seconds of work: not worth four progress bars
+                if name in BUNDLED or folder:  # not worth four progress bars
                     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
                     stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
                 _reach(builder)
@@ -88,11 +95,15 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
         except ImportError:  # a package that ships the data is missing; the message says which
             raise
         except Exception as error:
+            if folder:
+                builder.report()
             reason = f"{type(error).__name__}: {error}"[:200]
             raise RuntimeError(
                 f"{name} is not prepared under {root} and cannot be prepared here ({reason}). "
                 f"Where there is a network, run: python -m genjax.data {name} --data-dir {root}"
             ) from error
+        if folder:
+            builder.report()
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(builder.data_dir, target)
