@@ -337,6 +337,7 @@ def test_a_run_folder_that_becomes_read_only(whole, open_path):
     check_equal(folder, whole)
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_save_ends_at_once(forks, open_path):
     # Not while a thread of the checkpointer waits: the alarm of a fork would kill it.
     stopped = forks.run(open_path / "run", *OPTIONS, fault="READONLY 10")

@@ -79,7 +79,7 @@ def test_gradients_with_respect_to_arguments_start_and_what_is_closed_over(x64):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
-@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+@pytest.mark.parametrize("method", ["rk4", pytest.param("dopri5", marks=pytest.mark.slow)])
 def test_the_adjoint_of_a_field_over_labels_keys_and_traced_context(method):
     """Integers among the arguments and in what is closed over; jit in grad, and grad in jit."""
     key, y = jax.random.key(3), jnp.asarray([[0.4, -0.2], [1.0, 0.3], [0.1, 0.9]])

@@ -99,6 +99,7 @@ def test_shard_batch_splits_over_the_devices():
         shard_batch(data_mesh(), make_batch(0, size=12))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_device(key, tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

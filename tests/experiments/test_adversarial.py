@@ -32,6 +32,7 @@ def check_folder(tmp_path, summary, picture="samples.png"):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["mlp", pytest.param("dcgan", marks=pytest.mark.slow)])
 def test_spectral_gan_with_labels(network, tmp_path):
     summary = gan.main(
@@ -130,6 +131,7 @@ def test_study_lands_within_three_percent(tmp_path):
     assert summary["largest_error"] < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["gan", pytest.param("wgan_gp", marks=pytest.mark.slow)])
 def test_mode_collapse_counts(objective, tmp_path):
     config = mode_collapse.Config(

@@ -32,6 +32,7 @@ def test_images(tmp_path):
     assert len(metrics(run)) == 4
 
 
+@pytest.mark.slow
 def test_the_plane(tmp_path):
     run = tmp_path / "run"
     options = {**SMALL, "steps": 100, "steps_per_call": 50, "batch_size": 64, "width": 64}

@@ -18,7 +18,15 @@ def pair(kernel, stride, dtype=None):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "stride", "size"), [(3, 1, 8), (3, 2, 8), (3, 2, 7), (1, 1, 5), (4, 2, 8), (5, 2, 7)]
+    ("kernel", "stride", "size"),
+    [
+        (3, 1, 8),
+        pytest.param(3, 2, 8, marks=pytest.mark.slow),
+        (3, 2, 7),
+        pytest.param(1, 1, 5, marks=pytest.mark.slow),
+        (4, 2, 8),
+        pytest.param(5, 2, 7, marks=pytest.mark.slow),
+    ],
 )
 def test_convolution_is_flax_s(kernel, stride, size, key):
     x = jax.random.normal(key, (2, size, size + 1, 3))

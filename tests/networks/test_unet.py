@@ -84,6 +84,7 @@ def test_bfloat16_is_near_float32(small):
     assert np.abs(narrow.astype(jnp.float32) - full).max() < 0.1 * np.abs(full).max()
 
 
+@pytest.mark.slow
 def test_remat_and_dropout(key):
     params = _filled(UNet(**TINY), X, T)
 
