@@ -31,6 +31,16 @@ def gaussian(x, z):
     return variational.gaussian_log_likelihood(x, z @ W)
 
 
+def two_features(x):
+    return [encode(x), encode(x)]
+
+
+LEVELS_OF_LATENTS = [
+    variational.Level(None, lambda h, q: q, lambda h, z: z),
+    variational.Level(lambda h: (h @ W, 0.1 * h), lambda h, q: q, lambda h, z: h + z),
+]
+
+
 def network(x, t):
     return jnp.tanh(x @ W.astype(x.dtype)) / (1 + t.astype(x.dtype)[:, None])
 
@@ -79,6 +89,27 @@ CASES = {
         ),
         (X,),
         extremes=(0.0, 50.0, -50.0),
+    ),
+    "aggregated_log_prob": Case(lambda k, z: V.aggregated_log_prob(z, Y, 0.1 * Y, block=3), (X,)),
+    "vamp_log_prob": Case(lambda k, z: V.vamp_log_prob(encode, Y, z), (X,)),
+    "concrete_log_prob": Case(
+        lambda k, y: V.concrete_log_prob(jax.nn.sigmoid(y), X.astype(y.dtype), temperature=0.7),
+        (Y,),
+        extremes=(0.0, 80.0, -80.0),
+    ),
+    "categorical_kl": Case(lambda k, x: V.categorical_kl(x, Y[0]), (X,)),
+    "score_function": Case(lambda k, p, r: V.score_function(p, r, 0.5), (X[:, 0], Y[:, 0])),
+    "hierarchical_elbo": Case(
+        lambda k, x: V.hierarchical_elbo(two_features, LEVELS_OF_LATENTS, gaussian, k, x),
+        (X,),
+        extremes=(0.0, 10.0, -10.0),
+    ),
+    "hierarchical_iwae": Case(
+        lambda k, x: V.hierarchical_iwae(
+            two_features, LEVELS_OF_LATENTS, gaussian, k, x, num_samples=3
+        ),
+        (X,),
+        extremes=(0.0, 10.0),
     ),
     "ppca_log_likelihood": Case(lambda k, x: V.ppca_log_likelihood(PPCA, x), (X,)),
     "gradient_penalty": Case(lambda k, x, y: adversarial.gradient_penalty(critic, k, x, y), (X, Y)),
@@ -181,6 +212,8 @@ NOT_OF_SAMPLES = {
     "sinkhorn_from_cost": "of a cost matrix",
     "sinkhorn_from_ott": "of a geometry",
     "ppca_fit": "a fit",
+    "perplexity": "of indices",
+    "lookup_free_quantise": "codes and their entropies",
 }
 LOSSES, FOUND = laws.per_example_losses(), laws.objectives()
 
