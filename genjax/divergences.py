@@ -43,6 +43,8 @@ class FDivergence(NamedTuple):
     activation: g, from a raw score in R into the domain.
     conjugate_activation: v -> f*(g(v)) in one stable expression.
     optimal_critic: r = p/q -> the raw score V* with g(V*) = f'(r).
+    slope_of_log: l -> f'(exp(l)) = g(V*(exp(l))), which neither overflows nor cancels in l; None
+    for `total_variation`, whose slope is constant on either side of 1.
     """
 
     f: Elementwise
@@ -53,6 +55,7 @@ class FDivergence(NamedTuple):
     activation: Elementwise
     conjugate_activation: Elementwise
     optimal_critic: Elementwise
+    slope_of_log: Elementwise | None = None
 
 
 def _entry(*, dual: str, domain: tuple[float, float], **functions: Elementwise) -> FDivergence:
@@ -132,6 +135,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         activation=lambda v: v,
         conjugate_activation=lambda v: jnp.exp(v - 1),
         optimal_critic=lambda r: 1 + jnp.log(r),
+        slope_of_log=lambda x: 1 + x,
     ),
     # KL(Q || P)
     "reverse_kl": _entry(
@@ -143,6 +147,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         activation=lambda v: -jnp.exp(-v),
         conjugate_activation=lambda v: v - 1,
         optimal_critic=jnp.log,
+        slope_of_log=lambda x: -jnp.exp(-x),
     ),
     # (KL(P || M) + KL(Q || M)) / 2 with M = (P + Q) / 2, between 0 and log 2
     "jensen_shannon": _entry(
@@ -155,6 +160,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         activation=lambda v: (LOG_2 - softplus(-v)) / 2,
         conjugate_activation=lambda v: (softplus(v) - LOG_2) / 2,
         optimal_critic=jnp.log,
+        slope_of_log=lambda x: (LOG_2 - softplus(-x)) / 2,
     ),
     # 2 JS - log 4: E_P log sigmoid(V) + E_Q log(1 - sigmoid(V))
     "gan": _entry(
@@ -166,6 +172,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         activation=lambda v: -softplus(-v),
         conjugate_activation=softplus,
         optimal_critic=jnp.log,
+        slope_of_log=lambda x: -softplus(-x),
     ),
     # integral of (p - q)^2 / q
     "pearson": _entry(
@@ -177,6 +184,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         activation=lambda v: v,
         conjugate_activation=_pearson_conjugate,
         optimal_critic=lambda r: 2 * (r - 1),
+        slope_of_log=lambda x: 2 * jnp.expm1(x),
     ),
     # integral of (p - q)^2 / p
     "neyman": _entry(
@@ -188,6 +196,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         activation=lambda v: -jnp.expm1(-v),
         conjugate_activation=lambda v: -2 * jnp.expm1(-v / 2),
         optimal_critic=lambda r: 2 * jnp.log(r),
+        slope_of_log=lambda x: -jnp.expm1(-2 * x),
     ),
     # integral of (sqrt p - sqrt q)^2, between 0 and 2
     "squared_hellinger": _entry(
@@ -199,6 +208,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         activation=lambda v: -jnp.expm1(-v),
         conjugate_activation=jnp.expm1,
         optimal_critic=lambda r: jnp.log(r) / 2,
+        slope_of_log=lambda x: -jnp.expm1(-x / 2),
     ),
     # KL(P || Q) + KL(Q || P)
     "jeffreys": _entry(
@@ -210,6 +220,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         activation=lambda v: v,
         conjugate_activation=_jeffreys_conjugate,
         optimal_critic=lambda r: 1 + jnp.log(r) - 1 / r,
+        slope_of_log=lambda x: 1 + x - jnp.exp(-x),
     ),
     # (1/2) integral of |p - q|, between 0 and 1
     "total_variation": _entry(

@@ -19,6 +19,7 @@ __all__ = [
     "logistic_log_likelihood",
     "logistic_mixture_log_likelihood",
     "standard_normal_log_prob",
+    "token_log_probs",
 ]
 
 Levels = Int[Array, "batch *event"] | UInt[Array, "batch *event"]
@@ -99,6 +100,24 @@ def categorical_log_likelihood(
     log_probs = jax.nn.log_softmax(at_least_float32(logits))
     # jnp's gather fills with NaN outside the range, so that a wrong level under jit is seen.
     return sum_event(jnp.take_along_axis(log_probs, x[..., None].astype(int), axis=-1)[..., 0])
+
+
+def token_log_probs(
+    logits: Float[Array, "batch time vocabulary"],
+    tokens: Int[Array, "batch time"] | UInt[Array, "batch time"],
+) -> Float[Array, "batch time"]:
+    """Log probability in nats of each token, logit - log sum exp(logits): one number a token.
+
+    No array of log probabilities [batch, time, vocabulary] is kept, and logits in bfloat16 are
+    summed in float32. Logits may be -infinity where a token cannot come. Raises TypeError unless
+    tokens are integers, ValueError where shapes or concrete tokens do not fit.
+    """
+    checks.rank("logits", logits, 3)
+    checks.shape("tokens", tokens, logits.shape[:2])
+    _check_levels(tokens, logits.shape[-1])
+    # jnp's gather fills with NaN outside the range, so that a wrong token under jit is seen.
+    chosen = jnp.take_along_axis(logits, tokens[..., None].astype(int), axis=-1)[..., 0]
+    return at_least_float32(chosen) - jax.nn.logsumexp(at_least_float32(logits), axis=-1)
 
 
 def logistic_log_likelihood(

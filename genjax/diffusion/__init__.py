@@ -22,6 +22,12 @@ from genjax.diffusion.inverse import posterior_sampling as posterior_sampling
 from genjax.diffusion.inverse import pseudoinverse_guidance as pseudoinverse_guidance
 from genjax.diffusion.inverse import replacement as replacement
 from genjax.diffusion.likelihood import log_likelihood as log_likelihood
+from genjax.diffusion.masked import MASKING_SCHEDULES as MASKING_SCHEDULES
+from genjax.diffusion.masked import masked_bound as masked_bound
+from genjax.diffusion.masked import masked_cross_entropy as masked_cross_entropy
+from genjax.diffusion.masked import order_bound as order_bound
+from genjax.diffusion.masked import score_entropy as score_entropy
+from genjax.diffusion.masked import step_bound as step_bound
 from genjax.diffusion.mixture import GaussianMixture as GaussianMixture
 from genjax.diffusion.mixture import mixture_denoiser as mixture_denoiser
 from genjax.diffusion.mixture import mixture_log_prob as mixture_log_prob
@@ -52,5 +58,7 @@ from genjax.diffusion.times import discrete_times as discrete_times
 from genjax.diffusion.times import edm_times as edm_times
 from genjax.diffusion.times import logit_normal_times as logit_normal_times
 from genjax.diffusion.times import uniform_times as uniform_times
+from genjax.diffusion.unmasking import sample_masked as sample_masked
+from genjax.diffusion.unmasking import unmask_step as unmask_step
 from genjax.randomness import indexed_normal as indexed_normal
 from genjax.randomness import low_discrepancy as low_discrepancy

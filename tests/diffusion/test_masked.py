@@ -1,0 +1,324 @@
+"""Masked diffusion: bounds by enumeration over masks, the sampler's law by enumeration of strings.
+
+Chances are checked on many rows at once, with seeds fixed: means within 4 standard errors, counts
+by chi-square at 1e-4.
+"""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from genjax import diffusion as gd
+
+STORED = json.loads(
+    (Path(__file__).parents[1] / "references" / "masked_diffusion_bound.json").read_text()
+)
+INPUTS, EXPECTED = STORED["inputs"], STORED["expected"]
+V = INPUTS["vocabulary"]
+X = np.array(INPUTS["x"])
+HIDDEN = np.array([entry["mask"] for entry in INPUTS["logits_by_mask"]], bool)
+NLL = np.array([entry["value"] for entry in EXPECTED["masked_nll"]])
+NUMBER = HIDDEN @ np.array([4, 2, 1])  # a mask as a number, 1 .. 7
+ROWS = 4096
+
+
+def table():
+    logits = np.zeros((8, 3, V))
+    logits[NUMBER] = [entry["logits"] for entry in INPUTS["logits_by_mask"]]
+    return jnp.asarray(logits)
+
+
+def predict(z):
+    """The network of the reference: a table over masks."""
+    return table()[(z == V) @ jnp.array([4, 2, 1])]
+
+
+def rows(count):
+    return jnp.broadcast_to(jnp.asarray(X), (count, 3))
+
+
+def of_each_mask(share):
+    """Probability of each of the seven masks."""
+    return share ** HIDDEN.sum(1) * (1 - share) ** (~HIDDEN).sum(1)
+
+
+def in_the_mean(losses, expected, sd=4.0):
+    losses = np.asarray(losses, np.float64)
+    error = losses.std() / math.sqrt(len(losses))
+    assert abs(losses.mean() - expected) < sd * error, (losses.mean(), expected, error)
+
+
+def test_cross_entropy_of_every_mask(x64, compiled):
+    """And with a column for the hidden token, whatever it holds; gradient p - one-hot."""
+    hidden = jnp.asarray(HIDDEN)
+    found = compiled(lambda h: gd.masked_cross_entropy(predict, rows(7), h, vocabulary=V))(hidden)
+    np.testing.assert_allclose(found, NLL, rtol=1e-8)
+
+    def wider(z):
+        column = jnp.full((*z.shape, 1), 1e4)
+        return jnp.concatenate([predict(z), column], axis=-1)
+
+    found = gd.masked_cross_entropy(wider, rows(7), hidden, vocabulary=V)
+    np.testing.assert_allclose(found, NLL, rtol=1e-8)
+    logits = predict(jnp.where(hidden, V, rows(7)))
+    gradient = jax.grad(
+        lambda y: gd.masked_cross_entropy(lambda _: y, rows(7), hidden, vocabulary=V).sum()
+    )(logits)
+    one_hot = np.eye(V)[X][None]
+    expected = np.where(HIDDEN[..., None], np.asarray(jax.nn.softmax(logits)) - one_hot, 0)
+    np.testing.assert_allclose(gradient, expected, atol=1e-12)
+
+
+def test_the_references_are_the_enumeration(x64):
+    """The bound as the sum over counts and orders, without the library's random masks."""
+    by_order = sum(3 / n * NLL[HIDDEN.sum(1) == n].mean() / 3 for n in (1, 2, 3))
+    np.testing.assert_allclose(by_order, EXPECTED["nelbo"], rtol=1e-8)
+
+
+def which(losses, weights):
+    """The mask of each row (a number 0 .. 7), read off from its loss."""
+    found = np.asarray(losses) / np.asarray(weights)
+    distance = np.abs(found[:, None] - np.concatenate([[0], NLL])[None])
+    assert distance.min(1).max() < 1e-8
+    return np.concatenate([[0], NUMBER])[distance.argmin(1)]
+
+
+def fits(counts, chances):
+    assert stats.chisquare(counts, chances * counts.sum()).pvalue > 1e-4
+
+
+def test_masked_bound_at_a_time(x64):
+    """At t = .37 each loss is the reference's for its mask, and masks come as they should."""
+    expected = EXPECTED["loss_at_time"]
+    times = jnp.full(ROWS, expected["time"])
+    losses, aux = gd.masked_bound(predict, jax.random.key(0), rows(ROWS), vocabulary=V, times=times)
+    masks = which(losses, np.full(ROWS, expected["weight"]))
+    for entry, number in zip(expected["values"], NUMBER, strict=True):
+        np.testing.assert_allclose(losses[masks == number], entry["value"], rtol=1e-8)
+    chances = of_each_mask(expected["time"])
+    counts = np.array([np.sum(masks == n) for n in [0, *NUMBER]])
+    fits(counts, np.concatenate([[1 - chances.sum()], chances]))
+    np.testing.assert_array_equal(aux["masked"], [bin(m).count("1") for m in masks])
+    nothing = masks == 0
+    np.testing.assert_array_equal(np.asarray(aux["cross_entropy"])[nothing], 0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "quadratic"])
+def test_no_schedule_changes_the_bound(schedule):
+    losses, _ = jax.jit(
+        lambda key: gd.masked_bound(predict, key, rows(ROWS), vocabulary=V, schedule=schedule)
+    )(jax.random.key(1))
+    assert losses.dtype == jnp.float32
+    in_the_mean(losses, EXPECTED["nelbo"])
+
+
+def test_order_bound(x64):
+    losses, aux = gd.order_bound(predict, jax.random.key(2), rows(ROWS), vocabulary=V)
+    count = np.asarray(aux["masked"])
+    masks = which(losses, 3 / count)
+    np.testing.assert_array_equal(count, [bin(m).count("1") for m in masks])
+    counts = np.array([np.sum(masks == n) for n in NUMBER])
+    sizes = HIDDEN.sum(1)
+    fits(counts, np.array([1 / 3 / math.comb(3, n) for n in sizes]))
+    in_the_mean(losses, EXPECTED["nelbo"])
+    other, _ = gd.masked_bound(predict, jax.random.key(2), rows(ROWS), vocabulary=V)
+    assert np.std(losses) < np.std(other)
+
+
+def test_step_bound(x64):
+    """Eight steps: the reference's value, weights and chances; many steps: the continuous bound."""
+    steps = INPUTS["steps"]
+    losses, aux = gd.step_bound(
+        predict, jax.random.key(3), rows(ROWS), vocabulary=V, num_steps=steps
+    )
+    number = np.round(np.asarray(aux["time"]) * steps).astype(int)
+    np.testing.assert_array_equal(np.bincount(number, minlength=9)[1:], ROWS // steps)
+    chances = np.array(EXPECTED["posterior_unmask_probability"])
+    which(losses, steps * chances[number - 1])
+    exact = sum(chances[i] * of_each_mask((i + 1) / steps) @ NLL for i in range(steps))
+    np.testing.assert_allclose(exact, EXPECTED["vlb_steps"], rtol=1e-8)
+    in_the_mean(losses, exact)
+
+
+def test_score_entropy_of_the_true_ratios_is_the_masked_bound(x64):
+    """Equal loss by loss, with the same keys; any other score is worse in the mean."""
+    share = gd.MASKING_SCHEDULES["cosine"]
+
+    def log_score(z, t):
+        ratio = jnp.log1p(-share(t)) - jnp.log(share(t))
+        return ratio[:, None, None] + jax.nn.log_softmax(predict(z))
+
+    options = {"vocabulary": V, "schedule": "cosine", "times": jnp.linspace(0.01, 0.99, 512)}
+    key = jax.random.key(4)
+    expected, _ = gd.masked_bound(predict, key, rows(512), **options)
+    found, _ = gd.score_entropy(log_score, key, rows(512), **options)
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+    louder, _ = gd.score_entropy(lambda z, t: log_score(z, t) + 0.3, key, rows(512), **options)
+    assert np.mean(louder) > np.mean(expected)
+
+
+def test_padding_and_rows():
+    """Whatever padding holds; a row without tokens gives 0; row i does not depend on the others."""
+    where = jnp.array([[True, True, False], [True, True, True], [False, False, False]])
+    x = jnp.where(where, rows(3), -7)
+    other = jnp.where(where, rows(3), 99)
+    logits = jax.random.normal(jax.random.key(5), (4, V))
+
+    def network(z):
+        return logits[z] + jnp.sum(logits[z], axis=1, keepdims=True)
+
+    for bound in (
+        gd.masked_bound,
+        gd.order_bound,
+        lambda *a, **o: gd.step_bound(*a, num_steps=4, **o),
+    ):
+        options = {"vocabulary": V, "where": where}
+        losses, aux = bound(network, jax.random.key(6), x, **options)
+        same, _ = bound(network, jax.random.key(6), other, **options)
+        np.testing.assert_array_equal(losses, same)
+        assert losses[2] == 0
+        assert np.isfinite(losses).all()
+        assert (np.asarray(aux["masked"]) <= where.sum(1)).all()
+    hidden = jnp.ones((3, 3), bool)
+    together = gd.masked_cross_entropy(network, x, hidden, vocabulary=V, where=where)
+    alone = gd.masked_cross_entropy(network, x[:1], hidden[:1], vocabulary=V, where=where[:1])
+    np.testing.assert_allclose(alone[0], together[0], rtol=1e-6)
+    poisoned = lambda z: jnp.where(where[..., None], network(z), jnp.nan)  # noqa: E731
+    value, gradient = jax.value_and_grad(
+        lambda b: gd.masked_cross_entropy(
+            lambda z: poisoned(z) + b, x, hidden, vocabulary=V, where=where
+        ).sum()
+    )(0.0)
+    np.testing.assert_allclose(value, together.sum(), rtol=1e-6)
+    assert np.isfinite(gradient)
+
+
+# A joint of three binary tokens that no factorisation has, and its exact predictor.
+STRINGS = np.array(list(itertools.product(range(2), repeat=3)))
+LOG_JOINT = np.log(np.array([0.25, 0.02, 0.05, 0.18, 0.03, 0.22, 0.2, 0.05]))
+
+
+def exact_predictor(z):
+    """log p(x_i = v | visible), up to a constant: the sum over strings that agree with z."""
+    agree = jnp.all((z[:, None] == 2) | (z[:, None] == STRINGS[None]), axis=2)
+    log_p = jnp.where(agree, LOG_JOINT[None], -jnp.inf)
+    has = STRINGS.T[None, :, :, None] == np.arange(2)[None, None, None]  # [1, 3, strings, 2]
+    return jax.nn.logsumexp(jnp.where(has, log_p[:, None, :, None], -jnp.inf), axis=2)
+
+
+def test_every_order_of_an_exact_predictor_gives_the_likelihood(x64):
+    """The chain rule along all six orders, for all eight strings."""
+    for order in itertools.permutations(range(3)):
+        total = np.zeros(8)
+        for step in range(3):
+            hidden = np.zeros((8, 3), bool)
+            hidden[:, list(order[step:])] = True
+            z = jnp.where(hidden, 2, STRINGS)
+            log_p = jax.nn.log_softmax(exact_predictor(z))
+            place = order[step]
+            total += np.asarray(log_p[jnp.arange(8), place, STRINGS[:, place]])
+        np.testing.assert_allclose(total, LOG_JOINT, rtol=1e-12)
+    masks = jnp.array(list(itertools.product([False, True], repeat=3)))[1:]
+    for x, log_p in zip(STRINGS, LOG_JOINT, strict=True):
+        tiled = jnp.broadcast_to(jnp.asarray(x), (7, 3))
+        nll = np.asarray(gd.masked_cross_entropy(exact_predictor, tiled, masks, vocabulary=2))
+        by_count = [nll[np.asarray(masks).sum(1) == n].mean() / n for n in (1, 2, 3)]
+        # Each term of a mask is the mean over the orders that begin there.
+        np.testing.assert_allclose(sum(by_count), -log_p, rtol=1e-10)
+
+
+@pytest.mark.parametrize("by", ["random", "confidence"])
+def test_one_token_at_a_time_samples_the_law(by):
+    samples = jax.jit(
+        lambda key: gd.sample_masked(
+            exact_predictor, key, (8192, 3), vocabulary=2, num_steps=3, by=by
+        )
+    )(jax.random.key(7))
+    assert set(np.unique(samples)) == {0, 1}
+    fits(np.bincount(samples @ np.array([4, 2, 1]), minlength=8), np.exp(LOG_JOINT))
+
+
+def test_all_at_once_samples_the_product_of_the_marginals():
+    samples = gd.sample_masked(
+        exact_predictor, jax.random.key(8), (8192, 3), vocabulary=2, num_steps=1
+    )
+    marginal = np.exp(LOG_JOINT) @ STRINGS
+    chances = np.prod(np.where(STRINGS == 1, marginal[None], 1 - marginal[None]), axis=1)
+    fits(np.bincount(samples @ np.array([4, 2, 1]), minlength=8), chances)
+
+
+def test_one_step_reveals_with_the_posterior_chance():
+    """(alpha_s - alpha_t) / (1 - alpha_t) of each place: independently, or in the mean."""
+    z = jnp.full((4096, 3), 2).at[:, 0].set(1)
+    for by in ("independent", "random", "confidence"):
+        move = gd.Move(
+            jnp.float32(0.8), jnp.float32(0.5), jnp.square, jax.random.key(9), 0, z, jnp.float32(1)
+        )
+        after, estimate = gd.unmask_step(exact_predictor, z, move, vocabulary=2, by=by)
+        chance = (0.8**2 - 0.5**2) / 0.8**2
+        np.testing.assert_array_equal(after[:, 0], 1)
+        assert (estimate < 2).all()
+        revealed = np.asarray(after[:, 1:] < 2)
+        np.testing.assert_array_equal(after[:, 1:][revealed], estimate[:, 1:][revealed])
+        if by != "confidence":
+            in_the_mean(revealed.mean(1), chance)
+        counts = np.bincount(revealed.sum(1), minlength=3)
+        if by == "independent":
+            fits(counts, np.array([(1 - chance) ** 2, 2 * chance * (1 - chance), chance**2]))
+        else:
+            assert counts[0] == 0  # 2 chance = 1.22: one or two
+
+
+def test_samples_keep_what_is_given_and_depend_on_their_index_alone():
+    start = jnp.full((6, 3), 2).at[:, 1].set(1)
+    call = lambda start, first, by, steps: gd.sample_masked(  # noqa: E731
+        exact_predictor, jax.random.key(10), start.shape, vocabulary=2, num_steps=steps, by=by,
+        start=start, first_index=first,
+    )  # fmt: skip
+    for by, steps in (("random", 3), ("confidence", 2), ("independent", 7)):
+        whole = call(start, 0, by, steps)
+        np.testing.assert_array_equal(whole[:, 1], 1)
+        assert (whole < 2).all()
+        np.testing.assert_array_equal(call(start[2:3], 2, by, steps)[0], whole[2])
+    cold = gd.sample_masked(
+        exact_predictor, jax.random.key(0), (4, 3), vocabulary=2, num_steps=1, temperature=0.0
+    )
+    ones = np.exp(LOG_JOINT) @ STRINGS
+    np.testing.assert_array_equal(cold, np.broadcast_to(ones > 0.5, (4, 3)))
+
+
+def test_bad_input_is_refused_by_name(unchecked):
+    key, x = jax.random.key(0), rows(2)
+    bound = lambda x=x, network=predict, **o: gd.masked_bound(  # noqa: E731
+        network, key, x, **{"vocabulary": V, **o}
+    )
+    draw = lambda shape=(2, 3), **o: gd.sample_masked(  # noqa: E731
+        predict, key, shape, **{"vocabulary": V, "num_steps": 2, **o}
+    )
+    for call, error, message in (
+        (lambda: bound(x + 0.5), TypeError, "x must hold integer tokens"),
+        (lambda: bound(x[0]), ValueError, r"x \[batch, time\] must have rank 2"),
+        (lambda: bound(x + 1), ValueError, r"x must lie in \[0, 2\]"),
+        (lambda: bound(vocabulary=1), ValueError, "vocabulary must be at least 2"),
+        (lambda: bound(vocabulary=5), ValueError, "must have 5 columns, or 6"),
+        (lambda: bound(network=lambda z: predict(z)[:, :2]), ValueError, "predict returns"),
+        (lambda: bound(schedule="linea"), ValueError, "did you mean 'linear'"),
+        (lambda: bound(schedule=lambda t: 1 - t), ValueError, "schedule must rise from 0"),
+        (lambda: bound(times=jnp.array([0.5, 1.5])), ValueError, r"times must lie in \[0, 1\]"),
+        (lambda: bound(times=jnp.ones(3)), ValueError, "times must have shape"),
+        (lambda: bound(where=jnp.ones((2, 2), bool)), ValueError, "where must have shape"),
+        (lambda: draw((3,)), ValueError, "shape must be"),
+        (lambda: draw(by="confident"), ValueError, "did you mean 'confidence'"),
+        (lambda: draw(temperature=-1.0), ValueError, "temperature must be at least 0"),
+        (lambda: draw(num_steps=0), ValueError, "num_steps must be at least 1"),
+        (lambda: draw(start=jnp.full((2, 3), 7)), ValueError, r"start must lie in \[0, 3\]"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
