@@ -21,18 +21,19 @@ import pytest
 
 from genjax.numerics import masked_mean
 
-FAMILIES = ("transport", "variational", "adversarial", "diffusion", "flows")
+FAMILIES = ("transport", "variational", "adversarial", "diffusion", "flows", "alignment")
 GROUND = ("numerics", "checks", "ode", "randomness", "likelihoods", "divergences")
 
 
 def public_functions(packages: tuple[str, ...] = FAMILIES) -> dict[str, Any]:
-    """Every public function of the packages, by name."""
+    """Every public function of the packages, by name; the second of a name as "package.name"."""
     found = {}
     for package in packages:
         module = importlib.import_module(package if "." in package else f"genjax.{package}")
         for name, function in vars(module).items():
             if not name.startswith("_") and inspect.isfunction(function):
-                found[name] = function
+                taken = found.get(name, function) is not function
+                found[f"{package}.{name}" if taken else name] = function
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 import genjax
 
 ROOT = pathlib.Path(__file__).parents[1]
-FAMILIES = ("transport", "variational", "adversarial", "diffusion", "flows")
+FAMILIES = ("transport", "variational", "adversarial", "diffusion", "flows", "alignment")
 GROUND = ("typing", "numerics", "checks", "randomness", "ode", "likelihoods", "divergences")
 HEAVY = (
     "flax",

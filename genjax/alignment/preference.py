@@ -141,7 +141,7 @@ def hinge(
     beta: Scalar = 0.1,
     where: Where = None,
 ) -> Losses:
-    """Hinge on the margin, max(0, 1 - beta h), h as in `dpo` in nats; SLiC's form.
+    """Hinge on the margin, max(0, 1 - beta h), h = the log-ratio of `dpo` in nats; SLiC's form.
 
     Zhao et al. 2023; with a reference as Liu et al. 2023. aux and errors as `dpo`'s.
     """
