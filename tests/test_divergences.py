@@ -260,3 +260,23 @@ def test_bad_input(unchecked):
         f_divergence("kl", normal, lambda x: normal(x)[:, None], x)
     with pytest.raises(ValueError, match="at least one"):
         f_divergence("kl", normal, normal, x[:0])
+
+
+@names
+def test_slope_of_log(name, x64):
+    """f'(e^l) = g(V*(e^l)), and the derivative of f at e^l; total variation has none."""
+    entry, log = F_DIVERGENCES[name], jnp.linspace(-6, 6, 25)
+    if name == "total_variation":
+        assert entry.slope_of_log is None
+        return
+    found = jax.jit(entry.slope_of_log)(log)
+    expected = entry.activation(entry.optimal_critic(jnp.exp(log)))
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    derivative = jax.vmap(jax.grad(entry.f))(jnp.exp(log))
+    np.testing.assert_allclose(found, derivative, rtol=1e-8, atol=1e-9)
+    # In float32 too, where e^l is 1 up to rounding, and where it overflows.
+    small = jnp.float32(1e-6)
+    rise = entry.slope_of_log(small) - entry.slope_of_log(jnp.float32(0))
+    curvature = jax.grad(jax.grad(entry.f))(1.0)
+    np.testing.assert_allclose(rise, curvature * 1e-6, rtol=0.2)
+    assert np.isfinite(entry.slope_of_log(jnp.float32(80.0 if name != "pearson" else 40.0)))
