@@ -129,7 +129,7 @@ def check_order(order: Sequence[int] | np.ndarray) -> np.ndarray:
     index = np.asarray(order)
     if sorted(index.tolist()) != list(range(index.size)):
         raise ValueError(f"order must hold each of 0..{index.size - 1} once, got {list(order)}")
-    return index
+    return index.astype(np.int32)  # of 64 bits, jax mixes programs of its two modes
 
 
 def permutation(order: Sequence[int] | np.ndarray) -> Bijection:
@@ -138,7 +138,7 @@ def permutation(order: Sequence[int] | np.ndarray) -> Bijection:
     Raises ValueError where `order` is not a permutation or the axis has another length.
     """
     index = check_order(order)
-    back = np.argsort(index)
+    back = np.argsort(index).astype(np.int32)
     reversal = np.array_equal(index, np.arange(index.size)[::-1])
 
     def move(_: Params, x: Array, by: np.ndarray) -> tuple[Array, Array]:
