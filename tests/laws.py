@@ -21,7 +21,15 @@ import pytest
 
 from genjax.numerics import masked_mean
 
-FAMILIES = ("transport", "variational", "adversarial", "diffusion", "flows", "alignment")
+FAMILIES = (
+    "transport",
+    "variational",
+    "adversarial",
+    "diffusion",
+    "flows",
+    "alignment",
+    "autoregressive",
+)
 GROUND = ("numerics", "checks", "ode", "randomness", "likelihoods", "divergences")
 
 

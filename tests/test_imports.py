@@ -11,7 +11,15 @@ import pytest
 import genjax
 
 ROOT = pathlib.Path(__file__).parents[1]
-FAMILIES = ("transport", "variational", "adversarial", "diffusion", "flows", "alignment")
+FAMILIES = (
+    "transport",
+    "variational",
+    "adversarial",
+    "diffusion",
+    "flows",
+    "alignment",
+    "autoregressive",
+)
 GROUND = ("typing", "numerics", "checks", "randomness", "ode", "likelihoods", "divergences")
 HEAVY = (
     "flax",
@@ -27,6 +35,7 @@ HEAVY = (
     "sklearn",
     "chex",
     "torch",
+    "tokenizers",
 )
 
 PROBE = """

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax import adversarial, alignment, diffusion, flows, transport, variational
+from genjax import adversarial, alignment, autoregressive, diffusion, flows, transport, variational
 from tests import laws, token_cases
 from tests.broken_losses import BROKEN, BROKEN_OBJECTIVES, Batch, Scalar, good, of_two
 from tests.laws import Case, Objective
@@ -141,6 +141,10 @@ CASES = {
     ),
     "flow_matching_loss": Case(lambda k, x, y: flows.flow_matching_loss(network, k, x, y), (X, Y)),
     "curvature": Case(lambda k, x: flows.curvature(network, x, num_steps=3), (X,)),
+    "next_token": Case(
+        lambda k, z: autoregressive.next_token(lambda _: jnp.stack([z, -z], -1), BITS, z_loss=1e-4),
+        (X,),
+    ),
     "log_prob": Case(lambda k, x: flows.log_prob(FLOW, flows.normal((3,)), FLOW_PARAMS, x), (X,)),
 }
 

@@ -13,3 +13,10 @@ from genjax.data.synthetic import Checkerboard as Checkerboard
 from genjax.data.synthetic import Density as Density
 from genjax.data.synthetic import GaussianMixture as GaussianMixture
 from genjax.data.synthetic import Pinwheel as Pinwheel
+from genjax.data.text import Text as Text
+from genjax.data.text import Tokeniser as Tokeniser
+from genjax.data.text import pack as pack
+from genjax.data.text import scored_windows as scored_windows
+from genjax.data.text import text as text
+from genjax.data.text import tokeniser as tokeniser
+from genjax.data.text import windows as windows

@@ -4,6 +4,7 @@ from genjax.networks.conv import *
 from genjax.networks.coupling import *
 from genjax.networks.dcgan import *
 from genjax.networks.features import *
+from genjax.networks.gpt import *
 from genjax.networks.hourglass import *
 from genjax.networks.layers import fourier_features as fourier_features
 from genjax.networks.lipschitz import *

@@ -24,7 +24,8 @@ def drop(x: Array, rate: float, key: PRNGKey | None, layer: int) -> Array:
     """Apply dropout with a key of the layer's own; the identity where `key` is None."""
     if key is None or rate == 0:
         return x
-    return nn.Dropout(rate)(x, deterministic=False, rng=jax.random.fold_in(key, layer))
+    kept = jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
 
 
 def on_flat(layer: Callable[[Array], Array], x: Float[Array, "*batch features"]) -> Array:

@@ -1,0 +1,103 @@
+"""The loss of a language model: the next token's cross-entropy, and bits per byte.
+
+A network is a callable tokens [batch, length] -> logits [batch, length, vocabulary]: position t
+predicts token t and sees the tokens before it alone. The shift by one is inside the network.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from genjax import checks
+from genjax.numerics import at_least_float32
+
+__all__ = ["bits_per_byte", "next_token"]
+
+Tokens = Int[Array, "batch length"] | UInt[Array, "batch length"]
+
+
+def next_token(
+    logits_fn: Callable[[Array], Array],
+    tokens: Tokens,
+    *,
+    where: Bool[Array, "batch length"] | None = None,
+    z_loss: float | int = 0.0,
+    label_smoothing: float | int = 0.0,
+    divisor: float | int | Float[Array, ""] | None = None,
+) -> tuple[Float[Array, " batch"], dict[str, Array]]:
+    """Cross-entropy of a row's tokens in nats, of those that `where` keeps.
+
+    losses[b] = 1/divisor sum_t where[b, t] [ (1 - s) CE_t + s mean_v(log Z_t - logits_tv)
+    + z_loss (log Z_t)^2 ], CE_t = log Z_t - logits_t[token t], Z the sum of exp(logits), s the
+    smoothing to the uniform law (Szegedy et al. 2016); z_loss keeps Z near 1 (PaLM, Chowdhery et
+    al. 2022: 1e-4). divisor None gives the sum, -log p(tokens) of a row; kept tokens / rows gives
+    a mean over rows that is the mean over tokens, also where batches are accumulated or sharded.
+
+    What `where` hides may hold any token and any logit: hidden tokens are still read by a network
+    (a prompt that is given, not learnt), but for those after a row's last kept one, which are
+    replaced by 0. aux: tokens, correct (greedy), log_z (the mean over kept tokens) of each row.
+    Raises TypeError unless tokens are integers, ValueError where shapes do not fit, where a
+    kept token lies outside the vocabulary, or where `where` hides everything.
+
+        losses, aux = next_token(lambda x: net.apply(params, x), tokens, where=tokens != pad)
+    """
+    checks.rank("tokens", tokens, 2)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"tokens must be integers [batch, length], got dtype {tokens.dtype}")
+    checks.between("label_smoothing", label_smoothing, 0, 1)
+    checks.at_least("z_loss", z_loss, 0)
+    if divisor is not None:
+        checks.positive("divisor", divisor)
+    tokens = tokens.astype(jnp.int32)
+    if where is None:
+        kept, given = jnp.ones(tokens.shape, bool), tokens
+    else:
+        checks.same_shape(tokens=tokens, where=where)
+        if checks.is_concrete(where) and not np.asarray(where).any():
+            raise ValueError(f"where must keep a token, got {where.shape} of False")
+        kept = where
+        given = jnp.where(_and_before(where), tokens, 0)
+    logits = logits_fn(given)
+    checks.shape("logits", logits, (*tokens.shape, None))
+    vocabulary = logits.shape[-1]
+    if checks.is_concrete(tokens) and checks.is_concrete(kept):
+        checks.between("tokens", np.asarray(tokens)[np.asarray(kept)], 0, vocabulary - 1)
+    logits = jnp.where(kept[..., None], at_least_float32(logits), 0)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    # Hidden tokens may be anything; jnp's gather gives NaN for a kept one outside the vocabulary.
+    index = jnp.where(kept, tokens, 0)[..., None]
+    chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+    terms = log_z - chosen
+    if label_smoothing:
+        even = log_z - jnp.mean(logits, axis=-1)
+        terms = (1 - label_smoothing) * terms + label_smoothing * even
+    if z_loss:
+        terms = terms + z_loss * jnp.square(log_z)
+    losses = jnp.sum(jnp.where(kept, terms, 0), axis=1)
+    count = jnp.sum(kept, axis=1)
+    aux = {
+        "tokens": count,
+        "correct": jnp.sum(kept & (jnp.argmax(logits, axis=-1) == tokens), axis=1),
+        "log_z": jnp.sum(jnp.where(kept, log_z, 0), axis=1) / jnp.maximum(count, 1),
+    }
+    return losses if divisor is None else losses / divisor, aux
+
+
+def _and_before(where: Array) -> Array:
+    """True up to a row's last True."""
+    return jax.lax.cummax(where.astype(jnp.int8), axis=1, reverse=True) > 0
+
+
+def bits_per_byte(
+    nats: Float[Array, "..."] | float | int, num_bytes: int | float | Int[Array, "..."]
+) -> Float[Array, "..."]:
+    """nats / (num_bytes log 2): what a text's -log p costs, whatever its tokens are.
+
+    Raises ValueError unless num_bytes is positive.
+    """
+    checks.positive("num_bytes", num_bytes)
+    return at_least_float32(jnp.asarray(nats)) / (num_bytes * math.log(2))

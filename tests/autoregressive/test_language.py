@@ -1,0 +1,130 @@
+"""The next token's loss beside recorded numbers; what is masked leaves no trace."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genjax.autoregressive import bits_per_byte, next_token
+
+FIXTURE = json.loads(
+    (Path(__file__).parents[1] / "references" / "language_model_loss.json").read_text()
+)
+GIVEN, EXPECTED = FIXTURE["inputs"], FIXTURE["expected"]
+
+
+def given(dtype=jnp.float64):
+    arrays = (GIVEN[name] for name in ("logits", "targets", "mask"))
+    return [jnp.asarray(x, t) for x, t in zip(arrays, (dtype, jnp.int32, bool), strict=True)]
+
+
+def test_meets_the_reference(x64, compiled):
+    logits, tokens, mask = given()
+    options = {"z_loss": GIVEN["z_loss"], "label_smoothing": GIVEN["label_smoothing"]}
+
+    @compiled
+    def run(logits):
+        plain, aux = next_token(lambda _: logits, tokens, where=mask)
+        full = lambda z: next_token(  # noqa: E731
+            lambda _: z, tokens, where=mask, divisor=jnp.sum(mask) / len(mask), **options
+        )[0].mean()
+        return plain, aux, *jax.value_and_grad(full)(logits)
+
+    plain, aux, mean, gradient = run(logits)
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    np.testing.assert_allclose(plain, EXPECTED["sequence_nll"], **close)
+    np.testing.assert_array_equal(aux["tokens"], EXPECTED["tokens"])
+    np.testing.assert_allclose(mean, EXPECTED["token_mean_with_z_and_smoothing"], **close)
+    np.testing.assert_allclose(gradient, EXPECTED["grad_logits"], **close)
+    log_z = np.where(mask, EXPECTED["log_z"], 0).sum(1) / np.maximum(np.sum(mask, 1), 1)
+    np.testing.assert_allclose(aux["log_z"], log_z, **close)
+    greedy = (np.argmax(GIVEN["logits"], -1) == np.asarray(GIVEN["targets"])) & np.asarray(mask)
+    np.testing.assert_array_equal(aux["correct"], greedy.sum(1))
+    num_bytes = np.where(mask, GIVEN["bytes_per_token"], 0).sum()
+    np.testing.assert_allclose(
+        bits_per_byte(plain.sum(), int(num_bytes)), EXPECTED["bits_per_byte"], **close
+    )
+
+
+def test_float32_and_bfloat16_are_near():
+    logits, tokens, mask = given(jnp.float32)
+    for dtype, rtol in ((jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)):
+        losses = next_token(lambda _, t=dtype: logits.astype(t), tokens, where=mask)[0]
+        assert losses.dtype == jnp.float32
+        np.testing.assert_allclose(losses, EXPECTED["sequence_nll"], rtol=rtol)
+
+
+def test_what_is_masked_leaves_no_trace():
+    """NaN logits and tokens of any number; a network sees 0 after the last kept token."""
+    logits, tokens, mask = given(jnp.float32)
+    seen = []
+
+    def run(logits, tokens):
+        def network(tokens):
+            seen.append(tokens)
+            return logits
+
+        return next_token(network, tokens, where=mask, z_loss=0.1)[0]
+
+    gradient = jax.grad(lambda z, t: run(z, t).sum())
+    poisoned = jnp.where(mask[..., None], logits, jnp.nan), jnp.where(mask, tokens, -77)
+    np.testing.assert_array_equal(run(logits, tokens), run(*poisoned))
+    np.testing.assert_array_equal(gradient(logits, tokens), gradient(*poisoned))
+    # Row 1 hides a token in its middle, which the network is still given; row 3 hides all.
+    np.testing.assert_array_equal(seen[1][1], jnp.asarray([1, 0, -77, 0, 6]))
+    np.testing.assert_array_equal(seen[1][3], 0)
+
+
+def test_the_divisor_makes_accumulated_means_the_mean_over_tokens():
+    logits, tokens, mask = given(jnp.float32)
+    share = jnp.sum(mask) / len(mask)
+    whole = next_token(lambda _: logits, tokens, where=mask)[0].sum() / mask.sum()
+    halves = [
+        next_token(lambda _, s=s: logits[s], tokens[s], where=mask[s], divisor=share)[0].mean()
+        for s in (slice(0, 2), slice(2, 4))
+    ]
+    np.testing.assert_allclose(np.mean(halves), whole, rtol=1e-6)
+
+
+def test_extremes_are_finite_in_value_and_gradient():
+    tokens = jnp.array([[0, 1]])
+
+    @jax.jit
+    def run(logits):
+        loss = lambda z: next_token(  # noqa: E731
+            lambda _: z, tokens, z_loss=1e-4, label_smoothing=0.1
+        )[0].sum()
+        return jax.value_and_grad(loss)(logits)
+
+    for scale in (0.0, 1e4, -1e4):
+        value, gradient = run(jnp.full((1, 2, 3), scale).at[..., 0].add(1e4))
+        assert np.isfinite(value)
+        assert np.isfinite(gradient).all()
+
+
+def test_bad_input(unchecked):
+    logits, tokens, mask = given(jnp.float32)
+    run = lambda t, z=logits, **options: next_token(lambda _: z, t, **options)  # noqa: E731
+    for t, options, match in (
+        (tokens[0], {}, "tokens must have rank 2"),
+        (tokens.at[0, 0].set(7), {}, r"tokens must lie in \[0, 6\]"),
+        (tokens, {"where": mask[:2]}, "shapes must be equal"),
+        (tokens, {"where": mask & False}, "where must keep a token"),
+        (tokens, {"z": logits[:, :3]}, "logits must have shape"),
+        (tokens, {"label_smoothing": 1.5}, "label_smoothing must lie in"),
+        (tokens, {"z_loss": -1.0}, "z_loss must be at least 0"),
+        (tokens, {"divisor": 0.0}, "divisor must be positive"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            run(t, **options)
+    with pytest.raises(TypeError, match="tokens must be integers"):
+        run(tokens.astype(jnp.float32))
+    with pytest.raises(ValueError, match="num_bytes must be positive"):
+        bits_per_byte(1.0, 0)
+    # Traced, a kept token outside the vocabulary is NaN.
+    found = jax.jit(lambda t: run(t)[0])(tokens.at[0, 0].set(7))
+    assert np.isnan(found[0])
+    assert np.isfinite(found[1:]).all()
