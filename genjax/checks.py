@@ -6,7 +6,7 @@ Shapes and dtypes are known while tracing, so these run before any computation. 
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,12 +19,16 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, Tracer)
 
 
-def one_of(name: str, value: Any, options: Iterable[Any]) -> None:
-    """Raise ValueError unless `value` is one of `options`; names the nearest option."""
+def one_of(
+    name: str, value: Any, options: Iterable[Any], aliases: Mapping[str, str] | None = None
+) -> None:
+    """Raise ValueError unless `value` is one of `options`; names the nearest option, or the one
+    that `aliases` gives for it."""
     options = list(options)
     if value in options:
         return
-    near = difflib.get_close_matches(str(value), [str(o) for o in options], n=1, cutoff=0.4)
+    wanted = (aliases or {}).get(value, value)
+    near = difflib.get_close_matches(str(wanted), [str(o) for o in options], n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name} must be one of {options}, got {value!r}{hint}")
 

@@ -12,6 +12,7 @@ activations of `reverse_kl`, `neyman` and `squared_hellinger` are the increasing
 of `pearson` is the supremum over u >= 0, hence -1 below t = -2 (t^2/4 + t there is a looser bound).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,6 +30,21 @@ from genjax.typing import LogProbFn
 __all__ = ["F_DIVERGENCES", "FDivergence", "f_divergence"]
 
 LOG_2 = math.log(2)
+LOG_4 = math.log(4)
+# Other names of the field, for the error message: ours say which multiple is meant.
+ALIASES = {
+    "js": "jensen_shannon",
+    "jsd": "jensen_shannon",
+    "hellinger": "squared_hellinger",
+    "tv": "total_variation",
+    "chi2": "pearson",
+    "chi_squared": "pearson",
+    "pearson_chi2": "pearson",
+    "neyman_chi2": "neyman",
+    "forward_kl": "kl",
+    "rkl": "reverse_kl",
+    "symmetric_kl": "jeffreys",
+}
 Elementwise = Callable[[Array], Array]
 
 
@@ -93,6 +109,35 @@ def _u_log_u(log_ratio: Array) -> Array:
     return jnp.where(zero, 0, jnp.exp(log_ratio) * jnp.where(zero, 0, log_ratio))
 
 
+def _exp_excess(x: Array) -> Array:
+    """exp(x) - 1 - x, never negative: near 0 by its series, where the difference would cancel."""
+    near = jnp.abs(x) < 0.5
+    s = jnp.where(near, x, 0)
+    series = functools.reduce(lambda tail, k: 1 + s / k * tail, range(14, 2, -1), jnp.ones_like(s))
+    return jnp.where(near, jnp.square(s) / 2 * series, jnp.expm1(x) - x)
+
+
+def _u_log_u_excess(log_ratio: Array) -> Array:
+    """u log u - u + 1 = u (exp(-l) - 1 + l) with l = log u; 1 at l = -infinity."""
+    near = jnp.abs(log_ratio) < 0.5
+    s = jnp.where(near, log_ratio, 0)
+    return jnp.where(near, jnp.exp(s) * _exp_excess(-s), _u_log_u(log_ratio) - jnp.expm1(log_ratio))
+
+
+def _jensen_shannon_of_log(x: Array) -> Array:
+    """(1 + u) / 4 [(1 + s) log(1 + s) + (1 - s) log(1 - s)], s = tanh(log u / 2), never negative.
+
+    Near 0 the bracket is its series, the sum of s^2k / (k (2k - 1)).
+    """
+    near = jnp.abs(x) < 0.25
+    square = jnp.square(jnp.tanh(jnp.where(near, x, 0) / 2))
+    series = functools.reduce(
+        lambda tail, k: 1 / (k * (2 * k - 1)) + square * tail, range(9, 0, -1), 0 * square
+    )
+    far = (_u_log_u(x) - (1 + jnp.exp(x)) * (softplus(x) - LOG_2)) / 2
+    return jnp.where(near, (1 + jnp.exp(jnp.where(near, x, 0))) / 4 * square * series, far)
+
+
 @jax.custom_jvp
 def _log_omega(s: Array) -> Array:
     """Solve y + exp(y) = s for y by Newton's method, from above, where it falls monotonically."""
@@ -152,7 +197,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
     # (KL(P || M) + KL(Q || M)) / 2 with M = (P + Q) / 2, between 0 and log 2
     "jensen_shannon": _entry(
         f=_nonnegative(lambda u: (xlogy(u, u) - (1 + u) * jnp.log((1 + u) / 2)) / 2),
-        f_of_log=lambda x: (_u_log_u(x) - (1 + jnp.exp(x)) * (softplus(x) - LOG_2)) / 2,
+        f_of_log=_jensen_shannon_of_log,
         dual="jensen_shannon",
         # 2 - exp(2t) = -2 expm1(2t - log 2)
         conjugate=_below(LOG_2 / 2, lambda t: -(jnp.log(-jnp.expm1(2 * t - LOG_2)) + LOG_2) / 2),
@@ -237,6 +282,11 @@ F_DIVERGENCES: dict[str, FDivergence] = {
 }
 
 
+# f(u) - f'(1) (u - 1) of log u: the same divergence, as p and q have the same mass, but never
+# negative. Averages of f itself have the noise of the mean of u - 1.
+_CENTRED = {"kl": _u_log_u_excess, "reverse_kl": _exp_excess}
+
+
 def f_divergence(
     name: str,
     log_p: LogProbFn,
@@ -250,6 +300,10 @@ def f_divergence(
 
         mean over x_i ~ m of q(x_i) f(p(x_i) / q(x_i)) / m(x_i)
 
+    with f(u) - f'(1) (u - 1) in the place of f, which for densities of mass 1 has the same
+    expectation (Schulman 2020, "Approximating KL divergence"): no term of the mean is below f(1),
+    so that no estimate is negative, and between close laws its noise is of second order.
+
     `samples` are drawn from Q, or from the law m whose log density `log_proposal` gives: Q's own
     samples see nothing where q is small, and an estimate of `kl`, `pearson` or `jeffreys` from them
     is noisy wherever P is wider than Q; half of the samples from P and half from Q, with
@@ -260,7 +314,7 @@ def f_divergence(
     so that disjoint supports give log 2, 1, 2 or infinity. Both log densities return [batch].
     Raises ValueError for an unknown name, no sample, or a log density of another shape.
     """
-    checks.one_of("divergence", name, F_DIVERGENCES)
+    checks.one_of("divergence", name, F_DIVERGENCES, ALIASES)
     checks.min_rank("samples", samples, 1)
     checks.not_empty("samples", samples)
     lp, lq = at_least_float32(log_p(samples)), at_least_float32(log_q(samples))
@@ -270,16 +324,19 @@ def f_divergence(
     if where is not None:
         checks.shape("where", where, samples.shape[:1])
         lp, lq, lm = (jnp.where(where, x, 0) for x in (lp, lq, lm))
-    entry = F_DIVERGENCES[name]
+    own = "jensen_shannon" if name == "gan" else name
+    dual = F_DIVERGENCES[own].dual
+    of_log, dual_of_log = (_CENTRED.get(n, F_DIVERGENCES[n].f_of_log) for n in (own, dual))
     # q f(p/q) = p f'(q/p) with the dual generator f': the smaller density over the larger one, so
     # that the ratio never overflows and the larger density carries the weight.
     more_p = lp > lq
-    larger, smaller = jnp.maximum(lp, lq), jnp.minimum(lp, lq)
+    # Not maximum and minimum, whose derivatives at a tie are halves of both.
+    larger, smaller = jnp.where(more_p, lp, lq), jnp.where(more_p, lq, lp)
     nowhere = larger == -jnp.inf
     log_ratio = jnp.where(nowhere, 0, smaller) - jnp.where(nowhere, 0, larger)
-    value = jnp.where(
-        more_p, F_DIVERGENCES[entry.dual].f_of_log(log_ratio), entry.f_of_log(log_ratio)
-    )
+    value = jnp.where(more_p, dual_of_log(log_ratio), of_log(log_ratio))
+    if name == "gan":  # 2 JS - log 4, of mass q
+        value = 2 * value - LOG_4 * jnp.where(more_p, jnp.exp(log_ratio), 1)
     weight = jnp.exp(jnp.where(nowhere, -jnp.inf, larger - lm))
     # A weight of 0 times an infinite ratio is 0: neither law has mass there.
     return masked_mean(jnp.where(weight > 0, weight * value, 0), where)

@@ -78,13 +78,18 @@ def bernoulli_log_likelihood(
 ) -> Float[Array, " batch"]:
     """Log probability of binary x in nats: sum [ x l - softplus(l) ], l the logit of a one.
 
+    A sure logit, +-infinity, gives 0 where it is right and -infinity where it is wrong.
     x between 0 and 1 gives the cross-entropy used for grey values, which is no log-likelihood of
     them. Raises ValueError where shapes differ or concrete x lies outside [0, 1].
     """
     checks.same_shape(x=x, logits=logits)
     checks.between("x", x, 0, 1)
     x, logits = at_least_float32(x), at_least_float32(logits)
-    return sum_event(x * logits - jax.nn.softplus(logits))
+    # Two terms, of which none cancels; 0 times the infinite surprise of what did not happen is 0.
+    one, zero = jax.nn.softplus(-logits), jax.nn.softplus(logits)
+    one = jnp.where((x == 0) & jnp.isinf(one), 0, one)
+    zero = jnp.where((x == 1) & jnp.isinf(zero), 0, zero)
+    return -sum_event(x * one + (1 - x) * zero)
 
 
 def categorical_log_likelihood(

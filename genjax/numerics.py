@@ -5,7 +5,8 @@ dtype of the network's output.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,36 @@ def safe_norm(
 def event_norm(x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
     """Euclidean norm of each example over its whole event; gradient 0 at 0."""
     return safe_norm(x, axis=tuple(range(1, x.ndim))) if x.ndim > 1 else jnp.abs(x)
+
+
+def linearize(
+    function: Callable[[Array], Any], x: Float[Array, "..."]
+) -> tuple[Any, Callable[[Array], Any]]:
+    """`jax.linearize`, also where `jax.custom_vjp` inside the function refuses forward mode.
+
+    Returns (function(x), push) with push(v) = J v. There J v is the derivative of g -> J^T g, which
+    is linear: reverse over reverse.
+    """
+    value, push = jax.linearize(function, x)
+    if _is_linear(push, x):
+        return value, push
+    value, pull = jax.vjp(function, x)
+    zeros = jax.tree.map(jnp.zeros_like, value)
+    return value, lambda v: jax.vjp(lambda g: pull(g)[0], zeros)[1](v)[0]
+
+
+def has_forward_mode(function: Callable[[Array], Any], x: Float[Array, "..."]) -> bool:
+    """Whether forward mode passes through the function: not through `jax.custom_vjp` in it."""
+    return _is_linear(jax.linearize(function, x)[1], x)
+
+
+def _is_linear(push: Callable[[Array], Any], x: Array) -> bool:
+    # A rule without forward mode shows where what was recorded of it is differentiated again.
+    try:
+        jax.eval_shape(lambda v: jax.jvp(push, (v,), (v,)), x)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def centred(*points: ArrayLike) -> tuple[Array, ...]:

@@ -14,7 +14,7 @@ from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, PyTree
 
 from genjax import checks
-from genjax.numerics import at_least_float32, sum_event
+from genjax.numerics import at_least_float32, linearize, sum_event
 
 Number: TypeAlias = float | int | Float[Array, ""]
 Times: TypeAlias = tuple[Number, Number]
@@ -230,16 +230,17 @@ def divergence(
 
     Exact: one forward derivative per dimension. With a probe e `[batch, *event]`,
     E[e e^T] = I, Hutchinson's estimate e^T (dv/dx) e, unbiased (Grathwohl et al., 2019, eq. (7));
-    with several, `[probes, batch, *event]`, the mean of theirs. Raises TypeError for integers.
+    with several, `[probes, batch, *event]`, the mean of theirs. A field with a `jax.custom_vjp`
+    function is differentiated in reverse. Raises TypeError for integers.
     """
     checks.floating("x", x)
     probe = None if probe is None else probe.astype(x.dtype)
     if probe is not None and probe.ndim == x.ndim:
         checks.same_shape(probe=probe, x=x)
-        v, along = jax.jvp(field, (x,), (probe,))
+        v, push = linearize(field, x)
         checks.shape("what the field returns", v, x.shape)
-        return v, sum_event(probe * along)
-    v, push = jax.linearize(field, x)
+        return v, sum_event(probe * push(probe))
+    v, push = linearize(field, x)
     checks.shape("what the field returns", v, x.shape)
     if probe is not None:
         checks.shape("probe", probe, (None, *x.shape))

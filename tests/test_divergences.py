@@ -251,6 +251,79 @@ def test_masked_samples_may_be_nan():
     assert f_divergence("kl", p, q, x, where=jnp.zeros(3, bool)) == 0
 
 
+@names
+def test_samples_of_q_are_never_below_the_least_value(name):
+    """Close laws, float32, from Q's own samples: D = f''(1) / 2 chi^2 to second order."""
+    delta = 1e-3
+    x = jnp.asarray(np.random.default_rng(1).normal(size=20_000), jnp.float32)
+    entry, floor = F_DIVERGENCES[name], -math.log(4) if name == "gan" else 0.0
+
+    @jax.jit
+    def estimate(delta, scale):
+        p = lambda x: -0.5 * jnp.square(x - delta)  # noqa: E731
+        return f_divergence(name, p, lambda x: -0.5 * jnp.square(x) * scale, x)
+
+    with jax.enable_x64(True):
+        curvature = float(jax.grad(jax.grad(entry.f))(1.0))
+    value = float(estimate(delta, 1.0))
+    if name == "total_variation":
+        expected = 2 * (0.5 * (1 + math.erf(delta / 2 / math.sqrt(2)))) - 1
+    else:
+        expected = curvature / 2 * delta**2
+    np.testing.assert_allclose(value - floor, expected, rtol=0.05, atol=2e-7 if floor else 0)
+    for tiny in (0.0, 1e-8, 1e-7, -3e-7, 1e-5):
+        assert estimate(tiny, 1.0) >= floor - 1e-6 * bool(floor)
+        assert estimate(tiny, 1 + tiny) >= floor - 1e-6 * bool(floor)
+
+
+@names
+def test_the_centred_forms_have_all_derivatives(name, x64):
+    """Across the switch to the series: values and two derivatives of f(u) - f'(1) (u - 1)."""
+    entry = F_DIVERGENCES[name]
+    slope = {"kl": 1.0, "reverse_kl": -1.0, "gan": -math.log(2)}.get(name, 0.0)
+
+    def ours(log_ratio):  # one atom of Q-mass 1
+        p, q = (lambda x: x), (lambda x: 0 * x)
+        return f_divergence(name, p, q, log_ratio[None])
+
+    def definition(log_ratio):
+        u = jnp.exp(log_ratio)
+        return entry.f(u) - slope * (u - 1)
+
+    at = jnp.array([-3.0, -0.51, -0.49, -0.251, -0.249, -0.1, 0.2, 0.3, 0.6, 2.0])
+    for order in range(3):
+        f, g = ours, definition
+        for _ in range(order):
+            f, g = jax.grad(f), jax.grad(g)
+        np.testing.assert_allclose(
+            jax.vmap(f)(at), jax.vmap(g)(at), rtol=1e-8, atol=1e-12, err_msg=str(order)
+        )
+
+
+def test_fisher_information_is_the_hessian_at_equal_laws():
+    """d^2/dm^2 KL(N(m, 1) || N(0, 1)) at 0 from Q's samples: the mean of the squared score."""
+    x = jnp.asarray(np.random.default_rng(2).normal(size=4000), jnp.float32)
+    for name, curvature in (("kl", 1), ("reverse_kl", 1), ("jensen_shannon", 0.25)):
+        value = lambda m, n=name: f_divergence(n, gaussian(m, 1.0), gaussian(0.0, 1.0), x)  # noqa: E731
+        hessian = jax.jit(jax.grad(jax.grad(value)))(0.0)
+        np.testing.assert_allclose(hessian, curvature * np.mean(np.square(x)), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("js", "jensen_shannon"),
+        ("hellinger", "squared_hellinger"),
+        ("tv", "total_variation"),
+        ("chi2", "pearson"),
+    ],
+)
+def test_the_field_s_other_names_are_answered_by_ours(alias, name):
+    normal = gaussian(0.0, 1.0)
+    with pytest.raises(ValueError, match=f"got '{alias}'; did you mean '{name}'"):
+        f_divergence(alias, normal, normal, jnp.zeros(3))
+
+
 def test_bad_input(unchecked):
     x = jnp.zeros(3)
     normal = gaussian(0.0, 1.0)

@@ -71,6 +71,20 @@ def test_bernoulli_at_logits_of_200_is_finite_in_value_and_gradient(compiled):
     np.testing.assert_allclose(gradient, [[0, 0, -1, 1]], atol=1e-30)
 
 
+def test_bernoulli_of_sure_logits(compiled):
+    """0 where +-infinity is right, -infinity where it is wrong; grey values; float32 tails."""
+    big = jnp.inf
+    x = jnp.array([[1.0], [0.0], [1.0], [0.0], [0.5], [1.0]])
+    logits = jnp.array([[big], [-big], [-big], [big], [big], [20.0]])
+    value = compiled(bernoulli_log_likelihood)(x, logits)
+    np.testing.assert_allclose(value, [0, 0, -big, -big, -big, -np.log1p(np.exp(-20.0))], rtol=1e-5)
+    by_logits, by_x = compiled(jax.grad(lambda a, x: bernoulli_log_likelihood(x, a).sum(), (0, 1)))(
+        logits, x
+    )
+    np.testing.assert_array_equal(by_logits[:2], 0)
+    np.testing.assert_allclose(by_x[5], 20, rtol=1e-5)  # the logit
+
+
 def test_categorical(compiled):
     logits = RNG.normal(size=(*SHAPE, LEVELS))
     expected = total(

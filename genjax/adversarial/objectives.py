@@ -12,7 +12,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
 
 from genjax import checks
-from genjax.divergences import F_DIVERGENCES, FDivergence
+from genjax.divergences import ALIASES, F_DIVERGENCES, FDivergence
 from genjax.numerics import at_least_float32, masked_mean
 
 __all__ = [
@@ -99,7 +99,7 @@ def f_gan(
     Nowozin et al. 2016 (arXiv:1606.00709), eq. 6 and section 3.2.
     """
     if isinstance(divergence, str):
-        checks.one_of("divergence", divergence, F_DIVERGENCES)
+        checks.one_of("divergence", divergence, F_DIVERGENCES, ALIASES)
         divergence = F_DIVERGENCES[divergence]
     real, keep_real, fake, keep_fake = _prepare(real_scores, fake_scores, where)
     conjugate = masked_mean(divergence.conjugate_activation(fake), keep_fake)
@@ -144,11 +144,14 @@ def donsker_varadhan(
     The gradient of the log of a minibatch mean is biased. With `log_average`, the running log of
     E_Q exp(T), the critic's gradient divides by that average instead (MINE); the value is
     unchanged. Start with `jnp.array(-jnp.inf)`, which takes the first batch's own mean, and pass
-    the returned `log_average` to the next call. Under a mask, a side with nothing left gives 0.
-    Finite for scores of any finite size. Belghazi et al. 2018 (arXiv:1801.04062), eqs. 10-12.
+    the returned `log_average` to the next call. Under a mask, a side with nothing left gives 0,
+    and without fakes the average stays. Finite for scores of any finite size. Raises ValueError
+    unless 0 <= decay < 1. Belghazi et al. 2018 (arXiv:1801.04062), eqs. 10-12.
     """
     real, keep_real, fake, keep_fake = _prepare(real_scores, fake_scores, where)
     checks.between("decay", decay, 0, 1)
+    if checks.is_concrete(decay) and decay == 1:
+        raise ValueError("decay must be below 1, where the average would never move, got 1")
     count = jnp.sum(keep_fake)
     kept = jnp.where(keep_fake, fake, -jnp.inf)
     safe = jnp.where(count > 0, kept, 0)  # all masked: a defined 0, and no NaN in the gradient
@@ -160,9 +163,10 @@ def donsker_varadhan(
         checks.rank("log_average", log_average, 0)
         now = stop_gradient(log_mean)
         mixed = jnp.logaddexp(log_average + jnp.log(decay), now + jnp.log1p(-jnp.asarray(decay)))
-        average = stop_gradient(jnp.where(log_average == -jnp.inf, now, mixed)).astype(fake.dtype)
+        average = jnp.where(log_average == -jnp.inf, now, mixed)
+        average = stop_gradient(jnp.where(count > 0, average, log_average)).astype(fake.dtype)
         # Value log_mean; gradient E[exp(T) dT] / exp(average).
-        scaled = jnp.exp(log_mean - average)
+        scaled = jnp.exp(jnp.where(count > 0, log_mean - average, 0))
         partition = now + scaled - stop_gradient(scaled)
     mean_real = masked_mean(real, keep_real)
     return DonskerVaradhan(

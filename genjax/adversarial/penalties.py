@@ -4,7 +4,8 @@ Each penalty is a function phi of g_i, the gradient of the score of example i wi
 example, over its whole event. The derivative of phi(g) with respect to the critic's parameters is
 the derivative of <g, c> with c = phi'(g) held fixed, and <g, c> is one directional derivative of
 the critic: so it is taken forward over reverse, which compiles to a several times faster program
-than a second reverse pass and is the same number.
+than a second reverse pass and is the same number. A critic that contains a `jax.custom_vjp`
+function refuses forward mode: there the second pass is a reverse one too.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.lax import stop_gradient
-from jaxtyping import Array, Float, PyTree, UInt32
+from jaxtyping import Array, Float, PyTree
 
 from genjax import checks
-from genjax.numerics import event_norm, expand_to, sum_event
+from genjax.numerics import event_norm, expand_to, has_forward_mode, sum_event
+from genjax.randomness import indexed_keys
 from genjax.typing import CriticFn, PRNGKey
 
 __all__ = ["clip_weights", "gradient_penalty", "r1_penalty", "r2_penalty"]
@@ -45,13 +46,12 @@ def gradient_penalty(
     paper adds 10 times the mean to the critic's loss. The critic must score each example by itself
     (no normalisation over the batch).
 
-    e_i is drawn from the key and from the pair (real_i, fake_i), not from its place: permuting the
-    pairs permutes the result, and a pair's penalty is the same in any batch that holds it (equal
-    pairs in one batch get different e_i, in their order). `weights` gives e_i instead; the key is
-    then unused.
+    e_i is drawn from fold_in(key, i): a pair's penalty depends on the key, on its place i and on
+    the pair, not on the others nor on the batch's size, and changes continuously with the pair.
+    `weights` gives e_i instead; the key is then unused.
 
     Exact derivatives of any order with respect to whatever the critic closes over, and to `real`
-    and `fake`; the parameter gradient is taken forward over reverse (see the module).
+    and `fake`, also through `jax.custom_vjp` functions in the critic (see the module).
     Raises ValueError where the shapes differ or the critic does not return [batch].
     Gulrajani et al. 2017 (arXiv:1704.00028), eq. 3; one-sided: Petzka et al. 2018.
     """
@@ -63,7 +63,8 @@ def gradient_penalty(
     checks.not_empty("real", real)
     checks.at_least("target", target, 0)
     if weights is None:
-        weights = _pair_weights(key, real, fake)
+        uniform = partial(jax.random.uniform, dtype=jnp.float32)
+        weights = jax.vmap(uniform)(indexed_keys(key, real.shape[0]))
     checks.shape("weights", weights, real.shape[:1])
     weight = expand_to(weights.astype(jnp.result_type(real, fake)), real)
     mixed = weight * real + (1 - weight) * fake
@@ -113,30 +114,6 @@ def _squared_norm(name: str, critic: CriticFn, x: Array) -> Array:
     return _penalise(lambda g, target: sum_event(jnp.square(g)), critic, x, 0.0)
 
 
-def _pair_weights(key: PRNGKey, real: Array, fake: Array) -> Array:
-    """Draw one number in [0, 1) for each pair, from the key and the pair's own bits."""
-
-    def bits(x: Array) -> UInt32[Array, "batch *event"]:
-        return jax.lax.bitcast_convert_type(stop_gradient(x).astype(jnp.float32), jnp.uint32)
-
-    # Multiplicative hash: a sum modulo 2^32 of words times random odd numbers.
-    pair = jnp.stack([bits(real), bits(fake)], axis=1)
-    hash_key, draw_key = jax.random.split(key)
-    odd = jax.random.bits(hash_key, (1, *pair.shape[1:]), jnp.uint32) | 1
-    pair = (pair ^ (pair >> 15)) * odd
-    code = jnp.sum(pair ^ (pair >> 16), axis=tuple(range(1, pair.ndim)), dtype=jnp.uint32)
-    # Equal pairs have equal codes: number them by how many came before, counted in sorted order.
-    order, place = jnp.argsort(code), jnp.arange(code.size)
-    ordered = code[order]
-    starts = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
-    run = place - jax.lax.cummax(jnp.where(starts, place, 0))
-    repeat = jnp.zeros(code.shape, run.dtype).at[order].set(run)
-    keys = jax.vmap(lambda c, r: jax.random.fold_in(jax.random.fold_in(draw_key, c), r))(
-        code, repeat
-    )
-    return jax.vmap(lambda k: jax.random.uniform(k, dtype=jnp.float32))(keys)
-
-
 def _penalise(phi: PenaltyFn, critic: CriticFn, x: Array, target: Any) -> Array:
     """phi of the critic's gradient at x, [batch], with the derivative rule of the module."""
     scores = jax.eval_shape(critic, x)
@@ -161,12 +138,15 @@ def _phi_of_gradient(phi: PenaltyFn, critic: Any, consts: list[Array], x: Array,
 @_phi_of_gradient.defjvp
 def _phi_of_gradient_jvp(phi: PenaltyFn, critic: Any, primals: tuple, tangents: tuple):
     consts, x, target = primals
+    forward = has_forward_mode(lambda x: critic(x, *consts), x)
     gradient = _input_gradient(critic, consts, x)
     value, pullback = jax.vjp(lambda g: phi(g, target), gradient)
     (direction,) = pullback(jnp.ones_like(value))
 
     def along(consts: list[Array], x: Array) -> Array:
-        return jax.jvp(lambda x: critic(x, *consts), (x,), (direction,))[1]
+        if forward:
+            return jax.jvp(lambda x: critic(x, *consts), (x,), (direction,))[1]
+        return sum_event(_input_gradient(critic, consts, x) * direction)
 
     by_critic = jax.jvp(along, (consts, x), tangents[:2])[1].astype(value.dtype)
     by_target = jax.jvp(lambda t: phi(gradient, t), (target,), tangents[2:])[1]

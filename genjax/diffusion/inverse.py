@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from genjax import checks
 from genjax.diffusion.schedules import Process, Scalar
 from genjax.diffusion.steps import DenoiseAt, Move, StepFn, heun_step
-from genjax.numerics import event_norm, expand_to, sum_event
+from genjax.numerics import event_norm, expand_to, linearize, sum_event
 from genjax.typing import DenoiserFn
 
 Operator = Callable[[Array], Array]
@@ -131,7 +131,7 @@ def pseudoinverse_guidance(
     checks.integer("num_steps", num_steps, 1)
 
     def guided(x: Array, t: Array) -> Array:
-        mean, push = jax.linearize(lambda x: denoise(x, t), x)
+        mean, push = linearize(lambda x: denoise(x, t), x)
         pull = jax.linear_transpose(push, x)
         adjoint = jax.linear_transpose(operator, mean)
         gain = expand_to(process.variance(t) / process.alpha(t), x)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from genjax import checks
-from genjax.numerics import at_least_float32, safe_sqrt
+from genjax.numerics import at_least_float32, linearize, safe_sqrt
 
 Scalar: TypeAlias = float | int | Float[Array, ""]
 Time: TypeAlias = float | int | Float[Array, "..."] | Float[np.ndarray, "..."]
@@ -109,7 +109,7 @@ def as_float(t: Time) -> Array:
 
 def derivative(function: Any, t: Time) -> Array:
     t = as_float(t)
-    return jax.jvp(function, (t,), (jnp.ones_like(t),))[1]
+    return linearize(function, t)[1](jnp.ones_like(t))
 
 
 @pytree

@@ -99,7 +99,8 @@ def interpolate(
             numerics.expand_to(path.data(t), x1) * x1 + numerics.expand_to(path.noise(t), x0) * x0
         )
 
-    return jax.jvp(at, (t,), (jnp.ones_like(t),))
+    x_t, push = numerics.linearize(at, t)
+    return x_t, push(jnp.ones_like(t))
 
 
 def sample_pairs(

@@ -19,7 +19,7 @@ def convolve(
     """Cross-correlate with zeros beyond the border (`SAME`): y_p = sum_q x_{stride p + q} kernel_q.
 
     On CPU as a matrix product: XLA's convolutions, and above all their gradients and those in
-    loops, take up to several times as long there.
+    loops, take up to several times as long there. Summed in float32 at least, rounded once.
     """
     return jax.lax.platform_dependent(
         x,
@@ -43,6 +43,8 @@ def _by_product(x: Array, kernel: Array, stride: int) -> Array:
     rows are moved and added: a third of the copies that whole patches need.
     """
     rows, columns, inputs, outputs = kernel.shape
+    dtype = jnp.result_type(x, kernel)
+    product = partial(jnp.matmul, preferred_element_type=jnp.promote_types(dtype, jnp.float32))
     batch, height, width, _ = x.shape
     pads = jax.lax.padtype_to_pads((height, width), (rows, columns), (stride, stride), "SAME")
     high, wide = -(-height // stride), -(-width // stride)
@@ -57,13 +59,14 @@ def _by_product(x: Array, kernel: Array, stride: int) -> Array:
 
     if stride > 1:
         patches = jnp.concatenate([part for row in down(x) for part in across(row)], axis=-1)
-        flat = patches.reshape(-1, rows * columns * inputs) @ kernel.reshape(-1, outputs)
-        return flat.reshape(batch, high, wide, outputs)
+        flat = patches.reshape(-1, rows * columns * inputs)
+        y = product(flat, kernel.reshape(-1, outputs))
+        return y.reshape(batch, high, wide, outputs).astype(dtype)
     factors = jnp.concatenate(across(x), axis=-1).reshape(-1, columns * inputs)
     weights = jnp.moveaxis(kernel, 0, 2).reshape(columns * inputs, rows * outputs)
-    y = (factors @ weights).reshape(batch, height, width, rows * outputs)
+    y = product(factors, weights).reshape(batch, height, width, rows * outputs)
     moved = [part[..., i * outputs : (i + 1) * outputs] for i, part in enumerate(down(y))]
-    return reduce(jnp.add, moved)
+    return reduce(jnp.add, moved).astype(dtype)
 
 
 class Conv(nn.Module):

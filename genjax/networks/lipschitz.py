@@ -14,7 +14,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from genjax import checks
-from genjax.numerics import HIGHEST, safe_norm
+from genjax.numerics import HIGHEST, safe_norm, safe_sqrt
 from genjax.typing import Params, PRNGKey
 
 __all__ = [
@@ -38,6 +38,7 @@ def power_iteration(
     """Estimate the largest singular value: v = W'u / |W'u|, u = Wv / |Wv|, sigma = u'Wv.
 
     Returns (sigma, the new u). u and v are constants to the gradient, so d sigma / dW = u v'.
+    Where W'u is 0, as for a weight of zeros, sigma is 0 and u stays, so that the estimate recovers.
     Miyato et al. 2018 (arXiv:1802.05957), Algorithm 1.
     """
     checks.integer("num_steps", num_steps, 1)
@@ -45,14 +46,16 @@ def power_iteration(
 
     def step(_: Any, pair: tuple[Array, Array]) -> tuple[Array, Array]:
         v = _unit(jnp.matmul(pair[0], fixed, precision=HIGHEST))
-        return _unit(jnp.matmul(fixed, v, precision=HIGHEST)), v
+        image = jnp.matmul(fixed, v, precision=HIGHEST)
+        return jnp.where(jnp.any(image != 0), _unit(image), pair[0]), v
 
     u, v = jax.lax.fori_loop(0, num_steps, step, (stop_gradient(u), jnp.zeros_like(fixed[0])))
     return jnp.einsum("o,oi,i->", u, weight, v, precision=HIGHEST), u
 
 
 def init_power(params: Params, key: PRNGKey) -> PowerState:
-    """Draw a random unit vector u for every weight (leaf named `kernel`, rank 2 at least)."""
+    """Draw a random unit vector u for every weight (leaf named `kernel` or `embedding`, rank 2 at
+    least)."""
     return {
         path: _unit(jax.random.normal(jax.random.fold_in(key, i), w.shape[-1:], w.dtype))
         for i, (path, w) in enumerate(_weights(params).items())
@@ -65,9 +68,10 @@ def spectral_normalise(
     """Divide every weight by its estimated largest singular value; returns (params, new power).
 
     A convolution's kernel [h, w, in, out] is taken as the matrix [out, h w in]: the usual
-    convention, which is not the norm of the convolution as an operator. Keep the new power state
-    for the next call once per update, in the carry of the training state; it gets no gradient.
-    Miyato et al. 2018, section 2.1.
+    convention, which is not the norm of the convolution as an operator. The embeddings of a
+    projection critic, leaves named `embedding`, are weights too (Miyato, Koyama 2018). Keep the new
+    power state for the next call once per update, in the carry of the training state; it gets no
+    gradient. A weight of zeros stays 0. Miyato et al. 2018, section 2.1.
     """
     weights = _weights(params)
     if missing := weights.keys() - power.keys():
@@ -76,7 +80,7 @@ def spectral_normalise(
     for path, weight in weights.items():
         matrix = weight.reshape(-1, weight.shape[-1]).T
         sigma, updated[path] = power_iteration(matrix, power[path], num_steps=num_steps)
-        scale[path] = sigma
+        scale[path] = jnp.where(sigma > 0, sigma, 1)
 
     def divide(path: Any, leaf: Array) -> Array:
         name = jax.tree_util.keystr(path)
@@ -122,7 +126,8 @@ def bjorck(
     W is first divided by a bound on its norm, sqrt of the largest row sum of |G| with G the
     smaller Gram matrix: 1 where W is orthonormal already. Singular values then lie in (0, 1] and
     rise towards 1 without passing it: the result has norm at most 1, up to rounding, after any
-    number of steps. Small ones grow by 3/2 (15/8) a step. A vector is divided by its norm.
+    number of steps. Small ones grow by 3/2 (15/8) a step. A vector is divided by its norm. A
+    matrix of zeros stays 0, with a finite gradient.
     Bjorck & Bowie 1971; Anil et al. 2019, section 4.3.
     """
     checks.rank("weight", weight, 2)
@@ -134,10 +139,11 @@ def bjorck(
     def gram(w: Array) -> Array:
         return jnp.matmul(w, w.T, precision=HIGHEST)
 
-    bound = jnp.sqrt(jnp.max(jnp.sum(jnp.abs(gram(w)), axis=1)))
-    tiny = jnp.finfo(w.dtype).tiny
+    # The result does not depend on the scale: without it, squares neither overflow nor vanish.
+    w = _over(w, stop_gradient(jnp.max(jnp.abs(w))))
+    bound = safe_sqrt(jnp.max(jnp.sum(jnp.abs(gram(w)), axis=1)))
     # A little above the bound: rounding must not push the largest singular value over 1.
-    w = w / jnp.maximum(bound * (1 + 4 * jnp.finfo(w.dtype).eps), tiny)
+    w = _over(w, bound * (1 + 4 * jnp.finfo(w.dtype).eps))
 
     def iterate(w: Array, _: None) -> tuple[Array, None]:
         g = gram(w)
@@ -147,7 +153,7 @@ def bjorck(
         return (15 * w - 10 * gw + 3 * jnp.matmul(g, gw, precision=HIGHEST)) / 8, None
 
     if w.shape[0] == 1:
-        w = w / jnp.maximum(safe_norm(w), tiny)
+        w = _over(w, safe_norm(w))
     else:
         w = jax.lax.scan(iterate, w, None, length=num_steps)[0]
     return w.T if tall else w
@@ -178,7 +184,9 @@ class LipschitzMLP(nn.Module):
     """Critic [batch, *event] -> [batch] that is 1-Lipschitz in the event's Euclidean norm.
 
     Orthonormal dense layers with GroupSort between them, and a last weight of norm 1. Where no
-    layer narrows, its gradient has norm 1 almost everywhere. Anil, Lucas, Grosse 2019.
+    layer widens, its gradient has norm 1 almost everywhere: back-propagation multiplies by W^T,
+    which keeps a norm where W W^T = I, W [inputs, features], and projects where features exceed
+    inputs. Anil, Lucas, Grosse 2019.
     """
 
     features: tuple[int, ...] = (64, 64, 64)
@@ -195,12 +203,20 @@ class LipschitzMLP(nn.Module):
         return OrthonormalDense(1, self.num_steps, self.order)(h)[:, 0]
 
 
+def _over(x: Array, size: Array) -> Array:
+    """x / size; x itself where the size is 0."""
+    return x / jnp.where(size > 0, size, 1).astype(x.dtype)
+
+
 def _unit(x: Array) -> Array:
-    return x / jnp.maximum(safe_norm(x), jnp.finfo(x.dtype).tiny).astype(x.dtype)
+    """x / |x|, 0 where x is 0; scaled first, so that the squares of small numbers do not vanish."""
+    x = _over(x, jnp.max(jnp.abs(x)))
+    return _over(x, safe_norm(x))
 
 
 def _weights(params: Params) -> dict[str, Array]:
-    """Collect the weights by their path: leaves named `kernel`, of rank 2 at least."""
+    """Collect the weights by their path: `kernel` and `embedding` leaves, of rank 2 at least."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-    return {n: w for n, w in named.items() if n.endswith("['kernel']") and jnp.ndim(w) >= 2}
+    names = ("['kernel']", "['embedding']")
+    return {n: w for n, w in named.items() if n.endswith(names) and jnp.ndim(w) >= 2}

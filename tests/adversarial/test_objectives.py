@@ -154,6 +154,25 @@ def test_mine_gradient_against_numpy(x64, compiled):
     np.testing.assert_allclose(slope, np.exp(FAKE) / np.exp(FAKE).sum(), rtol=1e-12)
 
 
+def test_a_batch_without_fakes_leaves_the_running_average(key):
+    scores, nothing = jnp.array([0.3, -0.2]), jnp.zeros(2, bool)
+
+    @jax.jit
+    def step(real, fake, average):
+        out = donsker_varadhan(real, fake, log_average=average, where=(None, nothing))
+        return out.critic, out
+
+    for average in (5.0, -jnp.inf):
+        run = jax.value_and_grad(step, (0, 1), has_aux=True)
+        (critic, out), slopes = run(scores, scores, jnp.array(average))
+        assert out.log_average == average
+        np.testing.assert_allclose(critic, -jnp.mean(scores), rtol=1e-6)
+        np.testing.assert_allclose(slopes, [[-0.5, -0.5], [0, 0]])
+    # The last decay below 1 takes a jump.
+    almost = donsker_varadhan(scores, scores + 200, log_average=jnp.array(0.0), decay=1 - 1e-7)
+    assert jnp.isfinite(almost.log_average)
+
+
 def test_hinge_and_least_squares_bound_their_divergences(x64):
     """Tight at sign(p - q) and p / (p + q); samples weighted by repetition of a discrete law."""
     counts_p, counts_q = np.array([1, 2, 3, 4, 0]), np.array([4, 3, 1, 1, 1])
@@ -244,4 +263,8 @@ def test_bad_input(unchecked):
             loss(scores, jnp.zeros(3), where=jnp.ones(4, bool))
     with pytest.raises(ValueError, match="decay"):
         donsker_varadhan(scores, scores, decay=1.5)
+    with pytest.raises(ValueError, match="decay must be below 1"):
+        donsker_varadhan(scores, scores, decay=1.0)
+    with pytest.raises(ValueError, match="did you mean 'total_variation'"):
+        f_gan("tv", scores, scores)
     assert math.isclose(gan(scores, scores).critic, 2 * math.log(2), rel_tol=1e-6)

@@ -149,13 +149,50 @@ def test_one_weight_per_example(key):
     assert not jnp.allclose(draw(jax.random.key(1)), drawn)
 
 
-def test_a_pair_keeps_its_penalty_wherever_it_stands(pairs, key):
+def test_a_pair_s_penalty_depends_on_its_place_and_itself_and_changes_continuously(pairs, key):
+    """e_i = U(fold_in(key, i)), whatever the points' last bits and the others are."""
     params, real, fake = pairs
     penalty = jax.jit(lambda r, f: gradient_penalty(lambda x: critic(params, x), key, r, f))
     whole = penalty(real, fake)
-    order = jnp.array([3, 1, 0, 2, 6, 5, 4])
-    np.testing.assert_allclose(penalty(real[order], fake[order]), whole[order], rtol=2e-5)
-    np.testing.assert_allclose(penalty(real[2:4], fake[2:4]), whole[2:4], rtol=2e-5)
+    e = jnp.stack([jax.random.uniform(jax.random.fold_in(key, i)) for i in range(7)])
+    mixed = e[:, None, None] * real + (1 - e)[:, None, None] * fake
+    np.testing.assert_allclose(whole, double_backward(params, mixed), rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(penalty(real[:4], fake[:4]), whole[:4], rtol=2e-5)
+    nudged = penalty(jnp.nextafter(real, jnp.inf), jnp.nextafter(fake, -jnp.inf))
+    np.testing.assert_allclose(nudged, whole, rtol=1e-4, atol=1e-6)
+
+
+@jax.custom_vjp
+def smooth(x):
+    return jnp.tanh(x)
+
+
+smooth.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g / jnp.cosh(x) ** 2,))
+
+
+def test_a_critic_with_a_custom_vjp_has_the_same_penalty_and_derivatives(pairs, key):
+    """jax.custom_vjp refuses forward mode: value, gradient, and the gradient of its square."""
+    params, real, fake = pairs
+    weights, label = jnp.linspace(0.1, 0.9, 7), jnp.array([0, 1, 2, 0, 1, 2, 0])
+
+    def penalty(params, real, label, bend):
+        def score(x):
+            h = x.reshape(7, -1) @ params["a"] + params["b"][None] + params["label"][label]
+            return jnp.sum(bend(bend(h) @ params["c"]) * params["d"][None], axis=1)
+
+        return gradient_penalty(score, key, real, fake, weights=weights).mean()
+
+    def outcomes(bend):
+        slope = jax.grad(lambda *a: penalty(*a, label, bend), (0, 1))
+        twice = jax.grad(lambda p: sum(jnp.sum(s**2) for s in jax.tree.leaves(slope(p, real))))
+        return penalty(params, real, label, bend), slope(params, real), twice(params)
+
+    expected = jax.jit(lambda: outcomes(jnp.tanh))()
+    close(jax.jit(lambda: outcomes(smooth))(), expected)
+    # Eager, and with traced labels.
+    by_label = jax.jit(lambda n: jax.grad(lambda p: penalty(p, real, n, smooth))(params))
+    close(by_label(label), expected[1][0])
+    close(jax.grad(lambda p: penalty(p, real, label, smooth))(params), expected[1][0])
 
 
 def test_zero_gradient_is_harmless(key):

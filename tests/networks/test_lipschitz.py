@@ -12,6 +12,7 @@ import optax
 import pytest
 from scipy.stats import wasserstein_distance
 
+from genjax.networks import DCGANCritic
 from genjax.networks.lipschitz import (
     LipschitzMLP,
     OrthonormalDense,
@@ -83,12 +84,63 @@ def test_spectrally_normalised_network_is_lipschitz(key):
     assert all(jnp.all(g == 0) for g in jax.tree.leaves(grads(power)))
 
 
-def test_zero_weight_is_harmless(key):
-    params = {"kernel": jnp.zeros((3, 2))}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weight_of_zeros_stays_zero_and_recovers(dtype, key):
+    params = {"kernel": jnp.zeros((3, 2), dtype)}
     power = init_power(params, key)
-    sigma, u = power_iteration(params["kernel"].T, power["['kernel']"])
-    assert sigma == 0
-    assert jnp.all(jnp.isfinite(u))
+
+    @jax.jit
+    def step(params, power):
+        normalised, new = spectral_normalise(params, power)
+        slope = jax.grad(
+            lambda p: jnp.sum(spectral_normalise(p, power)[0]["kernel"].astype(float))
+        )(params)
+        return normalised, new, slope
+
+    normalised, new, slope = step(params, power)
+    assert jnp.all(normalised["kernel"] == 0)
+    np.testing.assert_array_equal(new["['kernel']"], power["['kernel']"])
+    np.testing.assert_array_equal(slope["kernel"].astype(float), 1)  # divided by 1
+    # Small and large weights: the squares would vanish or overflow.
+    w = jnp.array([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]], dtype)
+    for scale in (1e-15, 1.0, 1e15):
+        state = new
+        for _ in range(12):
+            normalised, state, slope = step({"kernel": scale * w}, state)
+        tolerance = 1e-5 if dtype == "float32" else 2e-2
+        np.testing.assert_allclose(normalised["kernel"].astype(float), w / 2, atol=tolerance)
+        assert jnp.all(jnp.isfinite(slope["kernel"].astype(float)))
+
+
+def test_embeddings_of_a_projection_critic_are_normalised(key):
+    critic = DCGANCritic(size=8, channels=1, width=8, base=4, classes=3)
+    x, label = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32)
+    params = jax.jit(critic.init)(key, x, label)
+    table = params["params"]["Embed_0"]["embedding"]
+    params["params"]["Embed_0"]["embedding"] = 5 * jax.random.normal(key, table.shape)
+    normalised, _ = spectral_normalise(params, init_power(params, key), num_steps=50)
+    singular = np.linalg.svd(normalised["params"]["Embed_0"]["embedding"], compute_uv=False)
+    np.testing.assert_allclose(singular[0], 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 1)])
+def test_bjorck_at_zero_has_a_finite_gradient(shape):
+    with jax.debug_nans(True):
+        value, slope = jax.value_and_grad(lambda w: jnp.sum(bjorck(w, num_steps=3)))(
+            jnp.zeros(shape)
+        )
+    assert value == 0
+    assert jnp.all(jnp.isfinite(slope))
+    assert jnp.max(jnp.abs(slope)) < 100
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-3, 1e3, 1e25])
+def test_bjorck_does_not_depend_on_the_scale(scale, key):
+    w = jax.random.normal(key, (3, 5))
+    run = jax.jit(jax.value_and_grad(lambda w: jnp.sum(jnp.sin(bjorck(w)))))
+    (value, slope), (scaled, its_slope) = run(w), run(scale * w)
+    np.testing.assert_allclose(scaled, value, rtol=1e-5)
+    np.testing.assert_allclose(scale * its_slope, slope, rtol=1e-3, atol=1e-5)
 
 
 def test_group_sort_meets_the_reference(x64, compiled):
@@ -175,6 +227,11 @@ def test_gradient_norm_is_one_at_the_start(key):
     x = jax.random.normal(key, (20, 16))
     slopes = slopes_of(LipschitzMLP((16, 16)), x)
     np.testing.assert_allclose(jnp.linalg.norm(slopes, axis=1), 1, rtol=1e-5)
+    # Where no layer widens it is 1; a layer that widens projects.
+    narrowing = slopes_of(LipschitzMLP((12, 8, 4)), x)
+    np.testing.assert_allclose(jnp.linalg.norm(narrowing, axis=1), 1, rtol=1e-5)
+    widening = slopes_of(LipschitzMLP((16, 16)), x[:, :2])
+    assert jnp.mean(jnp.linalg.norm(widening, axis=1)) < 0.7
 
 
 def test_estimates_the_wasserstein_distance_in_one_dimension(key):
