@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fcntl
+import functools
 import json
 import os
 import resource
@@ -10,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
+from experiments._config import MAY_DIFFER, RunConfig, TrainConfig
 from genjax import checks
 from genjax.training import (
     CheckpointError,
@@ -24,72 +26,6 @@ from genjax.training import (
     initialize_distributed,
     loop,
 )
-
-# A resumed run may differ in these; what the numbers depend on must be as it was.
-MAY_DIFFER = ("run_dir", "resume", "steps", "max_seconds", "data_dir", "devices", "save_every",
-              "keep", "log_every", "evaluate_every", "tensorboard", "progress", "coordinator",
-              "processes", "process")  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """What every run has: its data, its folder and its seed. Experiments add their own options."""
-
-    dataset: str = "digits"
-    """Data set by name: digits, mnist_5k, a tfds image set such as mnist, or folder:PATH."""
-    image_size: int | None = None
-    """Side to which the images of folder:PATH are cropped and resized (default: as they are)."""
-    grey: bool = False
-    """Read the images of folder:PATH without colours."""
-    unreadable: Literal["refuse", "skip"] = "refuse"
-    """What becomes of a file of folder:PATH that is no whole image."""
-    data_dir: str | None = None
-    """Folder of the prepared data sets (default: the usual one of tensorflow_datasets)."""
-    run_dir: str | None = None
-    """Folder of this run (default: the next free number in runs/EXPERIMENT)."""
-    seed: int = 0
-    """Seed of everything random: weights, noise, the order of the data."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(RunConfig):
-    """Options of every experiment that trains step by step."""
-
-    resume: bool = False
-    """Go on from the newest checkpoint in run_dir (default: of the newest run)."""
-    steps: int = 2000
-    """Updates in all, those before a resume included."""
-    max_seconds: float = 0.0
-    """End training so many seconds after the first call, which compiles (0: no limit). A rate that
-    falls along a schedule still falls by `steps`, which the budget may cut short."""
-    batch_size: int = 128
-    """Examples in one update, over all devices."""
-    steps_per_call: int = 1
-    """Updates in one call of the compiled program; more than 1 helps small networks."""
-    learning_rate: float = 1e-3
-    """The optimiser's largest rate; along which schedule it falls is the experiment's."""
-    ema: float = 0.99
-    """Decay of the averaged weights, which are the ones that are sampled and reported."""
-    devices: int | None = None
-    """How many devices to use (default: all)."""
-    save_every: int = 1000
-    """Steps between checkpoints; the last state is always saved."""
-    keep: int = 2
-    """How many of the newest checkpoints stay (the best one stays too)."""
-    evaluate_every: int = 0
-    """Steps between evaluations while training (0: only at the end)."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    tensorboard: bool = False
-    """Write TensorBoard files too (needs tensorboardX)."""
-    progress: bool = True
-    """Show a progress bar where standard error is a terminal."""
-    coordinator: str | None = None
-    """Several processes: "host:port" of the first one (default: JAX_COORDINATOR_ADDRESS)."""
-    processes: int | None = None
-    """Several processes: how many (default: JAX_NUM_PROCESSES)."""
-    process: int | None = None
-    """Several processes: the index of this one (default: JAX_PROCESS_ID)."""
 
 
 class RunError(RuntimeError):
@@ -107,6 +43,7 @@ class Run:
     checkpoints: Checkpoints | None = None
     training_seconds: float = 0.0
     first_call_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
     steps_done: int | None = None
     ended_by_budget: bool = False
 
@@ -132,6 +69,7 @@ def launch(main: Callable[[Any], Any], config_type: type) -> None:
     import tyro
 
     config = tyro.cli(config_type, description=sys.modules[main.__module__].__doc__)
+    keep_compiled_programs()
     try:
         # What trains nothing has no such options.
         given = [getattr(config, name, None) for name in ("coordinator", "processes", "process")]
@@ -141,6 +79,16 @@ def launch(main: Callable[[Any], Any], config_type: type) -> None:
     except (RunError, CheckpointError, NonFiniteError, OSError, ValueError, ImportError) as error:
         notes = getattr(error, "__notes__", [])
         sys.exit(" ".join("; ".join([f"error: {error}", *notes]).split()))
+
+
+def keep_compiled_programs() -> None:
+    """Keep compiled programs in the user's cache folder, so that a second run begins at once.
+
+    JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "genjax" / "jax"))
 
 
 def experiment_of(config: RunConfig) -> str:
@@ -157,8 +105,11 @@ def start_run(config: RunConfig) -> Run:
     cannot be written.
     """
     if isinstance(config, TrainConfig):
-        for field in ("steps", "batch_size", "steps_per_call", "save_every", "keep", "log_every"):
+        positive = ("steps", "batch_size", "steps_per_call", "accumulate", "save_every", "keep")
+        for field in (*positive, "log_every"):
             checks.integer(field, getattr(config, field), 1)
+        for field in ("prefetch", "profile"):
+            checks.integer(field, getattr(config, field), 0)
         checks.at_least("max_seconds", config.max_seconds, 0)
     if jax.process_count() > 1 and config.run_dir is None:
         raise RunError("several processes need one --run-dir, a folder that all of them see")
@@ -204,14 +155,17 @@ def fit(
         found = run.checkpoints.restore(state)
         print(f"resumed at step {found[0]}" if found else "no checkpoint yet: from the start")
         state = found[1] if found else state
-    begun = time.monotonic()
+    begun, timings = time.monotonic(), {}
+    profile = Profile(run.folder / "profile", -(-config.profile // config.steps_per_call))
 
+    @functools.wraps(step_fn)  # with what the loop asks a compiled step for
     def timed(state: Any, batch: Any) -> Any:
         """The step; the first call, which compiles, is waited for and timed."""
         result = step_fn(state, batch)
         if not run.first_call_seconds:
             jax.block_until_ready(result)
             run.first_call_seconds = time.monotonic() - begun
+        profile.after_call(result)
         return result
 
     try:
@@ -230,10 +184,15 @@ def fit(
             tensorboard=config.tensorboard,
             progress=config.progress,
             max_seconds=config.max_seconds,
+            prefetch=config.prefetch,
+            timings=timings,
         )
     except Stopped as stop:
         print(stop.message, file=sys.stderr, flush=True)
         raise
+    finally:
+        profile.end()
+    run.data_wait_seconds = timings["data_wait_seconds"]
     run.training_seconds = time.monotonic() - begun
     run.steps_done = int(state.step)
     run.ended_by_budget = run.steps_done < config.steps
@@ -244,13 +203,35 @@ def fit(
     return state
 
 
+class Profile:
+    """A trace of the calls after the first one: so many of them, or up to the end of training."""
+
+    def __init__(self, folder: Path, calls: int):
+        self.folder, self.calls, self.count = folder, calls if jax.process_index() == 0 else 0, 0
+
+    def after_call(self, result: Any) -> None:
+        self.count += 1
+        if self.count == 1 and self.calls:
+            jax.profiler.start_trace(str(self.folder))
+        elif self.count == self.calls + 1 and self.calls:
+            jax.block_until_ready(result)
+            self.end()
+
+    def end(self) -> None:
+        """Write the trace that is under way, if there is one."""
+        if self.calls and self.count:
+            self.calls = 0
+            jax.profiler.stop_trace()
+            print(f"trace in {self.folder}", flush=True)
+
+
 def best_state(run: Run, like: Any) -> Any:
     """Read the state with the best evaluation; `like` itself where none was saved."""
     found = run.checkpoints.restore_best(like) if run.checkpoints is not None else None
     return like if found is None else found[1]
 
 
-def batches(config: TrainConfig, arrays: Mapping[str, np.ndarray]) -> Callable[[int], Any]:
+def batches(config: TrainConfig, arrays: Any) -> Callable[[int], Any]:
     """Give the batch of each step: a function of (seed, step), this process' share of it."""
     from genjax.data import batch_at
 
@@ -294,6 +275,7 @@ def _progress(run: Run) -> dict[str, Any]:
     return {
         "training_seconds": round(run.training_seconds, 3),
         "first_call_seconds": round(run.first_call_seconds, 3),
+        "data_wait_seconds": round(run.data_wait_seconds, 3),
         "steps_done": run.steps_done,
         "ended_by_budget": run.ended_by_budget,
     }

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from experiments import _judge, _pictures, _run
 from experiments._data import Data
 from genjax.data import Scaling
+from genjax.networks import computing_in
 from genjax.training import (
     CheckpointError,
     Checkpoints,
@@ -31,12 +33,13 @@ from genjax.training import (
     data_mesh,
     export_npz,
     init_saddle_state,
+    init_sharded,
     init_state,
     load_npz,
     make_saddle_step,
     make_train_step,
-    shard_batch,
 )
+from genjax.training.parallel import check_batch, sharded
 
 
 class System(NamedTuple):
@@ -76,6 +79,8 @@ class System(NamedTuple):
     """(step -> batch of the train split) -> (step -> what the loss takes)."""
     step_options: Mapping[str, Any] = {}
     """Further options of `make_train_step` or `make_saddle_step`."""
+    remat: bool = False
+    """Whether the networks follow `config.remat`, as transformers and U-Nets do."""
 
 
 class Keys(NamedTuple):
@@ -148,24 +153,41 @@ def train(
 
 
 def start(config: Any, system: System) -> Any:
-    """The state at step 0."""
+    """The state at step 0, in the layout of `config.sharding`."""
     key_init, key_run, *_ = keys(config.seed)
+
+    def make(params: Any, carry: Any) -> Any:
+        options = {"ema_decays": (config.ema,), "carry": carry}
+        if callable(system.loss):
+            return init_state(params, system.optimizer, key_run, **options)
+        players = params["critic"], params["generator"]
+        return init_saddle_state(*players, *system.optimizer, key_run, **options)
+
+    def init_carry(key: Any, params: Any) -> Any:
+        return None if system.init_carry is None else system.init_carry(key, params)
+
+    if getattr(config, "sharding", "replicated") == "fsdp":
+
+        def whole(key: Any) -> Any:
+            params = system.init(key)
+            return make(params, init_carry(key, params))
+
+        return init_sharded(data_mesh(config.devices), whole, key_init)
     params = jax.jit(system.init)(key_init)
-    options: dict[str, Any] = {"ema_decays": (config.ema,)}
-    if system.init_carry is not None:
-        options["carry"] = jax.jit(system.init_carry)(key_init, params)
-    if callable(system.loss):
-        return init_state(params, system.optimizer, key_run, **options)
-    players = params["critic"], params["generator"]
-    return init_saddle_state(*players, *system.optimizer, key_run, **options)
+    return make(params, jax.jit(init_carry)(key_init, params))
 
 
 def prepare(config: Any, system: System, data: Data) -> Training:
     """State, step and batches. A batch that does not fit the devices is refused here, before any
     file is written."""
-    mesh, batches = data_mesh(config.devices), system.batches(_run.batches(config, data.train))
-    shard_batch(mesh, batches(0))
+    mesh, batches = data_mesh(config.devices), system.batches(_run.batches(config, data.trained_on))
+    check_batch(batches(0), mesh.devices.size // jax.process_count(), 0, config.accumulate)
+    if config.remat and not system.remat:
+        raise ValueError("remat is for transformers and U-Nets, which this network is not")
     options = {**system.step_options, "mesh": mesh, "steps_per_call": config.steps_per_call}
+    options |= {"accumulate": config.accumulate, "sharding": config.sharding}
+    system = in_half_precision(system) if config.compute_dtype == "bfloat16" else system
+    options |= {"compute_dtype": jnp.bfloat16} if config.compute_dtype == "bfloat16" else {}
     if system.absorb is not None:
         _require(system, "init_carry")
     if callable(system.loss):
@@ -176,6 +198,20 @@ def prepare(config: Any, system: System, data: Data) -> Training:
         step_fn = make_saddle_step(*system.loss, *system.optimizer, **options)
         batches = critic_batches(batches, options.get("n_critic", 1))
     return Training(start(config, system), step_fn, batches)
+
+
+def in_half_precision(system: System) -> System:
+    """The system with losses whose networks multiply in bfloat16."""
+
+    def half(loss: Callable[..., Any]) -> Callable[..., Any]:
+        def computed(*given: Any) -> Any:
+            with computing_in(jnp.bfloat16):
+                return loss(*given)
+
+        return computed
+
+    one = callable(system.loss)
+    return system._replace(loss=half(system.loss) if one else tuple(map(half, system.loss)))
 
 
 def weights(config: Any, system: System, state: Any, *, averaged: bool = True) -> Any:
@@ -194,9 +230,19 @@ class Measures:
         count = system.count or data.count
         labels, key = system.labels, keys(config.seed)
         self.config, self.system, self.data, self.key_test = config, system, data, key.test
-        self.sample = jax.jit(lambda params: system.sample(params, key.sample, count, labels))
+        self.sample = self._on_all_devices(
+            lambda params: system.sample(params, key.sample, count, labels), count
+        )
         self.likelihood = _judge.likelihood(system, data)
         self.held_out = _judge.likelihood(system, data, num_draws=1)
+
+    def _on_all_devices(self, sample: Callable[[Any], Any], count: int) -> Callable[[Any], Any]:
+        """Compile a sampler so that each device makes its part of the samples."""
+        mesh = data_mesh(getattr(self.config, "devices", None))
+        # With several processes each must see all samples.
+        if jax.process_count() > 1 or count % mesh.devices.size or mesh.devices.size == 1:
+            return jax.jit(sample)
+        return jax.jit(sample, out_shardings=sharded(mesh))
 
     @functools.cached_property
     def reference(self) -> Any:

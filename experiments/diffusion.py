@@ -178,6 +178,7 @@ def build(config: Config, data: Data) -> System:
         evaluations=evaluations(config),
         count=config.num_samples,
         labels=labels,
+        remat=config.network == "unet",
     )
 
 
@@ -225,6 +226,7 @@ def make_model(config: Config, data: Data) -> Model:
             attention=config.attention,
             classes=spec.classes,
             dropout=config.dropout,
+            remat=config.remat,
         )
     else:
         network = TimeMLP(config.width, config.depth, "layer", spec.classes, dropout=config.dropout)

@@ -147,6 +147,7 @@ def build(config: Config, data: Data) -> System:
         evaluations=flow.passes,
         labels=data.labels() if config.conditional else None,
         best="nats",
+        remat=config.model == "tarflow",
     )
 
 
@@ -209,6 +210,7 @@ def core(config: Config, data: Data) -> Core:
         return Core(glow, event, glow.shapes(event))
     classes = data.spec.classes if config.conditional else None
     tarflow = TarFlow(config.patch, layers, config.depth, width, classes=classes, **drop)
+    tarflow = tarflow.clone(remat=config.remat)
     tokens = (event[0] // config.patch) * (event[1] // config.patch)
     return Core(tarflow, event, (tokens, config.patch**2 * event[2]), label=classes is not None)
 

@@ -20,7 +20,16 @@ FAMILIES = (
     "alignment",
     "autoregressive",
 )
-GROUND = ("typing", "numerics", "checks", "randomness", "ode", "likelihoods", "divergences")
+GROUND = (
+    "typing",
+    "numerics",
+    "checks",
+    "randomness",
+    "ode",
+    "likelihoods",
+    "divergences",
+    "sharding",
+)
 HEAVY = (
     "flax",
     "optax",

@@ -55,7 +55,7 @@ def load(
     split: str = "train",
     *,
     data_dir: str | os.PathLike | None = None,
-    in_memory: bool = True,
+    in_memory: bool | None = None,
     image_size: int | None = None,
     grey: bool = False,
     unreadable: str = "refuse",
@@ -64,8 +64,9 @@ def load(
 
     Images are uint8 [n, height, width, channels] in 0..levels-1, labels int32 [n] where there are
     classes; a 2-D density gives fixed samples of it, float32 [n, 2]. Images are prepared on first
-    use in `data_dir` (default: tfds' own folder) and read from there. With `in_memory=False` the
-    first value is a record source on disk instead, which `batch_at` and `stream` take alike.
+    use in `data_dir` (default: tfds' own folder) and read from there. A split of more than 4 GiB,
+    and with `in_memory=False` any of images, is a record source on disk instead, which `batch_at`
+    and `stream` take alike.
 
     "folder:PATH" is a folder of images, its subfolders the classes: each image is cut to the square
     in its middle and resized to `image_size` (None: left as it is, all must be of one size), in
@@ -74,7 +75,7 @@ def load(
     image, or "skip" such files.
 
     Raises ValueError: unknown name (with the nearest valid one) or split, a split over 4 GiB that
-    was asked for in memory, a folder that cannot be used, its options with another set.
+    was asked for with in_memory=True, a folder that cannot be used, its options with another set.
     RuntimeError: not on disk and not to be downloaded from here.
     """
     check_name(name)
@@ -86,13 +87,13 @@ def load(
         return {"x": x}, DataSpec(name, "points", (2,), None, None)
     records, shape, classes = open_images(name, split, data_dir, options)
     spec = DataSpec(name, "images", shape, 17 if name == "digits" else 256, classes)
-    if not in_memory:
-        return records, spec
     size = len(records) * int(np.prod(shape))
+    if in_memory is False or (in_memory is None and size > IN_MEMORY_LIMIT):
+        return records, spec
     if size > IN_MEMORY_LIMIT:
         raise ValueError(
-            f"{name} {split} takes {size / 2**30:.1f} GiB in memory; pass in_memory=False to read "
-            "each batch from disk"
+            f"{name} {split} takes {size / 2**30:.1f} GiB in memory, more than the limit of "
+            f"{IN_MEMORY_LIMIT / 2**30:.1f}: leave out in_memory=True to read each batch from disk"
         )
     return check_arrays(_read_all(records), ranks={"x": 4, "label": 1}), spec
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
+from genjax.sharding import gathered, split_batch
+
 
 def convolve(
     x: Float[Array, "batch height width inputs"],
@@ -86,6 +88,7 @@ class Conv(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        x, kernel = split_batch(x), gathered(kernel)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = convolve(x, kernel, self.stride)
         return y if bias is None else y + bias.reshape(1, 1, 1, -1)

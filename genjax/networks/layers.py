@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from genjax import checks
+from genjax import checks, sharding
 from genjax.numerics import at_least_float32
 from genjax.typing import PRNGKey
 
@@ -33,7 +33,7 @@ def on_flat(layer: Callable[[Array], Array], x: Float[Array, "*batch features"])
 
     XLA on CPU is several times slower where the gradient for the weights sums over two axes.
     """
-    y = layer(x.reshape(-1, x.shape[-1]))
+    y = layer(sharding.split_batch(x.reshape(-1, x.shape[-1])))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -32,6 +32,7 @@ class CausalConditioner(nn.Module):
     heads: int
     classes: int | None
     dropout: float
+    remat: bool = False
 
     def block(self) -> Block:
         """One transformer block; residual branches start small, as deep as they are stacked."""
@@ -66,7 +67,8 @@ class CausalConditioner(nn.Module):
             h = h + rows(label)[:, None]
         block = self.block()
         params = stacked(self, "layers", block, self.layers, h[:1, :1])
-        h, cache = apply_stack(block, params, h, cache=cache, start=start, **options)
+        options = {**options, "cache": cache, "start": start, "remat": self.remat}
+        h, cache = apply_stack(block, params, h, **options)
         last = nn.Dense(2 * dim, False, kernel_init=zeros, name="last")
         raw = on_flat(last, Norm(name="last_norm")(h))
         first = (start + jnp.arange(count) == 0)[None, :, None]
@@ -79,7 +81,8 @@ class TarFlow(nn.Module):
     Block: z_t = (x_t - mu_t) exp(-alpha_t) with mu, alpha from the positions before t; z_0 = x_0;
     every other block reads the sequence backwards. Log-scales stay within `bound`. The flow begins
     as the identity. With `classes` the model takes labels; the label `classes`, and no label,
-    stand for none (train with a share of labels so replaced, for guidance).
+    stand for none (train with a share of labels so replaced, for guidance). remat: recompute the
+    transformer's blocks in the backward pass instead of keeping what they compute.
     """
 
     patch: int = 2
@@ -90,12 +93,14 @@ class TarFlow(nn.Module):
     classes: int | None = None
     dropout: float = 0.0
     bound: float = 3.0
+    remat: bool = False
 
     def _conditioner(self, tokens: Array) -> tuple[CausalConditioner, Params]:
         """The conditioner of every block, and the parameters of all blocks, stacked."""
         length, dim = tokens.shape[1:]
         conditioner = CausalConditioner(
-            length, self.layers, self.width, self.heads, self.classes, self.dropout, parent=None
+            *(length, self.layers, self.width, self.heads, self.classes, self.dropout, self.remat),
+            parent=None,
         )
         label = labels_or_null(self.classes, None, 1)
         one = jnp.zeros((1, 1, dim), tokens.dtype)

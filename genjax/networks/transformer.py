@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from genjax import checks
+from genjax import checks, sharding
 from genjax.networks.layers import Cache, Norm, attention, drop, on_flat, rotary, write_cache
 from genjax.numerics import expand_to
 from genjax.typing import Params, PRNGKey
@@ -166,6 +166,7 @@ def apply_stack(
 
     def step(x: Array, scanned: tuple) -> Any:
         layer, kept, i = scanned
+        layer, x = sharding.gathered(layer), sharding.split_batch(x)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
         return block.apply({"params": layer}, x, cache=kept, dropout_key=key, **options)
 

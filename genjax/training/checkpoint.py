@@ -1,8 +1,8 @@
 """Checkpoints by orbax: atomic, asynchronous, checked by checksum.
 
 A checkpoint is the whole state as host arrays by their names, so it does not know how many devices
-wrote it, and a record of every array's type, shape and checksum. What does not agree with its
-record, or with the state that is asked for, is refused.
+wrote it and in which layout, and a record of every array's type, shape and checksum. What does not
+agree with its record, or with the state that is asked for, is refused.
 """
 
 import contextlib
@@ -284,6 +284,10 @@ def to_host(tree: Any, empty: bool = False) -> list[np.ndarray]:
 
     def copy(x: Any) -> np.ndarray:
         x = jax.random.key_data(x) if is_key(x) else x
+        if not empty and not getattr(x, "is_fully_addressable", True) and not x.is_fully_replicated:
+            from jax.experimental import multihost_utils
+
+            x = multihost_utils.process_allgather(x, tiled=True)  # into the host's memory
         return np.empty(x.shape, x.dtype) if empty and hasattr(x, "dtype") else np.array(x)
 
     return [copy(x) for x in jax.tree.leaves(tree)]
@@ -297,9 +301,13 @@ def from_host(arrays: list[np.ndarray], like: Any) -> Any:
             return x if isinstance(old, np.ndarray) else x[()]
         if not hasattr(old, "dtype"):
             return type(old)(x.item())
-        new = jnp.array(x)
-        new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if is_key(old) else new
-        return jax.device_put(new, old.sharding) if getattr(old, "committed", False) else new
+        if is_key(old):
+            new = jax.random.wrap_key_data(jnp.array(x), impl=jax.random.key_impl(old))
+            return jax.device_put(new, old.sharding) if getattr(old, "committed", False) else new
+        if not getattr(old, "committed", False):
+            return jnp.array(x)
+        # Each device is given its part alone; a copy, which may be donated.
+        return jax.make_array_from_callback(x.shape, old.sharding, lambda index: np.array(x[index]))
 
     leaves, structure = jax.tree.flatten(like)
     return structure.unflatten(map(put, arrays, leaves))

@@ -1,5 +1,6 @@
 """The loop around a compiled step: batches in, metrics out, checkpoints, and a clean stop."""
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -7,9 +8,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from genjax import checks
@@ -57,6 +60,8 @@ def fit(
     tensorboard: bool = False,
     progress: bool = True,
     max_seconds: float | int = 0.0,
+    prefetch: int = 2,
+    timings: dict[str, float] | None = None,
 ) -> Any:
     """Train from `state.step` to `num_steps` and return the last state.
 
@@ -70,6 +75,11 @@ def fit(
     With `max_seconds` training ends after the first call at whose end that many seconds have passed
     since the end of the very first one, which compiles (0: no limit); evaluations count.
 
+    The batches of `prefetch` further calls are made in threads while a call runs, so `batches` must
+    be a function of the step alone (0: each when its call comes), and are put on the devices where
+    step_fn has a `place`, as compiled steps have. timings: is given data_wait_seconds, for how long
+    calls waited for their batches, but for the first.
+
     Raises NonFiniteError at the first step with a number that is not finite, before anything
     later is saved. An error in `batches` or `evaluate` is raised after the state is saved. SIGTERM
     and SIGINT save the state and raise Stopped (exit status 143, 130); a second acts as usual.
@@ -81,14 +91,17 @@ def fit(
     checks.integer("num_steps", num_steps, 0)
     checks.integer("steps_per_call", steps_per_call, 1)
     checks.integer("evaluate_every", evaluate_every, 0)
+    checks.integer("prefetch", prefetch, 0)
     checks.at_least("max_seconds", max_seconds, 0)
     first = jax.process_index() == 0
     log = MetricsLog(folder, start=int(state.step), tensorboard=tensorboard) if first else None
-    run = _Training(state, step_fn, batches, num_steps, steps_per_call, log, log_every, checkpoints)
+    given = (state, step_fn, batches, num_steps, steps_per_call, log, log_every, checkpoints)
     # Emulated devices abort when calls pile up, and calls in flight would outlast a budget.
     block = bool(max_seconds) or (jax.default_backend() == "cpu" and jax.device_count() > 1)
 
     with contextlib.ExitStack() as closing:
+        threads = closing.enter_context(_threads(prefetch))
+        run = _Training(*given, threads, prefetch)
         if checkpoints is not None:
             closing.callback(checkpoints.wait)
         if log is not None:
@@ -117,6 +130,8 @@ def fit(
             if checkpoints is not None and run.step not in checkpoints.steps():
                 run.save()
         run.read_metrics()
+        if timings is not None:
+            timings["data_wait_seconds"] = run.waited
         return run.state
 
 
@@ -132,6 +147,10 @@ class _Training:
     log: MetricsLog | None
     log_every: int
     checkpoints: Checkpoints | None
+    threads: ThreadPoolExecutor | None
+    prefetch: int
+    ahead: collections.deque[Future] = dataclasses.field(default_factory=collections.deque)
+    waited: float = 0.0  # seconds, for batches
     pending: tuple[int, int, Any] | None = None  # first step, number of steps, metrics
     begun: float | None = None  # when the first call ended
 
@@ -140,12 +159,9 @@ class _Training:
 
     def advance(self, block: bool) -> Numbers:
         """Make one call, and read the metrics of the call before it."""
-        count = min(self.num_steps, (self.step // self.steps_per_call + 1) * self.steps_per_call)
-        count -= self.step
+        count = self._count(self.step)
         with self._saved_on_error():
-            parts = [self.batches(self.step + i) for i in range(count)]
-        several = self.steps_per_call > 1
-        batch = jax.tree.map(lambda *x: np.stack(x), *parts) if several else parts[0]
+            batch = self._next_batch()
         self.state, metrics = self.step_fn(self.state, batch)
         if block:
             jax.block_until_ready(self.state)
@@ -153,6 +169,35 @@ class _Training:
         self.pending = (self.step, count, metrics)
         self.before, self.step = self.step, self.step + count
         return row
+
+    def _count(self, step: int) -> int:
+        """Steps of the call that begins at this step."""
+        end = (step // self.steps_per_call + 1) * self.steps_per_call
+        return min(self.num_steps, end) - step
+
+    def _next_batch(self) -> Batch:
+        """The batches of the next call, made ahead where there are threads."""
+        begun = time.monotonic()
+        if self.threads is None:
+            batch = self._make(self.step, self._count(self.step))
+        else:
+            step = self.step
+            for i in range(self.prefetch + 1):
+                count = self._count(step)
+                if i >= len(self.ahead) and count > 0:
+                    self.ahead.append(self.threads.submit(self._make, step, count))
+                step += count
+            batch = self.ahead.popleft().result()
+        if self.pending is not None:
+            self.waited += time.monotonic() - begun
+        return batch
+
+    def _make(self, step: int, count: int) -> Batch:
+        parts = [self.batches(step + i) for i in range(count)]
+        several = self.steps_per_call > 1
+        batch = jax.tree.map(lambda *x: np.stack(x), *parts) if several else parts[0]
+        place = getattr(self.step_fn, "place", None)
+        return batch if place is None or self.threads is None else place(batch)
 
     @contextlib.contextmanager
     def _saved_on_error(self) -> Iterator[None]:
@@ -183,8 +228,10 @@ class _Training:
         self.read_metrics()
         if self.checkpoints is None:
             return
-        for path, x in jax.tree_util.tree_leaves_with_path(self.state.params):
-            if is_float(x) and not np.isfinite(np.asarray(x)).all():
+        leaves = jax.tree_util.tree_leaves_with_path(self.state.params)
+        flags = _finite([x for _, x in leaves if is_float(x)])
+        for path, finite in zip([p for p, x in leaves if is_float(x)], flags, strict=True):
+            if not finite:
                 raise NonFiniteError(
                     f"parameter {leaf_name(path)} is not finite after {self.step} steps, though "
                     "the loss and its gradient were: look at the optimiser; this state is not saved"
@@ -245,6 +292,19 @@ class _Training:
 
 
 @contextlib.contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor | None]:
+    """As many threads, which end with the context and drop what they have not begun."""
+    if not count:
+        yield None
+        return
+    threads = ThreadPoolExecutor(min(count, 4), "batches")
+    try:
+        yield threads
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
 def _noted_signals() -> Iterator[list[str]]:
     """Note SIGTERM and SIGINT in the list that is given; after the first they act as usual."""
     came: list[str] = []
@@ -266,6 +326,16 @@ def _noted_signals() -> Iterator[list[str]]:
         yield came
     finally:
         restore()
+
+
+@jax.jit
+def _all_finite(leaves: list[Any]) -> Any:
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])
+
+
+def _finite(leaves: list[Any]) -> np.ndarray:
+    """Whether each array is finite, looked at where its parts lie."""
+    return np.asarray(_all_finite(leaves)) if leaves else np.empty(0, bool)
 
 
 def _anywhere(flag: bool) -> bool:

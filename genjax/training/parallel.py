@@ -4,19 +4,24 @@ The default mode is one jit over a mesh with the axis "data": the state is on ev
 batch is split along its first axis, and XLA inserts the sums over devices.
 """
 
+import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from genjax.training.state import is_key
+from genjax.sharding import AXIS, over, spec_of
+from genjax.training.state import is_key, leaf_name
 from genjax.typing import Batch
 
-__all__ = ["data_mesh", "initialize_distributed", "shard_batch"]
+__all__ = ["data_mesh", "init_sharded", "initialize_distributed", "shard_batch"]
 
-AXIS = "data"
+LAYOUTS = ("replicated", "fsdp")
+
+log = logging.getLogger("genjax")
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
@@ -87,6 +92,83 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_put(tree, replicated(mesh))
     return jax.tree.map(put, tree)
+
+
+def shards_of(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of every leaf in the layout "fsdp", see `make_train_step`."""
+    devices = mesh.devices.size
+    spec = lambda x: PartitionSpec() if is_key(x) else spec_of(np.shape(x), devices)  # noqa: E731
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec(x)), tree)
+
+
+def in_shards(mesh: Mesh, program: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
+    """The program with networks' hooks on the mesh, and the state that it returns in shards."""
+
+    def sharded_program(state: Any, batch: Batch) -> Any:
+        with over(mesh):
+            state, metrics = program(state, batch)
+        whole = jax.tree.map(lambda _: replicated(mesh), metrics)
+        places = (shards_of(mesh, state), whole)
+        return jax.lax.with_sharding_constraint((state, metrics), places)
+
+    return sharded_program
+
+
+def init_sharded(mesh: Mesh, make: Callable[..., Any], *given: Any) -> Any:
+    """make(*given), a state, made in the layout "fsdp": no leaf is ever whole on one device.
+
+        state = init_sharded(mesh, lambda key: init_state(net.init(key, x), optimizer, key), key)
+
+    What no axis divides is whole on every device, and said once in the log.
+    """
+    shapes = jax.eval_shape(make, *given)
+    places = shards_of(mesh, shapes)
+    _say_whole(mesh, shapes)
+    return jax.jit(make, out_shardings=places)(*given)
+
+
+class Shards:
+    """Puts states of one structure in the layout "fsdp"; what lies there is not touched."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh, self.places = mesh, []
+
+    def __call__(self, state: Any) -> Any:
+        leaves, structure = jax.tree.flatten(state)
+        if len(self.places) != len(leaves):
+            self.places = jax.tree.leaves(shards_of(self.mesh, state))
+        found = [getattr(leaf, "sharding", None) for leaf in leaves]
+        if found == self.places:
+            return state
+        return structure.unflatten(map(self._put, leaves, self.places))
+
+    def _put(self, x: Any, place: NamedSharding) -> Any:
+        if jax.process_count() == 1 or not getattr(x, "is_fully_addressable", True):
+            return jax.device_put(x, place)
+        if is_key(x):
+            return replicate(self.mesh, x)
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+
+
+def _say_whole(mesh: Mesh, shapes: Any) -> None:
+    if mesh.devices.size == 1:
+        return
+    whole = {
+        leaf_name(path): int(np.prod(x.shape))
+        for path, x in jax.tree_util.tree_leaves_with_path(shapes)
+        if not is_key(x) and x.shape and spec_of(x.shape, mesh.devices.size) == PartitionSpec()
+    }
+    if whole:
+        largest = max(whole, key=lambda name: whole[name])
+        log.warning(
+            "no axis of %d leaves (%d numbers in all, the largest %s) is divided by %d devices: "
+            "they are whole on each",
+            len(whole),
+            sum(whole.values()),
+            largest,
+            mesh.devices.size,
+        )
 
 
 def initialize_distributed(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from genjax import checks
+from genjax import checks, sharding
 from genjax.training import parallel
 from genjax.training.state import (
     check_arrays,
@@ -155,7 +155,7 @@ def saddle_step(
     options = {"axis_name": axis_name, "accumulate": accumulate, "compute_dtype": compute_dtype}
     rule = functools.partial(Rule, per_example=False, **options)
 
-    generator = cast_floating(state.generator.params, compute_dtype)
+    generator = _opponent(state.generator, compute_dtype)
     critic_rule = rule(
         "critic_loss",
         lambda params, *given: critic_loss(params, generator, *given),
@@ -165,8 +165,7 @@ def saddle_step(
     )
     critic, carry, terms = _update_critic(critic_rule, state, key, batch, n_critic, unroll)
 
-    opponent = (state.critic if simultaneous else critic).params
-    opponent = cast_floating(opponent, compute_dtype)
+    opponent = _opponent(state.critic if simultaneous else critic, compute_dtype)
     generator_rule = rule(
         "generator_loss",
         lambda params, *given: generator_loss(opponent, params, *given),
@@ -181,6 +180,12 @@ def saddle_step(
     metrics["finite"] = all_finite(metrics)
     ema = ema_update(state.ema, player.params, state.step + 1)
     return SaddleState(state.step + 1, critic, player, state.key, ema, carry), metrics
+
+
+def _opponent(player: Player, compute_dtype: Any) -> Params:
+    """The parameters that the other player's loss reads."""
+    params = cast_floating(player.params, compute_dtype)
+    return sharding.gathered(params, most=sharding.WHOLE_BYTES)
 
 
 def _update_critic(
@@ -210,17 +215,18 @@ def make_saddle_step(
     mesh: Mesh | None = None,
     pmap: bool = False,
     steps_per_call: int = 1,
+    sharding: str = "replicated",
     **options: Any,
 ) -> Callable[[SaddleState, Batch], tuple[SaddleState, Metrics]]:
     """Compile `saddle_step` as `make_train_step` does; the batch is split along its axis 1.
 
-    options: those of `saddle_step`, but for axis_name. With steps_per_call > 1 the leaves of the
-    batch are [steps, n_critic, batch, ...].
+    options: those of `saddle_step`, but for axis_name. sharding: as there. With steps_per_call > 1
+    the leaves of the batch are [steps, n_critic, batch, ...].
     """
     checks.integer("n_critic", options.get("n_critic", 1), 1)
     players = (critic_loss, generator_loss, critic_optimizer, generator_optimizer)
     common = {"mesh": mesh, "pmap": pmap, "steps_per_call": steps_per_call, "batch_axis": 1}
-    return compile_step(saddle_step, *players, **common, **options)
+    return compile_step(saddle_step, *players, **common, sharding=sharding, **options)
 
 
 def critic_batches(batches: Callable[[int], Batch], n_critic: int) -> Callable[[int], Batch]:

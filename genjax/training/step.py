@@ -83,6 +83,7 @@ def make_train_step(
     mesh: Mesh | None = None,
     pmap: bool = False,
     steps_per_call: int = 1,
+    sharding: str = "replicated",
     **options: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile `train_step`: one jit over a 1-D mesh (default: all devices), or pmap.
@@ -92,7 +93,14 @@ def make_train_step(
     devices compute what one does. steps_per_call > 1: the batch has a leading axis of (up to) that
     many batches, each gets its update in one scan, and the metrics have the same leading axis. The
     batch must divide by devices x accumulate (ValueError). Several processes pass their own shares
-    of the batch. The compiled program is `.compiled`. On CPU keep steps_per_call and accumulate at
+    of the batch. The compiled program is `.compiled`; `.place(batch)` puts a batch on the devices
+    ahead of its step.
+
+    sharding: "replicated", the whole state on every device, or "fsdp": every leaf of parameters,
+    optimiser state, averages and carry is split along its largest axis that the devices divide
+    (what none divides stays whole), a layer's parameters are gathered where it uses them, and
+    gradients are summed into the parts. The numbers are the same; a device holds 1 / devices of the
+    state. Put the first state there by `init_sharded`. On CPU keep steps_per_call and accumulate at
     1 for convolutional networks: XLA takes several times as long for the gradient of a convolution
     inside a loop.
     """
@@ -103,6 +111,7 @@ def make_train_step(
         mesh=mesh,
         pmap=pmap,
         steps_per_call=steps_per_call,
+        sharding=sharding,
         **options,
     )
 
@@ -113,6 +122,7 @@ def compile_step(
     mesh: Mesh | None = None,
     pmap: bool = False,
     steps_per_call: int = 1,
+    sharding: str = "replicated",
     batch_axis: int = 0,
     **options: Any,
 ) -> Callable[[Any, Batch], tuple[Any, Metrics]]:
@@ -122,6 +132,9 @@ def compile_step(
     option raises TypeError here, not at the first call.
     """
     checks.integer("steps_per_call", steps_per_call, 1)
+    checks.one_of("sharding", sharding, parallel.LAYOUTS)
+    if pmap and sharding != "replicated":
+        raise ValueError(f"sharding must be 'replicated' with pmap, got {sharding!r}")
     inspect.signature(step).bind_partial(*given, **options)
     step = functools.partial(step, *given, axis_name=parallel.AXIS if pmap else None, **options)
     accumulate = options.get("accumulate", 1)
@@ -143,6 +156,9 @@ def compile_step(
             donate_argnums=0,
             devices=list(mesh.devices.flat),
         )
+    elif sharding == "fsdp":
+        shards = parallel.Shards(mesh)
+        compiled = jax.jit(parallel.in_shards(mesh, program), donate_argnums=0)
     else:
         shardings = {"in_shardings": (whole, split), "out_shardings": whole}
         compiled = jax.jit(program, donate_argnums=0, **shardings)
@@ -150,16 +166,27 @@ def compile_step(
     def call(state: Any, batch: Batch) -> tuple[Any, Metrics]:
         processes = jax.process_count()
         parallel.check_batch(batch, devices // processes, axis, accumulate)
-        if getattr(jax.tree.leaves(state)[0], "sharding", None) != whole:
-            # The first call: as every later state will be, or the second call would trace again.
+        # The first call: as every later state will be, or the second call would trace again.
+        if sharding == "fsdp":
+            state = shards(state)
+        elif getattr(jax.tree.leaves(state)[0], "sharding", None) != whole:
             state = parallel.replicate(mesh, state)
         if pmap:
             batch = jax.tree.map(lambda x: _split(x, devices, axis), batch)
-        elif processes > 1 and not _is_global(batch):
+        elif (processes > 1 or sharding == "fsdp") and not _is_global(batch):
             batch = parallel.shard_batch(mesh, batch, axis=axis)
         return compiled(state, batch)
 
+    def place(batch: Batch) -> Batch:
+        """Begin to copy a batch to where its step takes it; one of a bad size is left to `call`."""
+        try:
+            parallel.check_batch(batch, devices // jax.process_count(), axis, accumulate)
+        except ValueError:
+            return batch
+        return batch if pmap else parallel.shard_batch(mesh, batch, axis=axis)
+
     call.compiled = compiled  # type: ignore[attr-defined]
+    call.place = place  # type: ignore[attr-defined]
     return call
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from genjax import sharding
 from genjax.numerics import at_least_float32, safe_sqrt
 from genjax.training.state import check_layout, is_float, is_key, layout, trainable, wide
 from genjax.typing import AbsorbFn, Batch, Params
@@ -128,6 +129,9 @@ def _mean_loss(
 ) -> tuple[Any, tuple[Metrics, Any]]:
     """Call the loss and reduce it to (mean over the examples, (metrics, seen))."""
     params, batch = cast_floating((params, batch), rule.compute_dtype)
+    # On a mesh with sharded parameters; what is larger is gathered by the network, layer by layer.
+    params = sharding.gathered(params, most=sharding.WHOLE_BYTES)
+    batch = jax.tree.map(sharding.split_batch, batch)
     result = rule.loss_fn(params, key, batch, *(() if carry is None else (carry,)))
     expected = ("losses", "aux") if carry is None else ("losses", "aux", "seen")
     count = len(result) if isinstance(result, tuple | list) else 1

@@ -157,9 +157,9 @@ def test_images_on_disk(tmp_path, name, version, shape, labelled):
 def test_too_large_for_memory(tmp_path, monkeypatch):
     write_images(tmp_path, "mnist", "3.0.1", (28, 28, 1))
     monkeypatch.setattr("genjax.data.loading.IN_MEMORY_LIMIT", 8 * 28 * 28 - 1)
-    with pytest.raises(ValueError, match=r"mnist train takes .* in_memory=False"):
-        load("mnist", "train", data_dir=tmp_path)
-    records, _ = load("mnist", "train", data_dir=tmp_path, in_memory=False)
+    with pytest.raises(ValueError, match=r"mnist train takes .* leave out in_memory=True"):
+        load("mnist", "train", data_dir=tmp_path, in_memory=True)
+    records, _ = load("mnist", "train", data_dir=tmp_path)
     assert batch_at(records, seed=0, step=0, batch_size=4)["x"].shape == (4, 28, 28, 1)
 
 

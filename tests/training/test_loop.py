@@ -146,7 +146,7 @@ def test_a_signal_saves_and_stops(tmp_path, name):
 
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Stopped, match=f"{name} at step 4 of 7, the state is saved") as stopped:
-        train(tmp_path, batches, save_every=100)
+        train(tmp_path, batches, save_every=100, prefetch=0)
     assert stopped.value.code == {"SIGINT": 130, "SIGTERM": 143}[name]
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
     step, state = Checkpoints(tmp_path / "checkpoints").restore(start())

@@ -25,6 +25,7 @@ class Config(_run.TrainConfig):
     save_every: int = 10
     log_every: int = 1
     devices: int | None = 1
+    prefetch: int = 0  # what a drill does to a batch happens at its step
 
 
 ADAM = optax.adam(0.01)

@@ -1,0 +1,85 @@
+"""The options that every run has, and those of every training."""
+
+import dataclasses
+from typing import Literal
+
+# A resumed run may differ in these; what the numbers depend on must be as it was.
+MAY_DIFFER = ("run_dir", "resume", "steps", "max_seconds", "data_dir", "devices", "sharding",
+              "remat", "prefetch", "profile", "save_every",
+              "keep", "log_every", "evaluate_every", "tensorboard", "progress", "coordinator",
+              "processes", "process")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every run has: its data, its folder and its seed. Experiments add their own options."""
+
+    dataset: str = "digits"
+    """Data set by name: digits, mnist_5k, a tfds image set such as mnist, or folder:PATH."""
+    image_size: int | None = None
+    """Side to which the images of folder:PATH are cropped and resized (default: as they are)."""
+    grey: bool = False
+    """Read the images of folder:PATH without colours."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    """What becomes of a file of folder:PATH that is no whole image."""
+    data_dir: str | None = None
+    """Folder of the prepared data sets (default: the usual one of tensorflow_datasets)."""
+    run_dir: str | None = None
+    """Folder of this run (default: the next free number in runs/EXPERIMENT)."""
+    seed: int = 0
+    """Seed of everything random: weights, noise, the order of the data."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Options of every experiment that trains step by step."""
+
+    resume: bool = False
+    """Go on from the newest checkpoint in run_dir (default: of the newest run)."""
+    steps: int = 2000
+    """Updates in all, those before a resume included."""
+    max_seconds: float = 0.0
+    """End training so many seconds after the first call, which compiles (0: no limit). A rate that
+    falls along a schedule still falls by `steps`, which the budget may cut short."""
+    batch_size: int = 128
+    """Examples in one update, over all devices."""
+    steps_per_call: int = 1
+    """Updates in one call of the compiled program; more than 1 helps small networks."""
+    learning_rate: float = 1e-3
+    """The optimiser's largest rate; along which schedule it falls is the experiment's."""
+    ema: float = 0.99
+    """Decay of the averaged weights, which are the ones that are sampled and reported."""
+    devices: int | None = None
+    """How many devices to use (default: all)."""
+    sharding: Literal["replicated", "fsdp"] = "replicated"
+    """Parameters, optimiser state and averages whole on every device, or each leaf in parts."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the products in training; parameters, losses, sums and judging stay float32."""
+    accumulate: int = 1
+    """Take each batch in so many parts one after another, with the memory of one."""
+    remat: bool = False
+    """Recompute the blocks of a transformer or U-Net in the backward pass, which saves memory."""
+    in_memory: bool | None = None
+    """Hold the training data in memory, or read each batch from disk (default: up to 4 GiB)."""
+    prefetch: int = 2
+    """Calls of the compiled program for which batches are made ahead, in threads (0: none)."""
+    profile: int = 0
+    """Write a trace of so many updates after the first call, for jax's profiler (0: none)."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last state is always saved."""
+    keep: int = 2
+    """How many of the newest checkpoints stay (the best one stays too)."""
+    evaluate_every: int = 0
+    """Steps between evaluations while training (0: only at the end)."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write TensorBoard files too (needs tensorboardX)."""
+    progress: bool = True
+    """Show a progress bar where standard error is a terminal."""
+    coordinator: str | None = None
+    """Several processes: "host:port" of the first one (default: JAX_COORDINATOR_ADDRESS)."""
+    processes: int | None = None
+    """Several processes: how many (default: JAX_NUM_PROCESSES)."""
+    process: int | None = None
+    """Several processes: the index of this one (default: JAX_PROCESS_ID)."""

@@ -1,0 +1,41 @@
+"""Half precision for linen networks that were not written for it."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from genjax.networks.convolution import Conv
+
+__all__ = ["computing_in"]
+
+# What multiplies matrices: their inputs are cast.
+PRODUCTS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvTranspose, nn.Embed, Conv)
+
+
+def computing_in(dtype: Any) -> AbstractContextManager[None]:
+    """Within this context products of linen modules take inputs of `dtype`, networks give float32.
+
+    For a loss under `compute_dtype` of the train step, which casts the parameters: the noise, the
+    times and the scaled data that the loss computes stay float32 until a layer multiplies them,
+    and the network's results are float32 again.
+
+        def loss(params, key, batch):
+            with computing_in(jnp.bfloat16):
+                return loss_fn(params, key, batch)
+    """
+
+    def cast(to: Any, tree: Any) -> Any:
+        floating = lambda x: hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+        return jax.tree.map(lambda x: x.astype(to) if floating(x) else x, tree)
+
+    def intercept(call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
+        if isinstance(context.module, PRODUCTS):
+            args = cast(dtype, args)
+        result = call(*args, **kwargs)
+        outermost = context.module.scope is not None and not context.module.path
+        return cast(jnp.float32, result) if outermost else result
+
+    return nn.intercept_methods(intercept)

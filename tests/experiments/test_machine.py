@@ -1,0 +1,152 @@
+"""Options that reach the machine: precision, parts, layout, data from disk, traces, the cache."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import _data, _run, _system, diffusion
+from experiments._data import load_data
+from genjax.networks import MLP, TimeMLP, UNet, computing_in
+
+BASE = {"steps": 6, "steps_per_call": 2, "batch_size": 32, "num_samples": 64, "progress": False}
+BASE |= {"width": 16, "depth": 1, "likelihood_steps": 0, "num_steps": 2, "save_every": 2}
+
+
+def config(tmp_path, name="run", **changes):
+    return diffusion.Config(run_dir=str(tmp_path / name), **{**BASE, "devices": 1, **changes})
+
+
+def params_of(folder):
+    with np.load(folder / "params.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_shards_on_eight_devices_and_data_from_disk_train_the_same(tmp_path):
+    one = diffusion.main(config(tmp_path, "one"))
+    other = {"devices": 8, "sharding": "fsdp", "in_memory": False, "prefetch": 0}
+    eight = diffusion.main(config(tmp_path, "eight", **other))
+    assert one["parameters"] == eight["parameters"]
+    assert one["data_wait_seconds"] >= 0
+    a, b = params_of(tmp_path / "one"), params_of(tmp_path / "eight")
+    # Adam's first steps magnify rounding where a gradient is nearly 0.
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=2e-4)
+    x, y = (np.load(tmp_path / run / "samples.npy") for run in ("one", "eight"))
+    assert np.mean(np.abs(x.astype(int) - y.astype(int))) < 0.05
+
+
+def test_bfloat16_is_near_and_stays_out_of_the_state(tmp_path):
+    data = load_data(config(tmp_path))
+    trained = {}
+    for dtype in ("float32", "bfloat16"):
+        given = config(tmp_path, compute_dtype=dtype)
+        state, step, batches = _system.prepare(given, diffusion.build(given, data), data)
+        batch = jax.tree.map(lambda *x: np.stack(x), batches(0), batches(1))
+        text = step.compiled.lower(state, batch).as_text()
+        assert ("bf16" in text) == (dtype == "bfloat16")
+        state, metrics = step(state, batch)
+        trained[dtype] = (state, metrics)
+        assert {x.dtype for x in jax.tree.leaves((state.params, state.ema))} == {jnp.float32.dtype}
+    a, b = (trained[dtype][1]["loss"] for dtype in ("float32", "bfloat16"))
+    np.testing.assert_allclose(a, b, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (MLP((8, 3)), (4,)),
+        (TimeMLP(16, 1, "layer"), (4,)),
+        pytest.param(UNet((8,), num_blocks=1), (4, 4, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_products_are_in_half_precision_and_results_are_not(network, shape):
+    time = () if isinstance(network, MLP) else (jnp.full(2, 0.3),)
+    x = jax.random.normal(jax.random.key(0), (2, *shape))
+    params = network.init(jax.random.key(1), x, *time)
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+
+    def apply(x):
+        with computing_in(jnp.bfloat16):
+            return network.apply(half, x, *time)
+
+    assert apply(x).dtype == jnp.float32
+    np.testing.assert_allclose(apply(x), network.apply(params, x, *time), atol=0.05)
+    products = [
+        eqn for eqn in jax.make_jaxpr(apply)(x).jaxpr.eqns if eqn.primitive.name == "dot_general"
+    ]
+    assert products
+    assert {v.aval.dtype for eqn in products for v in eqn.invars} == {jnp.bfloat16.dtype}
+
+
+def test_killed_in_an_epoch_read_from_disk_resumes_bit_equal(tmp_path, monkeypatch):
+    """5 batches of 256 are an epoch of the digits: step 3 lies in its middle."""
+    given = {"in_memory": False, "batch_size": 256, "steps_per_call": 1}
+    diffusion.main(config(tmp_path, "whole", **given))
+    calls = []
+    real = _run.loop.fit
+
+    def broken(state, step_fn, *rest, **options):
+        def step(state, batch):
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            calls.append(0)
+            return step_fn(state, batch)
+
+        return real(state, step, *rest, **options)
+
+    monkeypatch.setattr(_run.loop, "fit", broken)
+    with pytest.raises(KeyboardInterrupt):
+        diffusion.main(config(tmp_path, **given))
+    monkeypatch.setattr(_run.loop, "fit", real)
+    diffusion.main(config(tmp_path, resume=True, **given))
+    a, b = params_of(tmp_path / "whole"), params_of(tmp_path / "run")
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_a_split_on_disk_is_judged_by_a_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(_data, "IN_PART", 100)
+    given = dataclasses.replace(config(tmp_path), in_memory=False)
+    data, whole = load_data(given), load_data(config(tmp_path))
+    assert (len(data.trained_on), len(data.train["x"]), len(data.test["x"])) == (1437, 100, 100)
+    batches = [_run.batches(given, d.trained_on)(7) for d in (data, whole)]
+    jax.tree.map(np.testing.assert_array_equal, *batches)
+
+
+def test_a_trace_is_written(tmp_path, capsys):
+    diffusion.main(config(tmp_path, profile=2))
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert f"trace in {tmp_path / 'run' / 'profile'}" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (stored["profile"], stored["compute_dtype"]) == (2, "float32")
+
+
+def test_compiled_programs_are_kept_where_the_user_has_a_cache(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        _run.keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "genjax" / "jax")
+        jax.config.update("jax_compilation_cache_dir", "elsewhere")
+        _run.keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir == "elsewhere"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_options_are_refused_before_a_file_is_written(tmp_path):
+    for changes, message in [
+        ({"remat": True}, "remat is for transformers and U-Nets"),
+        ({"accumulate": 3}, r"positive multiple of 3 \(devices 1 x accumulate 3\), got 32"),
+        ({"devices": 8, "batch_size": 12}, r"multiple of 8 .*got 12"),
+        ({"sharding": "fdsp"}, "did you mean 'fsdp'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            diffusion.main(config(tmp_path, **changes))
+    assert not (tmp_path / "run").exists()
