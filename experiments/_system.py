@@ -155,6 +155,15 @@ def train(
 def start(config: Any, system: System) -> Any:
     """The state at step 0, in the layout of `config.sharding`."""
     key_init, key_run, *_ = keys(config.seed)
+    make, init_carry, whole = initial(config, system, key_run)
+    if getattr(config, "sharding", "replicated") == "fsdp":
+        return init_sharded(data_mesh(config.devices), whole, key_init)
+    params = jax.jit(system.init)(key_init)
+    return make(params, jax.jit(init_carry)(key_init, params))
+
+
+def initial(config: Any, system: System, key_run: Any) -> tuple[Callable[..., Any], ...]:
+    """(params, carry) -> state, (key, params) -> carry, and both in one: key -> state."""
 
     def make(params: Any, carry: Any) -> Any:
         options = {"ema_decays": (config.ema,), "carry": carry}
@@ -166,15 +175,11 @@ def start(config: Any, system: System) -> Any:
     def init_carry(key: Any, params: Any) -> Any:
         return None if system.init_carry is None else system.init_carry(key, params)
 
-    if getattr(config, "sharding", "replicated") == "fsdp":
+    def whole(key: Any) -> Any:
+        params = system.init(key)
+        return make(params, init_carry(key, params))
 
-        def whole(key: Any) -> Any:
-            params = system.init(key)
-            return make(params, init_carry(key, params))
-
-        return init_sharded(data_mesh(config.devices), whole, key_init)
-    params = jax.jit(system.init)(key_init)
-    return make(params, jax.jit(init_carry)(key_init, params))
+    return make, init_carry, whole
 
 
 def prepare(config: Any, system: System, data: Data) -> Training:
@@ -184,6 +189,14 @@ def prepare(config: Any, system: System, data: Data) -> Training:
     check_batch(batches(0), mesh.devices.size // jax.process_count(), 0, config.accumulate)
     if config.remat and not system.remat:
         raise ValueError("remat is for transformers and U-Nets, which this network is not")
+    step_fn = make_step(config, system, mesh)
+    if not callable(system.loss):
+        batches = critic_batches(batches, system.step_options.get("n_critic", 1))
+    return Training(start(config, system), step_fn, batches)
+
+
+def make_step(config: Any, system: System, mesh: Any) -> Callable[..., Any]:
+    """The compiled step of a system on a mesh."""
     options = {**system.step_options, "mesh": mesh, "steps_per_call": config.steps_per_call}
     options |= {"accumulate": config.accumulate, "sharding": config.sharding}
     system = in_half_precision(system) if config.compute_dtype == "bfloat16" else system
@@ -192,12 +205,9 @@ def prepare(config: Any, system: System, data: Data) -> Training:
         _require(system, "init_carry")
     if callable(system.loss):
         options["absorb"] = system.absorb
-        step_fn = make_train_step(system.loss, system.optimizer, **options)
-    else:
-        options["critic_absorb"], options["generator_absorb"] = system.absorb or (None, None)
-        step_fn = make_saddle_step(*system.loss, *system.optimizer, **options)
-        batches = critic_batches(batches, options.get("n_critic", 1))
-    return Training(start(config, system), step_fn, batches)
+        return make_train_step(system.loss, system.optimizer, **options)
+    options["critic_absorb"], options["generator_absorb"] = system.absorb or (None, None)
+    return make_saddle_step(*system.loss, *system.optimizer, **options)
 
 
 def in_half_precision(system: System) -> System:

@@ -85,8 +85,9 @@ class Config(_run.TrainConfig):
     """Units of the MLP's layers."""
     depth: int = 3
     """Residual blocks of the MLP."""
-    channels: tuple[int, ...] = (32, 64)
-    """Channels of the U-Net, one entry per resolution."""
+    channels: tuple[int, ...] = ()
+    """Channels of the U-Net, one entry per resolution (default: 32, then 64 for each halving of the
+    image, at least one, down to at most 8 pixels)."""
     attention: tuple[int, ...] = ()
     """Heights at which the U-Net attends."""
     dropout: float = 0.2
@@ -222,7 +223,7 @@ def make_model(config: Config, data: Data) -> Model:
     if config.network == "unet":
         data.require("images")
         network = UNet(
-            channels=config.channels,
+            channels=config.channels or channels_of(spec.shape[0]),
             attention=config.attention,
             classes=spec.classes,
             dropout=config.dropout,
@@ -233,6 +234,14 @@ def make_model(config: Config, data: Data) -> Model:
     process = PROCESSES[config.process]()
     scale = float((y - shift).std())
     return Model(process, network, spec, config.prediction, scale, np.asarray(shift, np.float32))
+
+
+def channels_of(side: int) -> tuple[int, ...]:
+    """The U-Net's channels for images of that side."""
+    channels = [32]
+    while side % 2 == 0 and (side > 8 or len(channels) == 1):
+        channels, side = [*channels, 64], side // 2
+    return tuple(channels)
 
 
 def make_loss(config: Config, model: Model, scaling: Any) -> Callable[..., Any]:

@@ -61,8 +61,8 @@ class Config(_run.TrainConfig):
     """Hidden layers of a conditioner; layers of a TarFlow block."""
     bins: int = 16
     """Bins of every spline."""
-    patch: int = 2
-    """Side of TarFlow's patches."""
+    patch: int | None = None
+    """Side of TarFlow's patches (default: 2, above 32 pixels 4)."""
     alpha: float = 0.01
     """Margin of the logit map of images."""
     noise: float = 0.0
@@ -209,10 +209,11 @@ def core(config: Config, data: Data) -> Core:
         glow = Glow(2, layers, width, seed=config.seed, **drop)
         return Core(glow, event, glow.shapes(event))
     classes = data.spec.classes if config.conditional else None
-    tarflow = TarFlow(config.patch, layers, config.depth, width, classes=classes, **drop)
+    patch = config.patch or (4 if event[0] > 32 else 2)
+    tarflow = TarFlow(patch, layers, config.depth, width, classes=classes, **drop)
     tarflow = tarflow.clone(remat=config.remat)
-    tokens = (event[0] // config.patch) * (event[1] // config.patch)
-    return Core(tarflow, event, (tokens, config.patch**2 * event[2]), label=classes is not None)
+    tokens = (event[0] // patch) * (event[1] // patch)
+    return Core(tarflow, event, (tokens, patch**2 * event[2]), label=classes is not None)
 
 
 def make_flow(config: Config, data: Data) -> Flow:

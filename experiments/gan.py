@@ -50,8 +50,8 @@ class AdversarialConfig(_run.TrainConfig):
     """Units of a hidden layer (mlp), or channels of the widest convolution (dcgan)."""
     depth: int = 2
     """Hidden layers of each network (mlp)."""
-    base: int = 2
-    """Side of the smallest feature map (dcgan)."""
+    base: int | None = None
+    """Side of the smallest feature map (dcgan; default: 2 for 8x8, 7 for 28x28, 4 for 64x64)."""
     steps: int = 5000
     batch_size: int = 64
     """Examples, and samples, in one update."""
@@ -132,11 +132,12 @@ def networks(config: AdversarialConfig, data: Data) -> Players:
 def convolutions(config: AdversarialConfig, data: Data) -> Players:
     """DCGAN's pair."""
     height, _, channels = data.spec.shape
+    base = config.base or smallest_side(height)
     sizes = {
         "size": height,
         "channels": channels,
-        "width": max(config.width // 2 ** (int(np.log2(height / config.base)) - 1), 1),
-        "base": config.base,
+        "width": max(config.width // 2 ** (int(np.log2(height / base)) - 1), 1),
+        "base": base,
         "classes": data.spec.classes if config.conditional else None,
     }
     critic = DCGANCritic(condition=config.condition, **sizes)
@@ -149,6 +150,14 @@ def convolutions(config: AdversarialConfig, data: Data) -> Players:
         critic.apply,
         generator.apply,
     )
+
+
+def smallest_side(height: int) -> int:
+    """The side from which doublings reach the image's: at least 4 from 16 pixels on, else 2."""
+    side, least = height, 4 if height >= 16 else 2
+    while side % 2 == 0 and side // 2 >= least:
+        side //= 2
+    return side
 
 
 def perceptrons(config: AdversarialConfig, data: Data) -> Players:

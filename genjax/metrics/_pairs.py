@@ -57,7 +57,8 @@ def in_float64(function: Callable) -> Callable:
     """Run with 64-bit types on where every argument is concrete; a traced call stays as it is.
 
     Where 64-bit types are off outside, the results are numpy arrays: jax refuses to compute with
-    float64 arrays of its own then.
+    float64 arrays of its own then. Beside an accelerator, which has no fast float64 or none, the
+    call runs on the CPU.
     """
 
     @functools.wraps(function)
@@ -66,8 +67,11 @@ def in_float64(function: Callable) -> Callable:
         leaves = [*jax.tree.leaves((args, kwargs)), jnp.zeros(())]
         if not all(map(checks.is_concrete, leaves)):
             return function(*args, **kwargs)
-        was_on = widest() == np.float64
-        with jax.enable_x64(True):
+        was_on, cpu = widest() == np.float64, jax.local_devices(backend="cpu")[0]
+        if jax.default_backend() != "cpu":
+            move = lambda x: jax.device_put(x, cpu) if isinstance(x, jax.Array) else x  # noqa: E731
+            args, kwargs = jax.tree.map(move, (args, kwargs))
+        with jax.enable_x64(True), jax.default_device(cpu):
             results = function(*args, **kwargs)
             return results if was_on else jax.tree.map(np.asarray, results)
 

@@ -105,12 +105,12 @@ def attention(
 
     Query head h reads key head h // (heads / kv_heads) (Ainslie et al. 2023). mask: True where a
     query may read a key; what is hidden must be finite. causal: the last query stands at the last
-    key, and each reads the keys up to its own. On accelerators this is
+    key, and each reads the keys up to its own. Compiled for accelerators this is
     `jax.nn.dot_product_attention` (but for float64, which that function rounds to float32). On CPU
     more than 64 queries go head by head, recomputed in the backward pass: weights that stay in the
     processor's cache make it several times as fast.
     """
-    batch, queries, heads, dim = query.shape
+    queries, heads = query.shape[1:3]
     keys, kv_heads = key.shape[1:3]
     if heads % kv_heads:
         raise ValueError(f"heads must be a multiple of kv_heads = {kv_heads}, got {heads}")
@@ -121,20 +121,32 @@ def attention(
         last = jnp.arange(queries)[:, None] + (keys - queries)
         earlier = (jnp.arange(keys)[None, :] <= last)[None]
         mask = earlier if mask is None else mask & earlier
-    if jax.default_backend() != "cpu" and query.dtype != jnp.float64:
-        wide = None if mask is None else mask[:, None]
-        out = jax.nn.dot_product_attention(query, key, value, mask=wide)
+    given = (query, key, value, *(() if mask is None else (mask,)))
+    if query.dtype == jnp.float64:
+        out = _on_cpu(*given)
     else:
-        # The queries that share a key head are more queries of that head.
-        group = heads // kv_heads
-        form = _by_head if queries > 64 else _all_heads
-        grouped = query.reshape(batch, queries, kv_heads, group, dim).swapaxes(2, 3)
-        wide = None if mask is None else jnp.repeat(mask, group, axis=1)
-        out = form(grouped.reshape(batch, queries * group, kv_heads, dim), key, value, wide)
-        out = out.reshape(batch, queries, group, kv_heads, dim).swapaxes(2, 3).reshape(query.shape)
+        # Chosen where it is compiled, so that a program for another machine has its own form.
+        out = jax.lax.platform_dependent(*given, cpu=_on_cpu, default=_on_accelerator)
     if mask is not None and some_read_none:
         out = jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], out, 0)
     return out
+
+
+def _on_accelerator(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+    wide = None if mask is None else mask[:, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=wide)
+
+
+def _on_cpu(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+    batch, queries, heads, dim = query.shape
+    kv_heads = key.shape[2]
+    # The queries that share a key head are more queries of that head.
+    group = heads // kv_heads
+    form = _by_head if queries > 64 else _all_heads
+    grouped = query.reshape(batch, queries, kv_heads, group, dim).swapaxes(2, 3)
+    wide = None if mask is None else jnp.repeat(mask, group, axis=1)
+    out = form(grouped.reshape(batch, queries * group, kv_heads, dim), key, value, wide)
+    return out.reshape(batch, queries, group, kv_heads, dim).swapaxes(2, 3).reshape(query.shape)
 
 
 def _weights(logits: Array, mask: Array | None, dtype: Any) -> Array:
