@@ -111,6 +111,7 @@ def gpt(config: Config, vocabulary: int) -> nn.Module:
         tied=config.tied,
         use_bias=False,
         dropout=config.dropout,
+        remat=config.remat,
     )
 
 
@@ -203,6 +204,7 @@ def build(config: Config, data: Data) -> System:
         likelihood={"batch_size": 16, "bits": False},
         evaluations=config.length,
         count=config.samples,
+        remat=True,
     )
 
 

@@ -77,7 +77,8 @@ def solve(
     of the solver's), also for what the field closes over. Leaves narrower than float32 become
     float32, in which a small step does not vanish; the others keep their dtype. Raises ValueError
     for an unknown method or gradient, no interval, or a field of another shape, TypeError for
-    leaves that are not floating, ImportError where diffrax is missing.
+    leaves that are not floating, ImportError where diffrax is missing, RuntimeError where
+    `max_steps` do not reach the end (NaN where the call is traced).
     """
     check_solver(method, num_steps, times, gradient)
     jax.tree.map(lambda leaf: checks.floating("what is carried along a field", leaf), y)
@@ -217,8 +218,16 @@ def _adaptive(
         stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
         adjoint=adjoint,
         max_steps=max_steps,
+        throw=False,  # it would raise by a callback to the host, which cannot be exported
     )
-    return jax.tree.map(lambda leaf, old: leaf[-1].astype(old.dtype), solution.ys, y)
+    done = solution.result == diffrax.RESULTS.successful
+    if checks.is_concrete(done) and not bool(done):
+        raise RuntimeError(
+            f"method {method!r} did not reach t = {float(stop):g} within max_steps = {max_steps}"
+        )
+    return jax.tree.map(
+        lambda leaf, old: jnp.where(done, leaf[-1], jnp.nan).astype(old.dtype), solution.ys, y
+    )
 
 
 def divergence(

@@ -1,0 +1,160 @@
+"""Every public loss, sampler and metric lowers for CUDA and TPU: value and gradient, no callback.
+
+`jax.export` compiles nothing: an operation that a platform lacks, or a call back to the host, is
+refused while the program is lowered.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genjax import diffusion, flows, metrics, ode, variational
+from tests import laws
+from tests.test_laws import CASES, FLOW, FLOW_PARAMS, OBJECTIVES, VE, W, X, Y
+
+pytestmark = [pytest.mark.usefixtures("unchecked"), pytest.mark.slow]
+PLATFORMS = ("cuda", "tpu")
+VP = diffusion.VariancePreserving()
+DDPM = diffusion.discrete(diffusion.ddpm_betas(VP, 1000, rule="euler"))
+KEY = np.asarray(jax.random.key_data(jax.random.key(0)))
+
+
+def export(call, *given):
+    """Lower call(key, *given) for both platforms, and its gradient by the first that is given."""
+
+    def total(x, key, *rest):
+        leaves = jax.tree.leaves(call(key, x, *rest))
+        numbers = [jnp.sum(y) for y in leaves if jnp.issubdtype(y.dtype, jnp.floating)]
+        return sum(numbers, start=jnp.zeros(()))
+
+    def both(key, *given):
+        key = jax.random.wrap_key_data(key)
+        value = call(key, *given)
+        if not given or not jnp.issubdtype(given[0].dtype, jnp.floating):
+            return value
+        return value, jax.grad(total)(given[0], key, *given[1:])
+
+    shapes = [jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) for x in (KEY, *given)]
+    exported = jax.export.export(jax.jit(both), platforms=PLATFORMS)(*shapes)
+    assert exported.platforms == PLATFORMS
+    assert "callback" not in exported.mlir_module()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses(name):
+    case = CASES[name]
+    export(lambda key, *data: laws.first(case.call(key, *data)), *case.data)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives(name):
+    case = OBJECTIVES[name]
+    export(lambda key, *samples: case.numbers(case.call(*samples)), *case.samples)
+
+
+def sampled(step, process=VE):
+    times = diffusion.time_grid(process, 4)
+
+    def call(key, w):
+        def denoise(x, t):
+            return jnp.tanh(x @ w) / (1 + t[:, None])
+
+        shape = (4, 3)
+        return diffusion.sample(denoise, key, shape, process=process, times=times, step=step)
+
+    return call
+
+
+STEPS = ("ancestral", "ddim", "dpm_solver", "euler", "euler_maruyama", "heun", "unipc")
+STEPS += ("predictor_corrector",)
+SAMPLERS = {name: sampled(getattr(diffusion, f"{name}_step")) for name in STEPS}
+SAMPLERS |= {
+    "ddpm_step": sampled(diffusion.ddpm_step, DDPM),
+    "sample_adaptive": lambda key, w: diffusion.sample_adaptive(
+        lambda x, t: jnp.tanh(x @ w), key, (4, 3), process=VE
+    ),
+    "replacement": sampled(diffusion.replacement(X, X > 0)),
+    "posterior_sampling": sampled(diffusion.posterior_sampling(lambda x: x[:, :2], X[:, :2])),
+    "flows.sample": lambda key, w: flows.sample(FLOW, flows.normal((3,)), FLOW_PARAMS, key, 4) @ w,
+    "integrate": lambda key, w: flows.integrate(lambda x, t: jnp.tanh(x @ w), X, num_steps=3),
+    **{
+        f"solve {method}": partial(
+            lambda method, key, w: flows.solve(
+                lambda w, x, t: jnp.tanh(x @ w), w, X, method=method, num_steps=3
+            ),
+            method,
+        )
+        for method in ("rk4", "dopri5", "tsit5")
+    },
+    "gaussian_sample": lambda key, w: variational.gaussian_sample(key, X @ w, Y),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers(name):
+    if name == "sample_adaptive" or (name.startswith("solve ") and name != "solve rk4"):
+        pytest.importorskip("diffrax")
+    export(SAMPLERS[name], W)
+
+
+FEW = {"num_subsets": 3, "subset_size": 4}
+METRICS = {
+    "frechet_distance": lambda key, x, y: metrics.frechet_distance(x, y),
+    "feature_moments": lambda key, x, y: metrics.feature_moments(x),
+    "sliced_wasserstein": metrics.sliced_wasserstein,
+    "sinkhorn_distance": lambda key, x, y: metrics.sinkhorn_distance(x, y, epsilon=0.5),
+    "kid": partial(metrics.kid, **FEW),
+    "mmd": lambda key, x, y: metrics.mmd(x, y),
+    "precision_recall": lambda key, x, y: metrics.precision_recall(x, y),
+    "density_coverage": lambda key, x, y: metrics.density_coverage(x, y),
+    "memorisation_share": lambda key, x, y: metrics.memorisation_share(x, y, x + 1),
+    "classifier_two_sample": metrics.classifier_two_sample,
+    "inception_score": lambda key, x, y: metrics.inception_score(jax.nn.softmax(x)),
+    "bits_per_dim": lambda key, x, y: metrics.bits_per_dim(x[:, 0], 3),
+    "modes_covered": lambda key, x, y: metrics.modes_covered(x, y[:3], 0.5),
+    "high_quality_share": lambda key, x, y: metrics.high_quality_share(x, y[:3], 0.5),
+    "reverse_kl_modes": lambda key, x, y: metrics.reverse_kl_modes(x, y[:3]),
+    "test_log_likelihood": lambda key, x, y: metrics.test_log_likelihood(
+        lambda key, x: variational.standard_normal_log_prob(x), key, x, batch_size=4
+    ),
+    "gaussian_kernel": lambda key, x, y: metrics.gaussian_kernel(1.0)(x, y),
+}
+NOT_EXPORTED = {"feature_extractor": "a reader", "hash_of": "of bytes", "measure": "a record"}
+
+
+def test_every_metric_is_exported():
+    public = laws.public_functions(("metrics",))
+    kernels = {name for name in public if name.endswith("_kernel")}
+    assert set(public) - kernels <= set(METRICS) | set(NOT_EXPORTED)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metrics(name):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    export(METRICS[name], x, x[::-1] + 0.5)
+
+
+def test_a_call_to_the_host_is_found():
+    def back(key, x):
+        return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    with pytest.raises(Exception, match=r"(?i)callback"):
+        export(back, BITS)
+
+
+BITS = jnp.arange(3)
+
+
+def test_a_solve_that_ends_early_is_nan_in_a_program_and_an_error_outside():
+    pytest.importorskip("diffrax")
+
+    def run(y):
+        field = lambda a, y, t: 9.0 * y  # noqa: E731
+        return ode.solve(field, None, y, (0.0, 1.0), method="dopri5", max_steps=2)
+
+    with pytest.raises(RuntimeError, match=r"did not reach t = 1 within max_steps = 2"):
+        run(jnp.ones(2))
+    assert np.isnan(jax.jit(run)(jnp.ones(2))).all()
