@@ -31,11 +31,18 @@ def computing_in(dtype: Any) -> AbstractContextManager[None]:
         floating = lambda x: hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
         return jax.tree.map(lambda x: x.astype(to) if floating(x) else x, tree)
 
+    # Calls under way: scanned blocks are applied as modules of their own within a network's call.
+    depth = 0
+
     def intercept(call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
+        nonlocal depth
         if isinstance(context.module, PRODUCTS):
             args = cast(dtype, args)
-        result = call(*args, **kwargs)
-        outermost = context.module.scope is not None and not context.module.path
-        return cast(jnp.float32, result) if outermost else result
+        depth += 1
+        try:
+            result = call(*args, **kwargs)
+        finally:
+            depth -= 1
+        return cast(jnp.float32, result) if depth == 0 else result
 
     return nn.intercept_methods(intercept)

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import _data, _run, _system, diffusion
 from experiments._data import load_data
-from genjax.networks import MLP, TimeMLP, UNet, computing_in
+from genjax.networks import MLP, TarFlow, TimeMLP, UNet, computing_in
 
 BASE = {"steps": 6, "steps_per_call": 2, "batch_size": 32, "num_samples": 64, "progress": False}
 BASE |= {"width": 16, "depth": 1, "likelihood_steps": 0, "num_steps": 2, "save_every": 2}
@@ -80,6 +80,21 @@ def test_products_are_in_half_precision_and_results_are_not(network, shape):
     ]
     assert products
     assert {v.aval.dtype for eqn in products for v in eqn.invars} == {jnp.bfloat16.dtype}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_scanned_blocks_in_half_precision(dtype):
+    net, x = TarFlow(2, 2, 2, 16, 2, remat=True), jnp.zeros((2, 4, 4, 1), dtype)
+    params = jax.eval_shape(net.init, jax.random.key(0), x.astype(jnp.float32))
+    half = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
+
+    def loss(params):
+        with computing_in(jnp.bfloat16):
+            z, log_det = net.apply(params, x)
+        assert (z.dtype, log_det.dtype) == (jnp.float32, jnp.float32)
+        return jnp.sum(z) + jnp.sum(log_det)
+
+    jax.eval_shape(jax.grad(loss), half)
 
 
 def test_killed_in_an_epoch_read_from_disk_resumes_bit_equal(tmp_path, monkeypatch):
