@@ -1,13 +1,16 @@
 """Variational autoencoder of images, with the likelihood of whole grey levels.
 
-The prior is N(0, I), q(z|x) a diagonal Gaussian, p(x|z) independent over pixels: a mixture of
-discretised logistics, or a categorical law over the levels. Two objectives:
+q(z|x) is a diagonal Gaussian, p(x|z) independent over pixels: a mixture of discretised logistics,
+or a categorical law over the levels. The prior is N(0, I), or learnt with the rest: a mixture of
+Gaussians, the VampPrior, whose components are the encoder's posteriors of trained pseudo-inputs, or
+a flow. Two objectives:
 
     elbo                  E_q log p(x|z) - beta KL(q(z|x) || p(z))          (beta 1: the VAE)
     iwae                  log 1/K sum_k p(x, z_k) / q(z_k|x), K = num_samples
 
     python -m experiments.vae
     python -m experiments.vae --beta 4
+    python -m experiments.vae --prior vamp
     python -m experiments.vae --objective iwae --num-samples 8 --estimator dreg
     python -m experiments.vae --latent-dim 2                  (the latent map is the latent space)
     python -m experiments.vae --dataset mnist --network conv --steps 20000 --weight-decay 0.01
@@ -29,21 +32,24 @@ import optax
 
 from experiments import _judge, _pictures, _run, _system, ppca
 from experiments._data import Data, load_data
+from experiments._pixels import in_hundreds, pixel_law
+from experiments._priors import Prior, make_prior
 from experiments._system import Row, System, adamw, train
 from genjax import checks
 from genjax.data import DataSpec, Scaling
 from genjax.networks import ConvDecoder, ConvEncoder, ResidualMLP
 from genjax.variational import (
-    categorical_log_likelihood,
     elbo,
     gaussian_sample,
     iwae,
-    logistic_mixture_log_likelihood,
     ppca_fit,
     ppca_posterior,
 )
 
-ROWS = (Row("vae", "VAE", images={}),)
+ROWS = (
+    Row("vae", "VAE", images={}),
+    Row("vae_vamp", "VAE, VampPrior", images={"prior": "vamp"}),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,11 @@ class Config(_run.TrainConfig):
     estimator: Literal["plain", "dreg", "stl"] = "plain"
     """Gradient of the encoder under iwae: of the bound itself, doubly reparameterised, or without
     the score of q."""
+    prior: Literal["standard", "mixture", "vamp", "flow"] = "standard"
+    """p(z): N(0, I), a mixture of Gaussians, the VampPrior, or coupling layers."""
+    prior_components: int | None = None
+    """Gaussians of the mixture (default 64), pseudo-inputs of the VampPrior (500), couplings of the
+    flow (6)."""
     likelihood: Literal["mixture", "categorical"] = "mixture"
     """p(x|z) of one pixel: a mixture of discretised logistics, or one probability per level."""
     components: int = 3
@@ -87,13 +98,18 @@ class Config(_run.TrainConfig):
     """Components of the PPCA baseline."""
 
 
+COMPONENTS = {"standard": 1, "mixture": 64, "vamp": 500, "flow": 6}
+
+
 class Model(NamedTuple):
-    """The two networks as functions of their parameters; `key` is for dropout, None without it."""
+    """The networks as functions of their parameters; `key` is for dropout, None without it."""
 
     init: Callable[[jax.Array], Any]
     encode: Callable[..., tuple[jax.Array, jax.Array]]  # (params, x, key) -> mean, log variance
     decode: Callable[..., jax.Array]  # (params, z, key) -> raw numbers [batch, *event, numbers]
     log_likelihood: Callable[[jax.Array, jax.Array], jax.Array]  # (x, raw) -> [batch], nats
+    log_prior: Callable[..., Any]  # (params, key) -> a log-density of z, or None for N(0, I)
+    draw_prior: Callable[..., jax.Array]  # (params, key, n) -> z
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -101,7 +117,7 @@ def main(config: Config) -> dict[str, Any]:
     check(config)
     data = load_data(config)
     data.require("images")
-    model = make_model(config, data.spec)
+    model = make_model(config, data.spec, data.train["x"])
 
     def report(run: _run.Run, params: Any, samples: np.ndarray) -> dict[str, Any]:
         plot_latents(run.folder, model, params, data, _system.keys(config.seed).sample)
@@ -123,19 +139,18 @@ def build(config: Config, data: Data) -> System:
     """The model with its objective, scored by the importance weighted bound."""
     check(config)
     data.require("images")
-    model = make_model(config, data.spec)
+    model = make_model(config, data.spec, data.train["x"])
     # So many samples at once, and the rest one after another, to bound the memory.
     chunk = math.gcd(config.test_samples, 32) if config.test_samples >= 32 else config.test_samples
 
     def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
-        def hundred(key: jax.Array) -> jax.Array:  # a hundred at a time: memory for the levels
+        def hundred(key: jax.Array) -> jax.Array:
             key_z, key_x = jax.random.split(key)
-            z = jax.random.normal(key_z, (100, config.latent_dim))
+            z = model.draw_prior(params, key_z, 100)
             log_probs = level_log_probs(model, params, z, data.spec.levels or 0)
             return jax.random.categorical(key_x, log_probs, axis=0).astype(jnp.uint8)
 
-        images = jax.lax.map(hundred, jax.random.split(key, -(-n // 100)))
-        return images.reshape(-1, *data.spec.shape)[:n]
+        return in_hundreds(hundred, key, n)
 
     return System(
         model.init,
@@ -159,9 +174,10 @@ def bound_of(model: Model, samples: int) -> Callable[..., jax.Array]:
             lambda x: model.encode(params, x),
             lambda x, z: model.log_likelihood(x, model.decode(params, z)),
         )
+        prior = model.log_prior(params, None)
         if samples:
-            return -iwae(*networks, key, x, num_samples=samples)[0]
-        return -elbo(*networks, key, x, num_samples=8)[0]
+            return -iwae(*networks, key, x, num_samples=samples, prior=prior)[0]
+        return -elbo(*networks, key, x, num_samples=8, prior=prior)[0]
 
     return log_prob
 
@@ -176,11 +192,15 @@ def check(config: Config) -> None:
         raise ValueError(f"beta must be 1 with objective iwae, got {config.beta}")
 
 
-def make_model(config: Config, spec: DataSpec) -> Model:
-    """Encoder, decoder and likelihood for images of the data set."""
-    event, latent, levels = tuple(spec.shape), config.latent_dim, spec.levels or 0
-    numbers = levels if config.likelihood == "categorical" else 3 * config.components
-    scaling = Scaling(levels)
+def make_model(config: Config, spec: DataSpec, images: Any = ()) -> Model:
+    """Encoder, decoder, likelihood and prior for images of the data set.
+
+    images: levels to start the VampPrior's pseudo-inputs at.
+    """
+    event, latent = tuple(spec.shape), config.latent_dim
+    law = pixel_law(config.likelihood, config.components, spec)
+    numbers, scaling = law.numbers, Scaling(spec.levels or 0)
+    prior = _prior(config, scaling, images)
     if config.network == "conv":
         wide, narrow = config.width // 4, config.width // 8
         encoder = ConvEncoder(2 * latent, channels=(narrow, wide), dropout=config.dropout)
@@ -195,31 +215,40 @@ def make_model(config: Config, spec: DataSpec) -> Model:
         key_e, key_d = jax.random.split(key)
         x = jnp.zeros((1, *event) if config.network == "conv" else (1, math.prod(event)))
         z = jnp.zeros((1, latent))
-        return {"encoder": encoder.init(key_e, x), "decoder": decoder.init(key_d, z)}
+        params = {"encoder": encoder.init(key_e, x), "decoder": decoder.init(key_d, z)}
+        if prior is not None:
+            params["prior"] = prior.init(jax.random.fold_in(key, 2))
+        return params
 
-    def encode(params: Any, x: jax.Array, key: Any = None) -> tuple[jax.Array, jax.Array]:
-        y = scaling.to_continuous(x.astype(jnp.int32))
-        y = y if config.network == "conv" else y.reshape(len(x), -1)
+    def encode_scaled(params: Any, y: jax.Array, key: Any = None) -> tuple[jax.Array, jax.Array]:
+        y = y if config.network == "conv" else y.reshape(len(y), -1)
         mean, log_var = jnp.split(encoder.apply(params["encoder"], y, dropout_key=key), 2, axis=1)
         return mean, log_var
+
+    def encode(params: Any, x: jax.Array, key: Any = None) -> tuple[jax.Array, jax.Array]:
+        return encode_scaled(params, scaling.to_continuous(x.astype(jnp.int32)), key)
 
     def decode(params: Any, z: jax.Array, key: Any = None) -> jax.Array:
         raw = decoder.apply(params["decoder"], z, dropout_key=key)
         return raw.reshape(len(z), *event, numbers)
 
-    def log_likelihood(x: jax.Array, raw: jax.Array) -> jax.Array:
-        x = x.astype(jnp.int32)
-        if config.likelihood == "categorical":
-            return categorical_log_likelihood(x, raw)
-        logits, means, log_scales = jnp.split(raw, 3, axis=-1)
-        # At the start the components are spread over the levels, each a few levels wide.
-        start = jnp.linspace(-1, 1, config.components) if config.components > 1 else jnp.zeros(1)
-        means = means + jnp.broadcast_to(start, means.shape)
-        # A seventh of a level is as sure as a pixel of the training set may make the model.
-        log_scales = jnp.maximum(log_scales - 2, -math.log(levels) - 2)
-        return logistic_mixture_log_likelihood(x, logits, means, log_scales, levels=levels)
+    def log_prior(params: Any, key: Any = None) -> Any:
+        if prior is None:
+            return None
+        return lambda z: prior.log_prob(params["prior"], lambda y: encode_scaled(params, y, key), z)
 
-    return Model(init, encode, decode, log_likelihood)
+    def draw_prior(params: Any, key: jax.Array, n: int) -> jax.Array:
+        if prior is None:
+            return jax.random.normal(key, (n, latent))
+        return prior.sample(params["prior"], lambda y: encode_scaled(params, y), key, n)
+
+    return Model(init, encode, decode, law.log_likelihood, log_prior, draw_prior)
+
+
+def _prior(config: Config, scaling: Scaling, images: Any) -> Prior | None:
+    components = config.prior_components or COMPONENTS[config.prior]
+    examples = scaling.to_continuous(images) if config.prior == "vamp" else ()
+    return make_prior(config.prior, components, config.latent_dim, examples)
 
 
 def make_loss(config: Config, model: Model) -> Callable[..., Any]:
@@ -227,6 +256,7 @@ def make_loss(config: Config, model: Model) -> Callable[..., Any]:
 
     def loss_fn(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         key_z, key_e, key_d = jax.random.split(key, 3)
+        prior = model.log_prior(params, jax.random.fold_in(key_e, 1))
 
         def encode(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             return model.encode(params, x, key_e)
@@ -234,7 +264,7 @@ def make_loss(config: Config, model: Model) -> Callable[..., Any]:
         def log_likelihood(x: jax.Array, z: jax.Array) -> jax.Array:
             return model.log_likelihood(x, model.decode(params, z, key_d))
 
-        samples = {"num_samples": config.num_samples}
+        samples = {"num_samples": config.num_samples, "prior": prior}
         if config.objective == "elbo":
             return elbo(encode, log_likelihood, key_z, batch["x"], beta=config.beta, **samples)
         options = {"estimator": config.estimator, **samples}

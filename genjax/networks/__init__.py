@@ -1,10 +1,12 @@
 """Networks: Flax linen modules, every size a field; the only room that imports flax."""
 
+from genjax.networks.autoencoder import *
 from genjax.networks.conv import *
 from genjax.networks.coupling import *
 from genjax.networks.dcgan import *
 from genjax.networks.features import *
 from genjax.networks.gpt import *
+from genjax.networks.hierarchy import *
 from genjax.networks.hourglass import *
 from genjax.networks.layers import fourier_features as fourier_features
 from genjax.networks.lipschitz import *

@@ -133,7 +133,7 @@ def hierarchical_latents(
     levels: Sequence[Level],
     key: PRNGKey,
     x: Shaped[Array, "batch *event"],
-) -> list[Float[Array, "batch *latent"]]:
+) -> list[Float[Array, "batch ..."]]:
     """Draw z_l ~ q(z_l|h_l, x) from the top down; returns one array for each level.
 
     Raises ValueError as `hierarchical_elbo` does.
@@ -147,8 +147,8 @@ def hierarchical_sample(
     shape: Sequence[int],
     *,
     temperature: float | Float[Array, ""] = 1.0,
-    latents: Sequence[Float[Array, "batch *latent"]] = (),
-) -> tuple[Any, list[Float[Array, "batch *latent"]]]:
+    latents: Sequence[Float[Array, "batch ..."]] = (),
+) -> tuple[Any, list[Float[Array, "batch ..."]]]:
     """Draw z_l ~ N(m_l, (temperature s_l)^2) from the priors; returns the last h, and every z_l.
 
     shape: [batch, *latent] of the top level. latents: those of the first levels where they are
