@@ -19,6 +19,7 @@ FAMILIES = (
     "flows",
     "alignment",
     "autoregressive",
+    "state_space",
 )
 GROUND = (
     "typing",

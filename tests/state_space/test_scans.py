@@ -1,0 +1,300 @@
+"""Sequential, chunked and associative scans against loops in float64, gradients and masks too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genjax import state_space as ss
+from tests.state_space import oracles
+
+# Every length in float64, the longest in float32 too; the others in test-all.
+LENGTHS = [
+    *((length, True) for length in (1, 7, 64, 1000)),
+    (1000, False),
+    *(pytest.param(length, False, marks=pytest.mark.slow) for length in (1, 7, 64)),
+]
+
+
+def cast(inputs, double):
+    return {k: jnp.asarray(v, jnp.float64 if double else jnp.float32) for k, v in inputs.items()}
+
+
+def close(found, expected, double, scale=1.0):
+    tolerance = (1e-10 if double else 1e-4) * scale
+    for got, want in zip(found, expected, strict=True):
+        assert np.isfinite(got).all()
+        np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("length", "double"), LENGTHS)
+def test_linear_scan_is_the_loop(length, double):
+    rng = np.random.default_rng(length)
+    a, b = rng.uniform(-1, 1, size=(2, 2, length, 3))
+    h = h0 = rng.normal(size=(2, 3))
+    states = []
+    for t in range(length):
+        h = a[:, t] * h + b[:, t]
+        states.append(h)
+    with jax.enable_x64(double):
+        x = cast({"a": a, "b": b, "h0": h0}, double)
+        for method in ("sequential", "associative"):
+            found = jax.jit(ss.linear_scan, static_argnames="method")(**x, method=method)
+            close(found, (np.stack(states, 1), h), double)
+
+
+@pytest.mark.parametrize(("length", "double"), LENGTHS)
+def test_selective_scan_is_the_loop(length, double):
+    """Sequential and associative, a chunk that divides no length, and the step under a scan."""
+    inputs = oracles.selective(np.random.default_rng(length), length)
+    expected = oracles.selective_loop(**inputs)
+    with jax.enable_x64(double):
+        x = cast(inputs, double)
+
+        @jax.jit
+        def run(x):
+            each = (x["u"], x["dt"], x["B"], x["C"], x["z"])
+
+            def step(h, v):
+                return ss.selective_step(h, v[0], v[1], x["A"], v[2], v[3], x["D"], v[4])
+
+            return (
+                ss.selective_scan(**x, chunk=12, method="sequential"),
+                ss.selective_scan(**x, chunk=48, method="associative"),
+                ss.recur(step, x["h0"], each),
+            )
+
+        for found in run(x):
+            close(found, expected, double)
+
+
+@pytest.mark.parametrize(("length", "double"), LENGTHS)
+def test_ssd_is_the_loop(length, double):
+    inputs = oracles.heads(np.random.default_rng(length), length)
+    expected = oracles.ssd_loop(**inputs)
+    with jax.enable_x64(double):
+        x = cast(inputs, double)
+
+        @jax.jit
+        def run(x):
+            def step(h, v):
+                return ss.ssd_step(h, v[0], v[1], x["A"], v[2], v[3], D=x["D"])
+
+            each = (x["x"], x["dt"], x["B"], x["C"])
+            return ss.ssd(**x, chunk=12), ss.recur(step, x["h0"], each)
+
+        for found in run(x):
+            close(found, expected, double)
+
+
+def test_zoh_option(x64):
+    inputs = oracles.selective(np.random.default_rng(0), 7)
+    expected = oracles.selective_loop(**inputs, zoh=True)
+    close(ss.selective_scan(**cast(inputs, True), discretisation="zoh"), expected, True)
+    x = cast(inputs, True)
+    now = (x[k][:, 0] for k in ("u", "dt"))
+    y, _ = ss.selective_step(
+        x["h0"], *now, x["A"], x["B"][:, 0], x["C"][:, 0], x["D"], x["z"][:, 0],
+        discretisation="zoh",
+    )  # fmt: skip
+    np.testing.assert_allclose(y, expected[0][:, 0], rtol=1e-10)
+
+
+def test_ssd_meets_the_reference(x64):
+    reference = oracles.load("ssd_chunked_scan")
+    given, expected = reference["inputs"], reference["expected"]
+    x = {k: jnp.asarray(given[k]) for k in ("x", "dt", "A", "B", "C", "D")}
+    h0, weight = jnp.asarray(given["initial_state"]), jnp.asarray(given["weight"])
+
+    def run(x, h0):
+        return ss.ssd(**x, h0=h0, chunk=given["chunk"])
+
+    y, h = run(x, h0)
+    np.testing.assert_allclose(y, expected["y"], rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(h, expected["final_state"], rtol=1e-9, atol=1e-11)
+    half = {k: v if v.ndim == 1 else v[:, : given["chunk"]] for k, v in x.items()}
+    middle = jnp.asarray(expected["states_at_chunk_starts"])
+    np.testing.assert_allclose(run(half, h0)[1], middle[:, 1], rtol=1e-9, atol=1e-11)
+    grads = jax.jit(jax.grad(lambda x, h0: jnp.sum(weight * run(x, h0)[0]), (0, 1)))(x, h0)
+    for name, wanted in expected["grad_of_sum_weight_y"].items():
+        found = grads[1] if name == "initial_state" else grads[0][name]
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11)
+
+
+RUNS = {
+    "sequential": (
+        oracles.selective,
+        lambda x: ss.selective_scan(**x, chunk=5, method="sequential"),
+    ),
+    "associative": (
+        oracles.selective,
+        lambda x: ss.selective_scan(**x, chunk=5, method="associative"),
+    ),
+    "ssd": (oracles.heads, lambda x: ss.ssd(**x, chunk=5)),
+}
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_gradients_agree_with_differences(double):
+    """Of every input; in float32 against those of float64."""
+    for name, (make, run) in RUNS.items():
+        inputs = make(np.random.default_rng(3), 23)
+
+        def loss(x, run=run):
+            y, h = run(x)
+            return jnp.sum(jnp.sin(y)) + jnp.sum(h**2)
+
+        with jax.enable_x64(True):
+            exact = jax.jit(jax.grad(loss))(cast(inputs, True))
+            value = jax.jit(loss)
+            for key, x in inputs.items():
+                direction = np.random.default_rng(len(key)).normal(size=x.shape)
+
+                def changed(v, k=key, value=value, inputs=inputs):
+                    return value({**cast(inputs, True), k: jnp.asarray(v)})
+
+                slope = oracles.difference(changed, x, direction)
+                np.testing.assert_allclose(np.sum(exact[key] * direction), slope, rtol=1e-6)
+        if not double:
+            found = jax.jit(jax.grad(loss))(cast(inputs, False))
+            for key, wanted in exact.items():
+                scale = np.abs(wanted).max()
+                np.testing.assert_allclose(found[key], wanted, atol=1e-4 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_masked_positions_change_nothing(x64, name):
+    make, run = RUNS[name]
+    rng = np.random.default_rng(4)
+    inputs = make(rng, 23)
+    where = rng.random((2, 23)) < 0.6
+    oracle = oracles.ssd_loop if name == "ssd" else oracles.selective_loop
+    expected = oracle(**inputs, where=where)
+    spoilt = {
+        k: np.where(where.reshape(2, 23, *(1,) * (v.ndim - 2)), v, np.nan)
+        if v.shape[:2] == (2, 23)
+        else v
+        for k, v in inputs.items()
+    }
+
+    def masked(x):
+        return run({**x, "where": jnp.asarray(where)})
+
+    close(masked(cast(spoilt, True)), expected, True)
+    grads = jax.grad(lambda x: jnp.sum(masked(x)[0]) + jnp.sum(masked(x)[1]))(cast(spoilt, True))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    if name == "sequential":
+        a = jnp.where(jnp.asarray(where)[..., None], jnp.asarray(inputs["dt"]), jnp.nan)
+        h, last = ss.linear_scan(a, a, where=jnp.asarray(where))
+        assert np.isfinite(h).all()
+        kept = [a[0, t] for t in range(23) if where[0, t]]
+        by_hand = 0
+        for v in kept:
+            by_hand = v * by_hand + v
+        np.testing.assert_allclose(last[0], by_hand, rtol=1e-12)
+
+
+def test_two_halves_are_the_whole(x64):
+    inputs = cast(oracles.heads(np.random.default_rng(5), 20), True)
+
+    def part(s):
+        return {k: v[:, s] if v.shape[:2] == (2, 20) else v for k, v in inputs.items()}
+
+    y, h = ss.ssd(**inputs, chunk=8)
+    first, middle = ss.ssd(**part(slice(0, 9)), chunk=8)
+    second, last = ss.ssd(**{**part(slice(9, 20)), "h0": middle}, chunk=8)
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), y, atol=1e-12)
+    np.testing.assert_allclose(last, h, atol=1e-12)
+
+
+def test_steps_of_any_size_are_finite():
+    """One huge step, and steps of 0: values, gradients and what is small beside the huge one."""
+    inputs = oracles.heads(np.random.default_rng(6), 40)
+    inputs["dt"][:, 3], inputs["dt"][:, 7] = 1e4, 0.0
+    exact = oracles.ssd_loop(**inputs)
+    with jax.debug_nans(True):
+        x = cast(inputs, False)
+        found = ss.ssd(**x, chunk=40)
+        grads = jax.grad(lambda x: jnp.sum(ss.ssd(**x, chunk=40)[0][:, 8:]))(x)
+    assert all(np.isfinite(g).all() for g in grads.values())
+    # The outputs after the step, whose sizes are those of the huge one, to 1e-5 of themselves.
+    np.testing.assert_allclose(found[0], exact[0], atol=1e-5 * np.abs(exact[0]).max())
+    inputs = oracles.selective(np.random.default_rng(6), 12)
+    inputs["dt"][:, 3], inputs["dt"][:, 7] = 1e4, 0.0
+    with jax.debug_nans(True):
+        x = cast(inputs, False)
+        for option in ("delta", "zoh"):
+
+            def run(x, o=option):
+                return jnp.sum(ss.selective_scan(**x, discretisation=o)[0])
+
+            assert all(np.isfinite(g).all() for g in jax.grad(run)(x).values())
+
+
+def test_types(unchecked):
+    x = cast(oracles.selective(np.random.default_rng(7), 6), False)
+    narrow = {k: v.astype(jnp.bfloat16) for k, v in x.items()}
+    y, h = ss.selective_scan(**narrow)
+    assert (y.dtype, h.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(np.float32(y), ss.selective_scan(**x)[0], atol=0.3)
+
+
+def test_memory_of_the_backward_pass_grows_with_the_number_of_chunks():
+    """From the compiled program: with a chunk of T it holds all T states, with sqrt(T) few."""
+    length, channels, states = 1024, 4, 256
+    shapes = oracles.selective(np.random.default_rng(8), length, 1, channels, states)
+    x = cast({k: v for k, v in shapes.items() if k not in ("B", "C", "h0")}, False)
+    small = jnp.ones((1, length, 1), jnp.float32)
+
+    def bytes_of(chunk):
+        def loss(x):
+            B = jnp.broadcast_to(small, (1, length, states))
+            return jnp.sum(ss.selective_scan(**x, B=B, C=B, chunk=chunk, method="sequential")[0])
+
+        compiled = jax.jit(jax.grad(loss)).lower(x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    state = 4 * channels * states
+    whole, half, root = (bytes_of(chunk) for chunk in (length, length // 2, 32))
+    assert whole > 2 * length * state
+    assert half < 0.7 * whole
+    assert root < 0.2 * whole
+
+
+def test_bad_input_is_refused_by_name(unchecked):
+    x = cast(oracles.selective(np.random.default_rng(9), 6), False)
+    y = cast(oracles.heads(np.random.default_rng(9), 6), False)
+
+    def scan(**changes):
+        return ss.selective_scan(**{**x, **changes})
+
+    def two(**changes):
+        return ss.ssd(**{**y, **changes})
+
+    one = jnp.ones((2, 6, 3))
+    cases = [
+        (lambda: scan(A=-x["A"]), "A must be at most 0"),
+        (lambda: scan(dt=-x["dt"]), "dt must be at least 0"),
+        (lambda: scan(dt=x["dt"][:, :5]), "shapes must be equal"),
+        (lambda: scan(B=x["B"][..., :3]), "B must have shape"),
+        (lambda: scan(h0=x["h0"][:1]), "h0 must have shape"),
+        (lambda: scan(chunk=0), "chunk must be at least 1"),
+        (lambda: scan(method="parallel"), "method must be one of"),
+        (lambda: scan(discretisation="tustin"), "discretisation must be one of"),
+        (lambda: scan(where=jnp.ones((2, 5), bool)), "where must have shape"),
+        (lambda: two(A=-y["A"]), "A must be at most 0"),
+        (lambda: two(A=y["A"][:1]), "A must have shape"),
+        (lambda: two(B=y["B"][:, :, :1].repeat(3, 2), C=y["C"][:, :, :1].repeat(3, 2)), "groups"),
+        (lambda: two(h0=y["h0"][..., :2]), "h0 must have shape"),
+        (lambda: ss.linear_scan(one, one[:, :5]), "shapes must be equal"),
+        (lambda: ss.linear_scan(one, one, jnp.ones((2, 4))), "h0 must have shape"),
+        (lambda: ss.linear_scan(one[:, :0], one[:, :0]), "at least one position"),
+        (lambda: ss.ssd_step(y["h0"][:1], *(y[k][:, 0] for k in ("x", "dt")), y["A"],
+                             y["B"][:, 0], y["C"][:, 0]), "state must have shape"),
+        (lambda: ss.conv_step(one, one[:, 0], jnp.ones((3, 3))), "tail must have shape"),
+    ]  # fmt: skip
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="where must be boolean"):
+        scan(where=jnp.ones((2, 6)))
