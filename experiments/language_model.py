@@ -31,7 +31,7 @@ from genjax import checks
 from genjax import data as text_data
 from genjax.autoregressive import bits_per_byte, generate, next_token, select
 from genjax.data import DataSpec
-from genjax.networks import GPT
+from genjax.networks import GPT, StateSpace, state_space_groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,10 +115,20 @@ def gpt(config: Config, vocabulary: int) -> nn.Module:
     )
 
 
+def state_space(config: Config, vocabulary: int, kind: Any) -> nn.Module:
+    """State space layers in place of attention; width is that of a position, 2 width inside."""
+    return StateSpace(
+        vocabulary, kind=kind, depth=config.depth, width=config.width, dropout=config.dropout
+    )
+
+
 # A network maps tokens [n, length] to logits [n, length, vocabulary], dropout_key by keyword; with
 # the methods `empty_cache(n, length)` and `step(cache, token, position)` it is sampled.
 NETWORKS: Mapping[str, Callable[[Config, int], nn.Module]] = {
     "gpt": gpt,
+    **{
+        name: functools.partial(state_space, kind=name) for name in ("s4", "s4d", "mamba", "mamba2")
+    },
 }
 
 
@@ -194,11 +204,17 @@ def build(config: Config, data: Data) -> System:
         return -next_token(functools.partial(network.apply, params), x.astype(jnp.int32))[0]
 
     warmup = min(100, config.steps // 10)
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
+
+    def rate(peak: float) -> Any:
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.steps)
+
+    # Rates, steps and skips of state spaces move slowly; a transformer has none.
+    slow = optax.adam(rate(min(config.learning_rate, 1e-3)), b2=0.99)
+    parts = {"rest": adamw(config, rate(config.learning_rate)), "slow": slow}
     return System(
         init,
         loss,
-        adamw(config, rate),
+        optax.multi_transform(parts, state_space_groups),
         sample,
         log_prob,
         likelihood={"batch_size": 16, "bits": False},

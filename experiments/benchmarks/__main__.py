@@ -62,6 +62,7 @@ JOBS: dict[str, Job] = {
     "continuous_flow": Job("flow_paths", CNF, {"rounds": 3}),
     "flow_matching": Job("flow_paths", {"workloads": ("fm", "fm_ot")}, {"rounds": 3}),
     "unet": Job("unet", {}, {"rounds": 2, "sample_rounds": 2, "batch_size": 2}),
+    "state_space": Job("state_space", {}, {"rounds": 2, "lengths": (256,)}),
     "metrics": Job("metrics", {}, {"rounds": 2, "samples": 1000, "width": 128}),
     "step_overhead": Job("vae", OVERHEAD, {"rounds": 6}),
     "depth": Job("depth", {}, {"networks": ("mlp", "tarflow")}),

@@ -12,6 +12,7 @@ from genjax.networks.layers import fourier_features as fourier_features
 from genjax.networks.lipschitz import *
 from genjax.networks.mlp import *
 from genjax.networks.precision import *
+from genjax.networks.state_space import *
 from genjax.networks.tarflow import *
 from genjax.networks.transformer import *
 from genjax.networks.unet import *

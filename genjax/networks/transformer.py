@@ -153,15 +153,16 @@ def apply_stack(
     params: Params,
     x: Float[Array, "batch length width"],
     *,
-    cache: Cache | None = None,
+    cache: Any = None,
     dropout_key: PRNGKey | None = None,
     remat: bool = False,
     **options: Any,
-) -> tuple[Float[Array, "batch length width"], Cache | None]:
+) -> tuple[Float[Array, "batch length width"], Any]:
     """Apply the blocks whose parameters are `stacked` one after another, in one scan.
 
-    cache: of `empty_cache`. remat: recompute each block in the backward pass instead of keeping
-    what it computes. options: what every block is called with.
+    cache: of `empty_cache`, or another pytree that the block takes, stacked. remat: recompute each
+    block in the backward pass instead of keeping what it computes. options: what every block is
+    called with.
     """
 
     def step(x: Array, scanned: tuple) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from genjax.networks import GPT
+from genjax.networks import GPT, StateSpace
 
 VOCABULARY, LENGTH = 3, 4
 
@@ -27,7 +27,13 @@ class Model(NamedTuple):
 
 
 def gpt(**fields: Any) -> Model:
-    net = GPT(VOCABULARY, **{"depth": 2, "width": 8, "heads": 4, "max_length": 8, **fields})
+    return methods(
+        GPT(VOCABULARY, **{"depth": 2, "width": 8, "heads": 4, "max_length": 8, **fields})
+    )
+
+
+def methods(net: Any) -> Model:
+    """The model of a network with a cache."""
     return Model(
         lambda key: net.init(key, jnp.zeros((1, LENGTH), jnp.int32)),
         net.apply,
@@ -44,4 +50,7 @@ MODELS = {
     "gpt2": gpt(),
     "llama": gpt(**MODERN, tied=False),
     "interleaved": gpt(**MODERN, rotary_layout="interleaved", qk_norm=True, remat=True),
+    "mamba": methods(
+        StateSpace(VOCABULARY, kind="mamba", depth=2, width=8, block_options=(("states", 4),))
+    ),
 }

@@ -83,6 +83,16 @@ def test_a_short_run_leaves_its_files_and_goes_on_from_a_prompt(tmp_path, capsys
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("network", ["s4", "s4d", "mamba", "mamba2"])
+def test_state_spaces_are_networks_too(tmp_path, network):
+    summary = language_model.main(config(tmp_path, network=network, steps=30))
+    assert 0 < summary["bits_per_byte"] < 8  # that of guessing
+    system, params, _ = _system.reopen(tmp_path / "run")
+    samples = system.sample(params, _system.keys(0).sample, 2)
+    np.testing.assert_array_equal(samples, np.load(tmp_path / "run" / "samples.npy"))
+
+
+@pytest.mark.slow
 def test_a_resumed_run_equals_one(tmp_path):
     def final(folder):
         with np.load(folder / "run" / "params.npz") as file:
