@@ -313,8 +313,7 @@ class StateSpace(nn.Module):
         self, cache: Any, token: Int[Array, " batch"], position: Int[Array, " batch"]
     ) -> tuple[Float[Array, "batch outputs"], Any]:
         """Logits of each row's `position`, where `token` is the one before it; at 0 any token."""
-        self._language()
-        token = jnp.where(position == 0, self.vocabulary, token)
+        token = jnp.where(position == 0, self._start(), token)
         h, cache = self._run(self._enter(token[:, None]), cache)
         return self._leave(h)[:, 0], cache
 
@@ -325,15 +324,16 @@ class StateSpace(nn.Module):
 
         The step that follows gets the last of these tokens, and their number as position.
         """
-        self._language()
-        start = jnp.full((len(tokens), 1), self.vocabulary, tokens.dtype)
+        start = jnp.full((len(tokens), 1), self._start(), tokens.dtype)
         h = self._enter(jnp.concatenate([start, tokens[:, :-1]], axis=1))
         h, cache = self._run(h, cache)
         return self._leave(h), cache
 
-    def _language(self) -> None:
-        if not self.shift:
+    def _start(self) -> int:
+        """The start token of a model of a language."""
+        if not self.shift or self.vocabulary is None:
             raise ValueError("a cache needs shift=True: the model of a language")
+        return self.vocabulary
 
     def _enter(self, x: Array) -> Array:
         if self.vocabulary is None:

@@ -278,7 +278,9 @@ def dplr_convolution(
     return _with_skip(y, d, u), _state_of(h)
 
 
-def _model(u: Any, h0: Any, where: Any, eigenvalues: Any, dt: Any, **vectors: Any) -> Any:
+def _model(
+    u: Any, h0: Any, where: Any, eigenvalues: Any, dt: Any, **vectors: Any
+) -> tuple[Array, ...]:
     """The parameters as [channels, ...] of u, everything checked."""
     _checks.length("u", u)
     checks.rank("u", u, 3)
@@ -330,9 +332,11 @@ def short_convolution(
         x = jnp.take_along_axis(x, order[..., None], axis=1)
         rank, ends = jnp.maximum(jnp.cumsum(where, axis=1) - 1, 0), jnp.sum(where, axis=1)
     seen = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
-    y = sum(seen[:, k : k + length] * weight[None, None, k] for k in range(before + 1))
+    y = jnp.zeros_like(x)
+    for k in range(before + 1):
+        y = y + seen[:, k : k + length] * weight[None, None, k]
     y = y if bias is None else y + bias[None, None]
-    if rank is None:
+    if where is None or rank is None:
         return y, seen[:, length:]
     y = jnp.take_along_axis(y, rank[..., None], axis=1)
     last = ends[:, None] + jnp.arange(before)[None]
