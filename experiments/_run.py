@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments._command import experiment_of, resume_command
 from experiments._config import MAY_DIFFER, RunConfig, TrainConfig
 from genjax import checks
 from genjax.training import (
@@ -50,7 +51,9 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, Stopped):  # of runs inside a run the outermost is the one to resume
+            error.resume = resume_command(self.config, self.folder)
         self.close()
 
     def close(self) -> None:
@@ -76,6 +79,10 @@ def launch(main: Callable[[Any], Any], config_type: type) -> None:
         if given[0] is not None or "JAX_COORDINATOR_ADDRESS" in os.environ:
             initialize_distributed(*given)
         main(config)
+    except Stopped as stop:
+        if stop.resume and jax.process_index() == 0:
+            print(f"resume with: {stop.resume}", file=sys.stderr, flush=True)
+        raise
     except (RunError, CheckpointError, NonFiniteError, OSError, ValueError, ImportError) as error:
         notes = getattr(error, "__notes__", [])
         sys.exit(" ".join("; ".join([f"error: {error}", *notes]).split()))
@@ -89,13 +96,6 @@ def keep_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "genjax" / "jax"))
-
-
-def experiment_of(config: RunConfig) -> str:
-    """The module that defines the Config, by the name under which it can be imported again."""
-    module = sys.modules[type(config).__module__]
-    spec = getattr(module, "__spec__", None)
-    return spec.name if spec is not None else Path(module.__file__ or "run").stem
 
 
 def start_run(config: RunConfig) -> Run:

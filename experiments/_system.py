@@ -24,6 +24,7 @@ import optax
 
 from experiments import _judge, _pictures, _run
 from experiments._data import Data
+from experiments._keys import CARRY, keys
 from genjax.data import Scaling
 from genjax.networks import computing_in
 from genjax.training import (
@@ -69,7 +70,7 @@ class System(NamedTuple):
     best: str | None = None
     """The score whose smallest value chooses the checkpoint to report (default: the last one)."""
     init_carry: Callable[[Any, Any], Any] | None = None
-    """(key, params) -> what no gradient moves, at the start; the key is that of `init`."""
+    """(key, params) -> what no gradient moves, at the start; the key is not that of `init`."""
     absorb: Any = None
     """(carry, params, seen) -> carry after each update; of two players a pair, None where one has
     none."""
@@ -81,15 +82,6 @@ class System(NamedTuple):
     """Further options of `make_train_step` or `make_saddle_step`."""
     remat: bool = False
     """Whether the networks follow `config.remat`, as transformers and U-Nets do."""
-
-
-class Keys(NamedTuple):
-    """The four keys of a run: for the weights, the steps, the test split and the samples."""
-
-    init: Any
-    run: Any
-    test: Any
-    sample: Any
 
 
 class Training(NamedTuple):
@@ -114,11 +106,6 @@ class Row(NamedTuple):
 
     def options(self, kind: str) -> Mapping[str, Any] | None:
         return {"images": self.images, "points": self.plane}.get(kind)
-
-
-def keys(seed: int) -> Keys:
-    """One split for all experiments."""
-    return Keys(*jax.random.split(jax.random.key(seed), 4))
 
 
 def train(
@@ -154,30 +141,32 @@ def train(
 
 def start(config: Any, system: System) -> Any:
     """The state at step 0, in the layout of `config.sharding`."""
-    key_init, key_run, *_ = keys(config.seed)
-    make, init_carry, whole = initial(config, system, key_run)
+    key_init = keys(config.seed).init
+    make, init_carry, whole = initial(config, system)
     if getattr(config, "sharding", "replicated") == "fsdp":
         return init_sharded(data_mesh(config.devices), whole, key_init)
     params = jax.jit(system.init)(key_init)
-    return make(params, jax.jit(init_carry)(key_init, params))
+    return make(params, jax.jit(init_carry)(params))
 
 
-def initial(config: Any, system: System, key_run: Any) -> tuple[Callable[..., Any], ...]:
-    """(params, carry) -> state, (key, params) -> carry, and both in one: key -> state."""
+def initial(config: Any, system: System) -> tuple[Callable[..., Any], ...]:
+    """(params, carry) -> state, params -> carry, and both in one: key -> state."""
+    found = keys(config.seed)
+    key_carry = jax.random.fold_in(found.batches, CARRY)
 
     def make(params: Any, carry: Any) -> Any:
         options = {"ema_decays": (config.ema,), "carry": carry}
         if callable(system.loss):
-            return init_state(params, system.optimizer, key_run, **options)
+            return init_state(params, system.optimizer, found.run, **options)
         players = params["critic"], params["generator"]
-        return init_saddle_state(*players, *system.optimizer, key_run, **options)
+        return init_saddle_state(*players, *system.optimizer, found.run, **options)
 
-    def init_carry(key: Any, params: Any) -> Any:
-        return None if system.init_carry is None else system.init_carry(key, params)
+    def init_carry(params: Any) -> Any:
+        return None if system.init_carry is None else system.init_carry(key_carry, params)
 
     def whole(key: Any) -> Any:
         params = system.init(key)
-        return make(params, init_carry(key, params))
+        return make(params, init_carry(params))
 
     return make, init_carry, whole
 

@@ -303,11 +303,13 @@ def judge_points(
 ) -> dict[str, Any]:
     """Distance of samples to test points, and the score's error where the law is a mixture."""
     test = data.test["x"]
-    summary = {"sliced_wasserstein": metrics.sliced_wasserstein(key, test[: len(samples)], samples)}
+    key_distance, key_score = jax.random.split(key)
+    found = metrics.sliced_wasserstein(key_distance, test[: len(samples)], samples)
+    summary: dict[str, Any] = {"sliced_wasserstein": found}
     means, std = (getattr(DENSITIES[data.spec.name], name, None) for name in ("means", "std"))
     if means is not None and std is not None:
-        points = jnp.asarray(test[:1000]) - model.shift
-        summary["score_error"] = score_error(model, params, points, means - model.shift, std, key)
+        points, means = jnp.asarray(test[:1000]) - model.shift, means - model.shift
+        summary["score_error"] = score_error(model, params, points, means, std, key_score)
     return summary
 
 

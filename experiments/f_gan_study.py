@@ -132,9 +132,9 @@ def fit_by_training(config: Config, name: str) -> tuple[float, float, float]:
     @jax.jit
     def run(key: jax.Array) -> tuple[Any, jax.Array]:
         generator = {"mean": jnp.zeros(()), "log_std": jnp.zeros(())}
-        state = init_saddle_state(
-            critic.init(key, jnp.zeros((1, 1))), generator, *optimizers, key, ema_decays=(0.99,)
-        )
+        key_init, key_run = jax.random.split(key)
+        start = critic.init(key_init, jnp.zeros((1, 1)))
+        state = init_saddle_state(start, generator, *optimizers, key_run, ema_decays=(0.99,))
         data = lambda key: sample_mixture(key, n_critic * n).reshape(n_critic, n, 1)  # noqa: E731
         state, metrics = train_scan(step, state, data, num_steps=config.steps)
         last = max(1, config.steps // 10)

@@ -115,8 +115,10 @@ def build(config: Config, data: Data) -> System:
         return y + config.noise * jax.random.normal(key, y.shape)
 
     def init(key: jax.Array) -> Any:
+        key_net, key_noise = jax.random.split(key)
         # Glow's actnorm is set from this batch.
-        return flow.init(key, prepare(key, jnp.asarray(data.train["x"][: config.batch_size])))
+        first = prepare(key_noise, jnp.asarray(data.train["x"][: config.batch_size]))
+        return flow.init(key_net, first)
 
     def loss(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         key_noise, key_net, key_label = jax.random.split(key, 3)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _pictures, _run, _system
+from experiments import _keys, _pictures, _run
 from experiments._data import Data, load_data
 from experiments._system import Measures, Row, System, parameter_count, prepare, weights
 from genjax import checks, flows
@@ -200,7 +200,7 @@ def paired(
     config: Config, scaling: Any, batches: Callable[[int], Any]
 ) -> Callable[[int], dict[str, np.ndarray]]:
     """Batches of data with the noise that the exact assignment gives them: x0, x1 (and label)."""
-    root = jax.random.fold_in(jax.random.key(config.seed), jax.process_index())
+    root = jax.random.fold_in(_keys.keys(config.seed).batches, jax.process_index())
 
     @jax.jit
     def noise_and_data(step: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -216,6 +216,7 @@ def paired(
         parts = []
         for i in range(0, len(x1), config.pair_size):
             part = {name: x[i : i + config.pair_size] for name, x in whole.items()}
+            # An assignment draws nothing from the key.
             pairs = flows.sample_pairs(root, coupling=exact_assignment, **part)
             parts.append({**part, **pairs._asdict()})
         return {name: np.concatenate([part[name] for part in parts]) for name in whole}
@@ -231,7 +232,7 @@ def sinkhorn_plan(share: float) -> Callable[[jax.Array], jax.Array]:
 def pairs_of(config: Config, data: Data, params: Any) -> dict[str, np.ndarray]:
     """Pairs (noise, end of its path) of the trained flow, with labels where it takes them."""
     count, network = config.reflow_pairs, make_network(config, data)
-    key = jax.random.fold_in(_system.keys(config.seed).sample, 1)
+    key = jax.random.fold_in(_keys.keys(config.seed).batches, _keys.PAIRS)
     x0 = jax.random.normal(key, (count, *data.spec.shape))
     label = data.labels(count) if config.conditional else None
 
@@ -252,12 +253,12 @@ class Comparison:
 
     def __init__(self, config: Config, data: Data):
         self.config, self.data, self.network = config, data, make_network(config, data)
-        key, key_label, self.key_distance = jax.random.split(_system.keys(config.seed).test, 3)
+        key, key_label, self.key_distance = jax.random.split(_keys.keys(config.seed).test, 3)
         key_a, key_b, key_noise = (
             jax.random.split(k, config.draws) for k in jax.random.split(key, 3)
         )
-        self.real, self.again = ([self.fresh(key) for key in keys] for keys in (key_a, key_b))
-        self.noises = [jax.random.normal(key, self.real[0].shape) for key in key_noise]
+        self.real, self.again = ([self.fresh(k) for k in keys] for keys in (key_a, key_b))
+        self.noises = [jax.random.normal(k, self.real[0].shape) for k in key_noise]
         self.label, self.samples = None, {}
         if config.conditional:
             size = (len(self.noises[0]),)
@@ -267,10 +268,9 @@ class Comparison:
         """Fresh data: of the density itself, or half of the images of the test split."""
         if self.data.kind == "points":
             return DENSITIES[self.data.spec.name].sample(key, self.config.samples)
-        test = jnp.asarray(self.data.test["x"])
-        return self.data.scaling().dequantise(
-            key, jax.random.permutation(key, test)[: len(test) // 2]
-        )
+        test, (key_half, key_noise) = jnp.asarray(self.data.test["x"]), jax.random.split(key)
+        half = jax.random.permutation(key_half, test)[: len(test) // 2]
+        return self.data.scaling().dequantise(key_noise, half)
 
     def distance(self, samples: list[jax.Array]) -> jax.Array:
         """Sliced Wasserstein distance (p = 2) to fresh data, the mean over the draws."""

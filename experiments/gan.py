@@ -110,7 +110,7 @@ def build(config: Config, data: Data) -> System:
         return spectral_normalise(critic, vectors)[1]
 
     def init_carry(key: jax.Array, params: Any) -> Any:
-        start = init_power(params["critic"], jax.random.split(key)[0])
+        start = init_power(params["critic"], key)
         return power(start, params["critic"])
 
     return system._replace(init_carry=init_carry, absorb=(power, None))

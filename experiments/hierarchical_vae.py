@@ -232,12 +232,14 @@ def plot_levels(folder: Any, model: Model, params: Any, data: Data, key: jax.Arr
     the image's own upper levels, as the most likely level of every pixel."""
     x = jnp.asarray(data.test["x"][:10])
     levels = model.levels(params, None)
-    latents = hierarchical_latents(model.bottom_up(params, None), levels, key, x)
+    key_latents, key_levels, key_pixels = jax.random.split(key, 3)
+    latents = hierarchical_latents(model.bottom_up(params, None), levels, key_latents, x)
     rows = [x]
     for count in range(len(levels) + 1):
-        h, _ = hierarchical_sample(key, levels, (10, *model.top), latents=latents[:count])
+        # The same noise in every row: they differ by what is given alone.
+        h, _ = hierarchical_sample(key_levels, levels, (10, *model.top), latents=latents[:count])
         raw = model.decode(params, h)
-        rows.append(model.draw(key, raw))
+        rows.append(model.draw(key_pixels, raw))
     sheet = np.concatenate([np.asarray(row) for row in rows])
     high = (data.spec.levels or 2) - 1
     _pictures.save_grid(folder / "levels.png", sheet, high=high, columns=10)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _judge, _pictures, _run, _system, ppca
+from experiments import _judge, _keys, _pictures, _run, ppca
 from experiments._data import Data, load_data
 from experiments._pixels import in_hundreds, pixel_law
 from experiments._priors import Prior, make_prior
@@ -120,10 +120,11 @@ def main(config: Config) -> dict[str, Any]:
     model = make_model(config, data.spec, data.train["x"])
 
     def report(run: _run.Run, params: Any, samples: np.ndarray) -> dict[str, Any]:
-        plot_latents(run.folder, model, params, data, _system.keys(config.seed).sample)
+        key = jax.random.fold_in(_keys.keys(config.seed).batches, _keys.PICTURES)
+        plot_latents(run.folder, model, params, data, key)
         bound = _judge.likelihood(
             system._replace(log_prob=bound_of(model, 0)), data, num_draws=1, estimator="bound"
-        )(params, _system.keys(config.seed).test, data.test)
+        )(params, _keys.keys(config.seed).test, data.test)
         linear = ppca.score(data, config.ppca_components, config.seed)
         return {
             "test_bound": bound["test_log_likelihood"],

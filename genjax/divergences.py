@@ -24,7 +24,7 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array, Bool, Float
 
 from genjax import checks
-from genjax.numerics import at_least_float32, masked_mean
+from genjax.numerics import at_least_float32, exp_excess, masked_mean
 from genjax.typing import LogProbFn
 
 __all__ = ["F_DIVERGENCES", "FDivergence", "f_divergence"]
@@ -109,19 +109,11 @@ def _u_log_u(log_ratio: Array) -> Array:
     return jnp.where(zero, 0, jnp.exp(log_ratio) * jnp.where(zero, 0, log_ratio))
 
 
-def _exp_excess(x: Array) -> Array:
-    """exp(x) - 1 - x, never negative: near 0 by its series, where the difference would cancel."""
-    near = jnp.abs(x) < 0.5
-    s = jnp.where(near, x, 0)
-    series = functools.reduce(lambda tail, k: 1 + s / k * tail, range(14, 2, -1), jnp.ones_like(s))
-    return jnp.where(near, jnp.square(s) / 2 * series, jnp.expm1(x) - x)
-
-
 def _u_log_u_excess(log_ratio: Array) -> Array:
     """u log u - u + 1 = u (exp(-l) - 1 + l) with l = log u; 1 at l = -infinity."""
     near = jnp.abs(log_ratio) < 0.5
     s = jnp.where(near, log_ratio, 0)
-    return jnp.where(near, jnp.exp(s) * _exp_excess(-s), _u_log_u(log_ratio) - jnp.expm1(log_ratio))
+    return jnp.where(near, jnp.exp(s) * exp_excess(-s), _u_log_u(log_ratio) - jnp.expm1(log_ratio))
 
 
 def _jensen_shannon_of_log(x: Array) -> Array:
@@ -163,6 +155,18 @@ def _jeffreys_conjugate(t: Array) -> Array:
 def _pearson_conjugate(t: Array) -> Array:
     t = jnp.maximum(t, -2)
     return t * (t / 4 + 1)
+
+
+@jax.custom_jvp
+def _half_tanh(v: Array) -> Array:
+    return jnp.tanh(v) / 2
+
+
+@_half_tanh.defjvp
+def _half_tanh_jvp(primals, tangents):
+    # Not (1 - tanh^2) / 2, whose digits are gone far out: all that is left there is tanh's error.
+    (v,), (dv,) = primals, tangents
+    return _half_tanh(v), 2 * jax.nn.sigmoid(2 * v) * jax.nn.sigmoid(-2 * v) * dv
 
 
 def _tv_critic(ratio: Array) -> Array:
@@ -275,8 +279,8 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         dual="total_variation",
         conjugate=_below(0.5, lambda t: jnp.maximum(t, -0.5), closed=True),
         domain=(-math.inf, 0.5),
-        activation=lambda v: jnp.tanh(v) / 2,
-        conjugate_activation=lambda v: jnp.tanh(v) / 2,
+        activation=_half_tanh,
+        conjugate_activation=_half_tanh,
         optimal_critic=_tv_critic,
     ),
 }
@@ -284,7 +288,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
 
 # f(u) - f'(1) (u - 1) of log u: the same divergence, as p and q have the same mass, but never
 # negative. Averages of f itself have the noise of the mean of u - 1.
-_CENTRED = {"kl": _u_log_u_excess, "reverse_kl": _exp_excess}
+_CENTRED = {"kl": _u_log_u_excess, "reverse_kl": exp_excess}
 
 
 def f_divergence(

@@ -56,6 +56,19 @@ def log_mean_exp(x: Float[Array, "..."], axis: int | Sequence[int] = 0) -> Float
     return jax.nn.logsumexp(at_least_float32(x), axis=axes) - math.log(count)
 
 
+def exp_excess(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """exp(x) - 1 - x, never negative: near 0 by its series, where the difference would cancel.
+
+    What a divergence of two close laws is made of: KL of Gaussians, u - 1 - log u.
+    """
+    near = jnp.abs(x) < 0.5
+    s = jnp.where(near, x, 0)
+    series = jnp.ones_like(s)
+    for k in range(14, 2, -1):  # s^14 / 14! is below the rounding of float64
+        series = 1 + s / k * series
+    return jnp.where(near, jnp.square(s) / 2 * series, jnp.expm1(x) - x)
+
+
 def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Square root whose gradient at 0 is 0, not infinite; NaN of what is NaN or negative."""
     zero = x == 0

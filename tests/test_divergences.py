@@ -107,7 +107,8 @@ def test_stable_form_has_the_right_gradient_far_out(name, x64):
     v = np.array([-14.0, -5.0, -1.0, 0.3, 2.0, 9.0, 14.0])
     exact = jax.vmap(jax.grad(lambda v: entry.conjugate(entry.activation(v))))(jnp.asarray(v))
     stable = jax.vmap(jax.grad(lambda v: entry.conjugate_activation(v)))(v.astype(np.float32))
-    np.testing.assert_allclose(stable, exact, rtol=2e-5, atol=2e-7)  # 1 - tanh^2 to 3 2^-24
+    # jax differentiates expm1 as expm1 + 1, to a rounding of 1, in the squared Hellinger distance.
+    np.testing.assert_allclose(stable, exact, rtol=2e-5, atol=1e-7 if "hellinger" in name else 0)
 
 
 def test_jeffreys_conjugate_has_second_derivatives(x64):

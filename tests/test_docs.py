@@ -5,6 +5,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,3 +55,26 @@ def test_links_between_files_resolve():
             if "://" in target or target.startswith("tutorials/"):
                 continue
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_every_block_of_the_readme_runs_as_it_stands(block):
+    """Each by itself, as a reader pastes it, on eight examples of four numbers."""
+    if "import equinox" in block:
+        pytest.importorskip("equinox")
+    found = {}
+    exec(compile(block, "README.md", "exec"), found)
+    out = found["encode"](jnp.ones((8, 4)))
+    assert {len(a) for a in jax.tree.leaves(out)} == {8}
+    if "losses" in found:
+        assert found["losses"].shape == (8,)
+        assert jnp.all(jnp.isfinite(found["losses"]))
+
+
+def test_the_readme_has_blocks():
+    assert len(BLOCKS) >= 3

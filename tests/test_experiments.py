@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
-from experiments import _pictures, _run, _system
+from experiments import _pictures, _run, _system, flow_matching
 from experiments.__main__ import experiments
-from genjax.training import CheckpointError, Checkpoints
+from genjax.training import CheckpointError, Checkpoints, Stopped
 
 from .training import tiny
 
@@ -79,6 +81,34 @@ def test_a_longer_resumed_run_equals_one(tmp_path):
     resumed, whole = final(tmp_path / "run"), final(tmp_path / "whole" / "run")
     for name in whole:
         np.testing.assert_array_equal(resumed[name], whole[name])
+
+
+def test_the_printed_command_resumes_with_the_same_options(tmp_path):
+    """Every kind of option, through the shell's quoting and the command line's parser."""
+    folder = tmp_path / "my run"
+    given = flow_matching.Config(
+        methods=("flow", "ot"), sigma_min=1e-3, conditional=True, progress=False, data_dir="a b",
+        devices=1, dataset="digits", seed=7, max_seconds=0.5,
+    )  # fmt: skip
+    python, flag, module, *options = shlex.split(_run.resume_command(given, folder))
+    assert (python, flag, module) == (sys.executable, "-m", "experiments.flow_matching")
+    parsed = tyro.cli(flow_matching.Config, args=options)
+    assert parsed == dataclasses.replace(given, run_dir=str(folder), resume=True)
+
+
+def test_of_a_run_inside_a_run_the_outer_one_is_resumed(tmp_path, monkeypatch, capsys):
+    def main(config):
+        with _run.start_run(config) as run:
+            inner = dataclasses.replace(config, run_dir=str(run.folder / "part"), seed=1)
+            with _run.start_run(inner):
+                raise Stopped("stopped", 143)
+
+    monkeypatch.setattr(sys, "argv", ["tiny", "--run-dir", str(tmp_path / "run"), "--steps", "9"])
+    with pytest.raises(SystemExit) as stop:
+        _run.launch(main, tiny.Config)
+    assert stop.value.code == 143
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("resume with:")]
+    assert line.endswith(f"--steps 9 --run-dir {tmp_path / 'run'} --resume")
 
 
 def test_resume_needs_the_same_options_and_a_whole_config(tmp_path):

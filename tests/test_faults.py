@@ -8,8 +8,11 @@ import contextlib
 import datetime
 import os
 import random
+import re
 import resource
+import shlex
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -121,7 +124,12 @@ def test_sigterm_saves_and_ends_cleanly(whole_fork, forks, tmp_path):
     assert message in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert not (tmp_path / "run" / "summary.json").exists()
-    assert forks.run(tmp_path / "run", *options, "--resume").returncode == 0
+    # One line goes on as it stands.
+    (line,) = re.findall(r"^resume with: (.*)$", stopped.stderr, re.MULTILINE)
+    python, _, module, *again = shlex.split(line)
+    assert (python, module) == (sys.executable, "tests.training.tiny")
+    assert again[-3:] == ["--run-dir", str(tmp_path / "run"), "--resume"]
+    assert forks.run(tmp_path / "run", *again).returncode == 0
     check_equal(tmp_path / "run", expected)
 
 

@@ -1,5 +1,7 @@
 """Oracles for genjax.numerics: numpy in float64, gradients by hand, extremes."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,20 @@ def test_log_mean_exp_against_scipy_at_extremes(axis, compiled):
     want = logsumexp(np.asarray(x, np.float64), axis=axis) - np.log(count)
     got = compiled(lambda v: numerics.log_mean_exp(v, axis))(x)
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_exp_excess_is_never_negative_and_keeps_its_digits(compiled):
+    """Against float64 with mpmath's digits from the series; its derivative is exp(x) - 1."""
+    x = np.concatenate([np.geomspace(1e-18, 80, 400), [0.5, 0.0]]).astype(np.float32)
+    x = np.concatenate([x, -x])
+    wide = x.astype(np.float64)
+    series = sum(wide**k / math.factorial(k) for k in range(2, 25))
+    exact = np.where(np.abs(wide) < 1, series, np.exp(wide) - 1 - wide)
+    value, slope = compiled(jax.vmap(jax.value_and_grad(numerics.exp_excess)))(jnp.asarray(x))
+    assert jnp.all(value >= 0)
+    np.testing.assert_allclose(value, exact, rtol=2e-5, atol=1e-37)
+    np.testing.assert_allclose(slope, np.expm1(wide), rtol=2e-5, atol=1e-37)
+    assert numerics.exp_excess(jnp.array(-jnp.inf)) == jnp.inf
 
 
 def test_safe_sqrt_and_norms_at_zero_nan_and_elsewhere(compiled):

@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, Int
 
 from genjax import checks
 from genjax.alignment.log_probs import (
-    MAX_LOG_RATIO,
     Losses,
     Mask,
     Scalar,
@@ -17,7 +16,7 @@ from genjax.alignment.log_probs import (
     log_ratio,
     prepare,
 )
-from genjax.numerics import at_least_float32
+from genjax.numerics import at_least_float32, exp_excess
 
 __all__ = [
     "adapt_beta",
@@ -123,9 +122,8 @@ def kl_estimate(log_p: Tokens, log_ref: Tokens, kind: str = "k3") -> Tokens:
         return log
     if kind == "k2":
         return 0.5 * jnp.square(log)
-    # expm1 where the ratio is near 1: exp(-l) - 1 + l cancels to l^2 / 2.
-    kept = jnp.clip(-log, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return jnp.where(jnp.abs(log) < 1, jnp.expm1(kept), bounded_ratio(-log) - 1) + log
+    near = jnp.abs(log) < 1
+    return jnp.where(near, exp_excess(jnp.where(near, -log, 0)), bounded_ratio(-log) - 1 + log)
 
 
 def kl_rewards(

@@ -5,6 +5,7 @@ from genjax.data.loading import load as load
 from genjax.data.pipeline import Records as Records
 from genjax.data.pipeline import batch_at as batch_at
 from genjax.data.pipeline import check_arrays as check_arrays
+from genjax.data.pipeline import in_order as in_order
 from genjax.data.pipeline import num_examples as num_examples
 from genjax.data.pipeline import stream as stream
 from genjax.data.scaling import Scaling as Scaling

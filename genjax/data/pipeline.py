@@ -43,6 +43,48 @@ def batch_at(
     """
     checks.integer("seed", seed, least=0)
     checks.integer("step", step, least=0)
+    share = _share(batch_size, process_index, process_count)
+    size = num_examples(data)
+    if batch_size > size:
+        raise ValueError(
+            f"batch_size must be at most the split's {size} examples, got {batch_size}"
+        )
+    epoch, position = divmod(step, size // batch_size)
+    start = position * batch_size + process_index * share
+    return _take(data, _permutation(size, seed, epoch)[start : start + share])
+
+
+def in_order(
+    data: Mapping[str, Any] | Records,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Iterate over a split once, in its order, to the last example: for evaluation.
+
+    Yields (batch, keep). Every batch has the same shape, so that one compiled program serves all:
+    the last is filled up with copies of the last example, where `keep` [batch] is False. Process i
+    of `process_count` gets the i-th of equal shares of each batch, and all get as many batches.
+
+    Raises ValueError: an empty split, arrays of unequal length, batch not divisible by the
+    processes, a batch that holds NaN. TypeError: dtypes that are not numbers.
+    """
+    share = _share(batch_size, process_index, process_count)
+    size = num_examples(data)
+    if size == 0:
+        raise ValueError("data must hold at least one example, got none")
+
+    def batches() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+        for start in range(process_index * share, size + process_index * share, batch_size):
+            rows = np.arange(start, start + share)
+            yield _take(data, np.minimum(rows, size - 1)), rows < size
+
+    return batches()
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> int:
+    """How many examples of a batch are this process' own."""
     checks.integer("batch_size", batch_size, least=1)
     checks.integer("process_count", process_count, least=1)
     checks.integer("process_index", process_index, least=0)
@@ -54,15 +96,10 @@ def batch_at(
         raise ValueError(
             f"batch_size must be divisible by process_count={process_count}, got {batch_size}"
         )
-    size = num_examples(data)
-    if batch_size > size:
-        raise ValueError(
-            f"batch_size must be at most the split's {size} examples, got {batch_size}"
-        )
-    epoch, position = divmod(step, size // batch_size)
-    share = batch_size // process_count
-    start = position * batch_size + process_index * share
-    indices = _permutation(size, seed, epoch)[start : start + share]
+    return batch_size // process_count
+
+
+def _take(data: Mapping[str, Any] | Records, indices: np.ndarray) -> dict[str, np.ndarray]:
     if isinstance(data, Mapping):
         batch = {name: np.asarray(array)[indices] for name, array in data.items()}
     else:

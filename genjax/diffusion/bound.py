@@ -9,7 +9,7 @@ from genjax import checks
 from genjax.diffusion.denoising import check_times, same_shape
 from genjax.diffusion.discrete import posterior
 from genjax.diffusion.schedules import Process, Scalar
-from genjax.numerics import at_least_float32, expand_to, sum_event
+from genjax.numerics import at_least_float32, exp_excess, expand_to, sum_event
 from genjax.randomness import low_discrepancy
 from genjax.typing import DenoiserFn, PRNGKey
 
@@ -101,10 +101,12 @@ def variational_bound(
         same_shape(mean, x)
         first = number == 1
         moments = posterior(process, t, s)
-        ratio = jnp.where(first, 1.0, moments.variance / moments.forward_variance) ** mix
-        variance = jnp.where(first, 1.0, moments.variance / ratio)
+        log_ratio = mix * jnp.log(
+            jnp.where(first, 1.0, moments.variance / moments.forward_variance)
+        )
+        variance = jnp.where(first, 1.0, moments.variance / jnp.exp(log_ratio))
         error = sum_event(jnp.square(x - mean))
-        kl = 0.5 * dims * (ratio - 1 - jnp.log(ratio))
+        kl = 0.5 * dims * exp_excess(log_ratio)
         kl = kl + 0.5 * moments.x0_coef**2 * error / variance
         std = jnp.broadcast_to(expand_to(process.sigma(t), x), x.shape)
         decoded = sum_event(-discretised_gaussian(x, mean, std, levels=levels, low=low, high=high))

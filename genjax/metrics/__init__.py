@@ -8,11 +8,13 @@ from genjax.metrics.distances import sliced_wasserstein as sliced_wasserstein
 from genjax.metrics.extractors import Extractor as Extractor
 from genjax.metrics.extractors import feature_extractor as feature_extractor
 from genjax.metrics.fidelity import DensityCoverage as DensityCoverage
+from genjax.metrics.fidelity import InceptionScore as InceptionScore
 from genjax.metrics.fidelity import PrecisionRecall as PrecisionRecall
 from genjax.metrics.fidelity import TwoSampleTest as TwoSampleTest
 from genjax.metrics.fidelity import classifier_two_sample as classifier_two_sample
 from genjax.metrics.fidelity import density_coverage as density_coverage
 from genjax.metrics.fidelity import inception_score as inception_score
+from genjax.metrics.fidelity import inception_score_splits as inception_score_splits
 from genjax.metrics.fidelity import memorisation_share as memorisation_share
 from genjax.metrics.fidelity import precision_recall as precision_recall
 from genjax.metrics.kernels import KERNELS as KERNELS
@@ -32,3 +34,9 @@ from genjax.metrics.modes import reverse_kl_modes as reverse_kl_modes
 from genjax.metrics.provenance import Measured as Measured
 from genjax.metrics.provenance import hash_of as hash_of
 from genjax.metrics.provenance import measure as measure
+from genjax.metrics.running import RunningMoments as RunningMoments
+from genjax.metrics.running import compute_moments as compute_moments
+from genjax.metrics.running import init_moments as init_moments
+from genjax.metrics.running import merge_moments as merge_moments
+from genjax.metrics.running import merge_processes as merge_processes
+from genjax.metrics.running import update_moments as update_moments

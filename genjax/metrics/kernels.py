@@ -1,5 +1,6 @@
 """Kernel distances between two samples of features: MMD with a choice of kernels, and KID."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -75,8 +76,10 @@ def kid(
         values = jax.lax.map(
             lambda rows: mmd(x[rows[0]], y[rows[1]], kernel=kernel), (chosen[0], chosen[1])
         )
-    spread = jnp.std(values, ddof=1) if num_subsets > 1 else jnp.full_like(values[0], jnp.nan)
-    return KID(jnp.mean(values), spread)
+    if num_subsets == 1:
+        return KID(jnp.mean(values), jnp.full_like(values[0], jnp.nan))
+    # Equal subsets have no spread, and its gradient there is 0.
+    return KID(jnp.mean(values), safe_sqrt(jnp.var(values, ddof=1)))
 
 
 @in_float64
@@ -189,11 +192,20 @@ def _unbiased(xx: Array, yy: Array, xy: Array, n: int, m: int) -> Array:
 def polynomial_kernel(degree: int = 3, offset: float | int = 1.0) -> KernelFn:
     """(x.y / d + offset)^degree, less offset^degree, which cancels in every MMD.
 
-    Without the constant, which would be most of the value, float32 rounds less of the rest.
+    Without the constant, which would be most of the value, float32 rounds less of the rest. Raises
+    ValueError unless the degree is a whole number of at least 1.
     """
-    return lambda x, y: (
-        (jnp.dot(x, y.T, precision=HIGHEST) / x.shape[1] + offset) ** degree - offset**degree
-    )
+    checks.integer("degree", degree, 1)
+
+    def kernel(x: Array, y: Array) -> Array:
+        inner = jnp.dot(x, y.T, precision=HIGHEST) / x.shape[1]
+        value = jnp.zeros_like(inner)
+        # Horner's rule for the sum over j >= 1 of binom(degree, j) inner^j offset^(degree - j).
+        for j in range(degree, 0, -1):
+            value = (value + math.comb(degree, j) * offset ** (degree - j)) * inner
+        return value
+
+    return kernel
 
 
 def gaussian_kernel(bandwidth: float | int | Float[Array, ""]) -> KernelFn:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from genjax import checks
-from genjax.numerics import at_least_float32, log_mean_exp
+from genjax.numerics import at_least_float32, log_mean_exp, safe_sqrt
 from genjax.typing import PRNGKey
 
 
@@ -116,7 +116,7 @@ def test_log_likelihood(
     )
     per_example = nats.reshape(-1)[:size] + num_dims * log_det
     mean = jnp.mean(per_example)
-    spread = jnp.std(per_example, ddof=1) if size > 1 else jnp.full_like(mean, jnp.nan)
+    spread = safe_sqrt(jnp.var(per_example, ddof=1)) if size > 1 else jnp.full_like(mean, jnp.nan)
     bits = bits_per_dim(mean, num_dims)
     return Likelihood(mean, bits, spread / math.sqrt(size), per_example)
 

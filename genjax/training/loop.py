@@ -39,6 +39,7 @@ class Stopped(SystemExit):
     def __init__(self, message: str, status: int):
         super().__init__(status)
         self.message = message
+        self.resume: str | None = None  # the command that goes on, where the caller knows it
 
     def __str__(self) -> str:
         return self.message

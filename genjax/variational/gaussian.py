@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from genjax import checks
-from genjax.numerics import at_least_float32, sum_event
+from genjax.numerics import at_least_float32, exp_excess, sum_event
 from genjax.typing import PRNGKey
 
 __all__ = ["gaussian_kl", "gaussian_kl_between", "gaussian_sample"]
@@ -26,8 +26,7 @@ def gaussian_kl(
     """
     checks.same_shape(mean=mean, log_var=log_var)
     mean, log_var = at_least_float32(mean), at_least_float32(log_var)
-    # expm1 keeps the digits where the variance is near 1 and s^2 - 1 would lose them.
-    return 0.5 * sum_event(jnp.square(mean) + jnp.expm1(log_var) - log_var)
+    return 0.5 * sum_event(jnp.square(mean) + exp_excess(log_var))
 
 
 def gaussian_kl_between(
@@ -48,7 +47,7 @@ def gaussian_kl_between(
     log_ratio = log_var0 - log_var1
     # Scaled before it is squared: 1 / s1^2 alone would overflow twice as early.
     distance = jnp.square((mean0 - mean1) * jnp.exp(-0.5 * log_var1))
-    return 0.5 * sum_event(distance + jnp.expm1(log_ratio) - log_ratio)
+    return 0.5 * sum_event(distance + exp_excess(log_ratio))
 
 
 def gaussian_sample(

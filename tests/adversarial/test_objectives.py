@@ -118,6 +118,17 @@ def test_donsker_varadhan_and_nwj_meet_the_reference(x64):
     )
 
 
+def test_nwj_is_never_above_donsker_varadhan():
+    """log m <= m / e, with equality at m = e: any scores, also those for which both bounds meet."""
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(rng.normal(size=(200, 2, 30)) * np.geomspace(1e-3, 10, 200)[:, None, None])
+    scores = scores.astype(jnp.float32)
+    for shift in (-5.0, 0.0, 1.0, 3.0):
+        dv = jax.vmap(donsker_varadhan)(scores[:, 0] + shift, scores[:, 1] + shift).bound
+        below = jax.vmap(nwj)(scores[:, 0] + shift, scores[:, 1] + shift).bound
+        assert jnp.all(below <= dv + 1e-5 * (1 + jnp.abs(dv)))
+
+
 def test_donsker_varadhan_ignores_a_constant_even_a_large_one():
     real, fake = jnp.asarray(REAL, jnp.float32), jnp.asarray(FAKE, jnp.float32)
     plain = donsker_varadhan(real, fake).bound

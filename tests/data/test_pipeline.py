@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from genjax.data import batch_at, check_arrays, stream
+from genjax.data import batch_at, check_arrays, in_order, stream
 
 ARRAYS = {"x": np.arange(100, dtype=np.float32)[:, None], "label": np.arange(100) % 10}
 
@@ -109,3 +109,33 @@ def test_bad_arrays():
         batch_at({"x": np.zeros(3), "label": np.zeros(2)}, seed=0, step=0, batch_size=1)
     with pytest.raises(ValueError, match="at least one array"):
         check_arrays({})
+
+
+def test_in_order_gives_every_example_once_in_its_order():
+    """A tail, a batch larger than the split, several processes, records on disk."""
+    data = {"x": np.arange(22).reshape(11, 2), "label": np.arange(11)}
+
+    class OnDisk:
+        def __len__(self):
+            return 11
+
+        def take(self, indices):
+            return {name: array[indices] for name, array in data.items()}
+
+    for source in (data, OnDisk()):
+        for batch_size, count in ((4, 3), (11, 1), (1, 11), (16, 1)):
+            found = list(in_order(source, batch_size=batch_size))
+            assert len(found) == count
+            assert {batch["x"].shape for batch, _ in found} == {(batch_size, 2)}
+            rows = np.concatenate([batch["label"][keep] for batch, keep in found])
+            np.testing.assert_array_equal(rows, data["label"])
+    shares = [
+        list(in_order(data, batch_size=6, process_index=i, process_count=3)) for i in range(3)
+    ]
+    assert {len(share) for share in shares} == {2}
+    rows = [batch["label"][keep] for step in zip(*shares, strict=True) for batch, keep in step]
+    np.testing.assert_array_equal(np.concatenate(rows), data["label"])
+    with pytest.raises(ValueError, match="divisible by process_count=3, got 4"):
+        in_order(data, batch_size=4, process_count=3)
+    with pytest.raises(ValueError, match="at least one example"):
+        in_order({"x": np.zeros((0, 2))}, batch_size=4)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import _system
+from experiments import _keys, _system
 from experiments._data import Data, Points, load_data
 from experiments._run import RunError
 from experiments._system import System, reopen
@@ -161,3 +161,32 @@ def test_levels_become_numbers_in_one_place():
         points.require("images")
     with pytest.raises(ValueError, match="dataset must have labels, which 'moons' has not"):
         points.require("points", labels=True)
+
+
+def numbers(key):
+    return tuple(jax.random.key_data(key).tolist())
+
+
+def test_no_key_of_a_run_serves_a_second_purpose():
+    """The carry's key is not that of the weights, nor one split or folded from it."""
+    given = {}
+
+    def init_carry(key, params):
+        jax.debug.callback(lambda data: given.update(carry=tuple(data.tolist())),
+                           jax.random.key_data(key))  # fmt: skip
+        return jnp.zeros(())
+
+    system = stub.build(CONFIG, load_data(CONFIG))
+    _system.start(CONFIG, system._replace(init_carry=init_carry))
+    jax.effects_barrier()
+    keys = _system.keys(CONFIG.seed)
+    derived = {numbers(key): name for name, key in keys._asdict().items()}
+    assert len(derived) == 5
+    for name, key in keys._asdict().items():
+        if name != "batches":
+            for i in range(8):  # what init, a loss or a sampler splits off
+                derived[numbers(jax.random.fold_in(key, i))] = f"{name}, {i}"
+    for use in (_keys.CARRY, _keys.PAIRS, _keys.PICTURES, 0, 1):
+        folded = numbers(jax.random.fold_in(keys.batches, use))
+        assert folded not in derived, derived.get(folded)
+    assert given["carry"] == numbers(jax.random.fold_in(keys.batches, _keys.CARRY))

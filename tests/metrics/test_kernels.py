@@ -128,6 +128,24 @@ def test_kid_reads_subsets_off_one_gram_matrix(x64, key, monkeypatch):
     assert float(once.std) > 0
 
 
+def test_kid_of_equal_subsets_has_a_finite_gradient(key):
+    """Every subset is the whole sample: a spread of 0, and no NaN from its root."""
+    x, y = jax.random.normal(key, (2, 6, 3))
+    with jax.debug_nans(True):
+        found = lambda x: kid(key, x, y, num_subsets=2, subset_size=6)  # noqa: E731
+        slope = jax.jit(jax.grad(lambda x: sum(found(x))))(x)
+    by_mean = jax.jit(jax.grad(lambda x: mmd(x, y, kernel=polynomial_kernel())))(x)
+    np.testing.assert_allclose(slope, by_mean, rtol=1e-3, atol=1e-5)
+
+
+def test_polynomial_kernel_of_small_inner_products():
+    """(u + 1)^3 - 1 = 3 u + ...: float32 against float64 at u near 1e-6."""
+    x = np.random.default_rng(0).normal(size=(5, 4)) * 1e-3
+    u = x @ x.T / 4
+    found = polynomial_kernel()(jnp.float32(x), jnp.float32(x))
+    np.testing.assert_allclose(found, 3 * u + 3 * u**2 + u**3, rtol=1e-4, atol=1e-12)
+
+
 def test_kid_of_equal_laws_is_near_zero_with_both_signs():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 100, 4)).astype(np.float32)

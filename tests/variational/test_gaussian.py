@@ -60,6 +60,17 @@ def test_kl_near_zero_keeps_its_digits():
     np.testing.assert_allclose(gaussian_kl(jnp.zeros((1, 1)), log_var), 2.50083354e-7, rtol=1e-3)
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-7, 1e-5, 1e-3])
+def test_kl_of_close_laws_is_never_negative(size):
+    """Log variances near 0, where exp(l) - 1 - l loses its sign with its digits: l^2 / 4."""
+    log_var = size * jax.random.normal(jax.random.key(0), (500, 1))
+    exact = np.asarray(log_var, np.float64)[:, 0] ** 2 / 4
+    zero = jnp.zeros_like(log_var)
+    for kl in (gaussian_kl(zero, log_var), gaussian_kl_between(zero, log_var, zero, zero)):
+        assert jnp.all(kl >= 0)
+        np.testing.assert_allclose(kl, exact, rtol=3e-3 if size == 1e-3 else 1e-4)
+
+
 def test_kl_sums_over_every_event_axis():
     m, v = jnp.array(M0, jnp.float32), jnp.array(V0, jnp.float32)
     np.testing.assert_allclose(
