@@ -30,7 +30,7 @@ from experiments._system import Row, System, adamw, train
 from genjax import checks, metrics
 from genjax import diffusion as gd
 from genjax.data import DENSITIES, DataSpec
-from genjax.networks import TimeMLP, UNet
+from genjax.networks import DiT, TimeMLP, UNet
 
 ROWS = (Row("diffusion", "Diffusion, with labels", {}, {"width": 128, "num_samples": 10_000}),)
 PROCESSES: dict[str, Callable[[], gd.Process]] = {
@@ -79,12 +79,16 @@ class Config(_run.TrainConfig):
     """Mean of log(sigma / alpha) in training."""
     noise_std: float = 1.4
     """Its standard deviation."""
-    network: Literal["mlp", "unet"] = "mlp"
-    """Residual MLP on the flattened event, or U-Net."""
+    network: Literal["mlp", "unet", "dit"] = "mlp"
+    """Residual MLP on the flattened event, U-Net, or a transformer over patches."""
     width: int = 384
-    """Units of the MLP's layers."""
+    """Units of the MLP's layers, or the width of a token (dit)."""
     depth: int = 3
-    """Residual blocks of the MLP."""
+    """Residual blocks of the MLP, or blocks of the transformer."""
+    heads: int = 6
+    """Attention heads (dit)."""
+    patch: int = 2
+    """Side of a patch (dit)."""
     channels: tuple[int, ...] = ()
     """Channels of the U-Net, one entry per resolution (default: 32, then 64 for each halving of the
     image, at least one, down to at most 8 pixels)."""
@@ -179,7 +183,7 @@ def build(config: Config, data: Data) -> System:
         evaluations=evaluations(config),
         count=config.num_samples,
         labels=labels,
-        remat=config.network == "unet",
+        remat=config.network in ("unet", "dit"),
     )
 
 
@@ -229,6 +233,10 @@ def make_model(config: Config, data: Data) -> Model:
             dropout=config.dropout,
             remat=config.remat,
         )
+    elif config.network == "dit":
+        data.require("images")
+        sizes = (config.patch, config.width, config.depth, config.heads, spec.classes)
+        network = DiT(*sizes, dropout=config.dropout, remat=config.remat)
     else:
         network = TimeMLP(config.width, config.depth, "layer", spec.classes, dropout=config.dropout)
     process = PROCESSES[config.process]()

@@ -32,7 +32,7 @@ from experiments._system import Measures, Row, System, parameter_count, prepare,
 from genjax import checks, flows
 from genjax.data import DENSITIES
 from genjax.metrics import sliced_wasserstein
-from genjax.networks import TimeMLP
+from genjax.networks import DiT, TimeMLP
 from genjax.training import export_npz
 from genjax.transport import sinkhorn_from_cost
 
@@ -59,10 +59,16 @@ class Config(_run.TrainConfig):
     """Entropy of the sinkhorn coupling, as a share of the mean cost."""
     conditional: bool = False
     """Give the labels to the network and pair within the class."""
+    network: Literal["mlp", "dit"] = "mlp"
+    """Residual MLP on the flattened event, or a transformer over patches (images only)."""
     width: int = 128
-    """Hidden units."""
+    """Hidden units, or the width of a token."""
     depth: int = 3
-    """Residual layers."""
+    """Residual layers, or blocks of the transformer."""
+    heads: int = 4
+    """Attention heads (dit)."""
+    patch: int = 2
+    """Side of a patch (dit)."""
     dropout: float = 0.0
     """Share of hidden units dropped in training."""
     learning_rate: float = 2e-3
@@ -128,15 +134,19 @@ def fit(config: Config, whole: _run.Run, data: Data, method: Method, flow: Any) 
     return params
 
 
-def make_network(config: Config, data: Data) -> TimeMLP:
+def make_network(config: Config, data: Data) -> TimeMLP | DiT:
     """The field's network, with labels where the config asks for them."""
     if config.conditional and not data.spec.classes:
         raise ValueError(f"conditional needs a data set with classes, got {data.spec.name!r}")
     classes = data.spec.classes if config.conditional else None
-    return TimeMLP(config.width, config.depth, classes=classes, dropout=config.dropout)
+    if config.network == "mlp":
+        return TimeMLP(config.width, config.depth, classes=classes, dropout=config.dropout)
+    data.require("images")
+    sizes = (config.patch, config.width, config.depth, config.heads, classes)
+    return DiT(*sizes, dropout=config.dropout, remat=config.remat)
 
 
-def velocity(network: TimeMLP, params: Any, label: Any = None, key: Any = None) -> Any:
+def velocity(network: TimeMLP | DiT, params: Any, label: Any = None, key: Any = None) -> Any:
     """The field v(x, t), with label and dropout key closed over."""
     return lambda x, t: network.apply(params, x, t, label=label, dropout_key=key)
 
@@ -174,6 +184,7 @@ def build(config: Config, data: Data) -> System:
         sample,
         evaluations=config.sample_steps,
         labels=data.labels() if config.conditional else None,
+        remat=config.network == "dit",
     )
     if method != "ot":
         return system

@@ -45,6 +45,14 @@ def network(x, t):
     return jnp.tanh(x @ W.astype(x.dtype)) / (1 + t.astype(x.dtype)[:, None])
 
 
+def half_network(x, t):
+    return 0.5 * network(x, t)
+
+
+def mean_network(x, t, s):
+    return network(x, t) * s.astype(x.dtype)[:, None]
+
+
 def critic(x):
     return jnp.sum(jnp.tanh(x @ W.astype(x.dtype)), axis=1)
 
@@ -125,6 +133,22 @@ CASES = {
         (LEVELS - 0.5,),
         extremes=(-0.5, 0.5),
     ),
+    "consistency_loss": Case(
+        lambda k, x: diffusion.consistency_loss(network, k, x, num_levels=11), (X,)
+    ),
+    "trig_consistency_loss": Case(
+        lambda k, x: diffusion.trig_consistency_loss(network, k, x), (X,)
+    ),
+    "progressive_distillation_loss": Case(
+        lambda k, x: diffusion.progressive_distillation_loss(
+            network, half_network, k, x, process=diffusion.Cosine(), num_steps=4
+        ),
+        (X,),
+    ),
+    "distribution_matching_loss": Case(
+        lambda k, x: diffusion.distribution_matching_loss(network, half_network, k, x, process=VE),
+        (X,),
+    ),
     "log_likelihood": Case(
         lambda k, x: diffusion.log_likelihood(network, x, process=VE, num_steps=4), (X,)
     ),
@@ -140,6 +164,11 @@ CASES = {
         extremes=(0.1, 5.0),
     ),
     "flow_matching_loss": Case(lambda k, x, y: flows.flow_matching_loss(network, k, x, y), (X, Y)),
+    "mean_flow_loss": Case(lambda k, x, y: flows.mean_flow_loss(mean_network, k, x, y), (X, Y)),
+    "shortcut_loss": Case(lambda k, x, y: flows.shortcut_loss(mean_network, k, x, y), (X, Y)),
+    "bridge_matching_loss": Case(
+        lambda k, x, y: flows.bridge_matching_loss(network, k, x, y, sigma=0.5), (X, Y)
+    ),
     "curvature": Case(lambda k, x: flows.curvature(network, x, num_steps=3), (X,)),
     "next_token": Case(
         lambda k, z: autoregressive.next_token(lambda _: jnp.stack([z, -z], -1), BITS, z_loss=1e-4),
@@ -202,6 +231,12 @@ OBJECTIVES = {
     "wasserstein": scored(adversarial.wasserstein),
     "hinge": scored(adversarial.hinge),
     "least_squares": scored(adversarial.least_squares),
+    "relativistic": Objective(
+        adversarial.relativistic,
+        (X[:, 0], Y[:, 0]),
+        lambda real, fake, *masks: adversarial.relativistic(real, fake, where=masks),
+        paired=True,
+    ),
     "f_divergence": Objective(
         lambda x: density_ratio(x), (X,), lambda x, mask: density_ratio(x, mask), extremes=(0, 10.0)
     ),
@@ -227,6 +262,8 @@ NOT_OF_SAMPLES = {
     "sinkhorn_from_cost": "of a cost matrix",
     "sinkhorn_from_ott": "of a geometry",
     "ppca_fit": "a fit",
+    "path_length_penalty": "of a generator and its styles",
+    "ada_update": "a controller",
     "perplexity": "of indices",
     "lookup_free_quantise": "codes and their entropies",
 }

@@ -4,6 +4,9 @@ divergences (ground floor): the table of f-divergences. objectives: what critic 
 minimise, and the bound between them. penalties: on the critic's gradient and weights.
 """
 
+from genjax.adversarial.augment import *
 from genjax.adversarial.objectives import *
 from genjax.adversarial.penalties import *
+from genjax.adversarial.relativistic import *
+from genjax.adversarial.style import *
 from genjax.divergences import *

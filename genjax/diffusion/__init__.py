@@ -2,6 +2,14 @@
 
 from genjax.diffusion.bound import discretised_gaussian as discretised_gaussian
 from genjax.diffusion.bound import variational_bound as variational_bound
+from genjax.diffusion.consistency import consistency_function as consistency_function
+from genjax.diffusion.consistency import consistency_levels as consistency_levels
+from genjax.diffusion.consistency import consistency_loss as consistency_loss
+from genjax.diffusion.consistency import consistency_sample as consistency_sample
+from genjax.diffusion.consistency import level_probabilities as level_probabilities
+from genjax.diffusion.consistency import num_levels_at as num_levels_at
+from genjax.diffusion.consistency import trig_consistency_loss as trig_consistency_loss
+from genjax.diffusion.consistency import trig_function as trig_function
 from genjax.diffusion.denoising import PREDICTIONS as PREDICTIONS
 from genjax.diffusion.denoising import convert as convert
 from genjax.diffusion.denoising import denoiser as denoiser
@@ -13,6 +21,14 @@ from genjax.diffusion.discrete import DiscreteTime as DiscreteTime
 from genjax.diffusion.discrete import ddpm_betas as ddpm_betas
 from genjax.diffusion.discrete import discrete as discrete
 from genjax.diffusion.discrete import posterior as posterior
+from genjax.diffusion.distillation import ddim_move as ddim_move
+from genjax.diffusion.distillation import (
+    distribution_matching_loss as distribution_matching_loss,
+)
+from genjax.diffusion.distillation import (
+    progressive_distillation_loss as progressive_distillation_loss,
+)
+from genjax.diffusion.distillation import progressive_target as progressive_target
 from genjax.diffusion.grids import time_grid as time_grid
 from genjax.diffusion.guidance import classifier_free_guidance as classifier_free_guidance
 from genjax.diffusion.guidance import classifier_guidance as classifier_guidance

@@ -68,8 +68,10 @@ class TimeMLP(nn.Module):
     of t in [0, 1] and in the one-hot label. With norm "layer", h <- h + W2 silu((1 + scale)
     norm(W1 silu(norm(h))) + shift), norm a layer norm without parameters: scale and shift are
     linear in the vector of `Conditioning`, of size `embedding`, made from t of order 1. The label
-    `classes`, and no label, stand for none. The output starts at 0, so that an EDM-preconditioned
-    denoiser starts at c_skip x. dropout: share of the silu's outputs dropped where a key is given.
+    `classes`, and no label, stand for none. end: a second time, for mean velocities u(x, t, end):
+    the features of end - t stand beside those of t, or are added to them. The output starts at 0,
+    so that an EDM-preconditioned denoiser starts at c_skip x. dropout: share of the silu's outputs
+    dropped where a key is given.
     """
 
     width: int = 128
@@ -88,6 +90,7 @@ class TimeMLP(nn.Module):
         t: Float[Array, " batch"],
         label: Int[Array, " batch"] | None = None,
         *,
+        end: Float[Array, " batch"] | None = None,
         dropout_key: PRNGKey | None = None,
     ) -> Float[Array, "batch *event"]:
         checks.shape("t", t, (x.shape[0],))
@@ -99,10 +102,16 @@ class TimeMLP(nn.Module):
         if normed:
             condition = layers.Conditioning(self.embedding, self.classes, dtype=self.dtype)
             embedded = condition(t, label)
+            if end is not None:
+                embedded = embedded + layers.Conditioning(self.embedding, dtype=self.dtype)(end - t)
             shifts = []
         else:
             # One product gives the shifts of all the layers.
             features = self._harmonics_and_label(t, label).astype(x.dtype)
+            if end is not None:
+                checks.shape("end", end, t.shape)
+                step = layers.harmonics(end - t, self.num_harmonics).astype(x.dtype)
+                features = jnp.concatenate([features, step], axis=1)
             shifts = jnp.split(dense(self.width * self.depth)(features), self.depth, axis=1)
         h = dense(self.width)(flat)
         for i in range(self.depth):

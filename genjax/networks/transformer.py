@@ -136,7 +136,9 @@ class Block(nn.Module):
         return self._dense(up, h.shape[-1], "down", residual=True)
 
 
-def stacked(owner: nn.Module, name: str, module: nn.Module, num: int, *inputs: Any) -> Params:
+def stacked(
+    owner: nn.Module, name: str, module: nn.Module, num: int, *inputs: Any, **options: Any
+) -> Params:
     """Parameters of `num` copies of a module on a leading axis, as parameter `name` of `owner`.
 
     module: unbound (`parent=None`). Each copy is initialised with a key of its own.
@@ -144,7 +146,7 @@ def stacked(owner: nn.Module, name: str, module: nn.Module, num: int, *inputs: A
     # `param` would trace `init` again at every call, to compare shapes.
     if owner.has_variable("params", name):
         return owner.get_variable("params", name)
-    init = jax.vmap(lambda key: module.init(key, *inputs)["params"])
+    init = jax.vmap(lambda key: module.init(key, *inputs, **options)["params"])
     return owner.param(name, lambda key: init(jax.random.split(key, num)))
 
 

@@ -1,0 +1,44 @@
+"""Short runs of the image GANs, whole: what they write."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import _system, stylegan
+
+QUICK = stylegan.Config(
+    width=8, groups=2, steps=4, steps_per_call=2, batch_size=8, log_every=2, devices=1,
+    progress=False, conditional=True,
+)  # fmt: skip
+
+
+def test_a_short_run_leaves_its_files(tmp_path):
+    folder = tmp_path / "run"
+    summary = stylegan.main(dataclasses.replace(QUICK, run_dir=str(folder)))
+    assert np.isfinite(summary["precision"])
+    assert np.load(folder / "samples.npy").shape[1:] == (8, 8, 1)
+    assert _system.reopen(folder)[2].network == "r3gan"
+
+
+def test_smallest_feature_maps():
+    assert [stylegan.smallest(n) for n in (8, 28, 32, 64, 12)] == [4, 7, 4, 4, 6]
+
+
+def test_points_need_perceptrons():
+    with pytest.raises(ValueError, match="dataset must be of images, got '25gaussians'"):
+        stylegan.main(stylegan.Config(dataset="25gaussians"))
+
+
+@pytest.mark.slow
+def test_stylegan2_carries_its_means(tmp_path):
+    folder = tmp_path / "run"
+    config = dataclasses.replace(
+        QUICK, network="stylegan2", augment=True, steps=18, latent_dim=8, run_dir=str(folder)
+    )
+    summary = stylegan.main(config)
+    assert np.isfinite(summary["precision"])
+    system, params, _ = _system.reopen(folder, truncation=0.5)
+    assert np.abs(params["mean"]).max() > 0
+    samples = system.sample(params, _system.keys(0).sample, 3, np.arange(3))
+    assert samples.shape == (3, 8, 8, 1)
