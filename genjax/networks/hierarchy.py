@@ -81,23 +81,24 @@ class ImageHierarchy(nn.Module):
         checks.integer("depth", self.depth, 1)
         self._check_sides()
         num, width = len(self.sides), self.width
-        options = {"dropout": self.dropout}
+        rate = self.dropout
         self.stem = nn.Dense(width)
         self.downs = [nn.Dense(width) for _ in range(num - 1)]
         self.ups = [
             nn.Dense(width * (b // a) ** 2)
             for a, b in zip(self.sides, self.sides[1:], strict=False)
         ]
-        self.rising = [[Residual(width, **options) for _ in range(self.depth)] for _ in range(num)]
-        self.falling = [[Residual(width, **options) for _ in range(self.depth)] for _ in range(num)]
-        self.priors = [Head(width, n, **options, zero=True) for n in self.latents[1:]]
-        self.posteriors = [Head(width, n, **options) for n in self.latents]
+        self.rising = [[Residual(width, dropout=rate) for _ in range(self.depth)] for _ in range(num)]
+        self.falling = [[Residual(width, dropout=rate) for _ in range(self.depth)] for _ in range(num)]
+        self.priors = [Head(width, n, dropout=rate, zero=True) for n in self.latents[1:]]
+        self.posteriors = [Head(width, n, dropout=rate) for n in self.latents]
         self.merges = [nn.Dense(width) for _ in range(num)]
         self.out = nn.Dense(self.shape[2] * math.prod(n // self.sides[-1] for n in self.shape[:2]))
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
         """All of it once, with the latents at their priors' means: for `init`."""
-        features, h = self.features(x), None
+        features = self.features(x)
+        h: Any = None
         for i in range(len(self.sides)):
             mean = self.posterior(i, h, features[i])[0]
             h = self.merge(i, h, mean if i == 0 else self.prior(i, h)[0])
