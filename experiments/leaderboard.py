@@ -31,8 +31,9 @@ from experiments._system import Row
 from genjax import checks
 
 # In the order of the table; each has its rows as ROWS.
-MODULES = ("ppca", "vae", "hierarchical_vae", "f_gan", "gan", "wgan", "stylegan", "sinkhorn_gan",
-           "flow", "flow_matching", "few_step", "continuous_flow", "diffusion")  # fmt: skip
+MODULES = ("ppca", "vae", "vqvae", "hierarchical_vae", "f_gan", "gan", "wgan", "stylegan",
+           "sinkhorn_gan", "flow", "flow_matching", "few_step", "continuous_flow",
+           "diffusion")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

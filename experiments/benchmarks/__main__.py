@@ -29,7 +29,7 @@ from experiments.__main__ import experiments
 from experiments.benchmarks import _table
 
 PEERS = ("jax", "torch", "ott-jax", "POT", "geomloss", "flowjax", "distrax", "zuko", "nflows",
-         "torchcfm", "torchdiffeq", "diffrax", "diffusers")  # fmt: skip
+         "torchcfm", "torchdiffeq", "diffrax", "diffusers", "vector-quantize-pytorch")  # fmt: skip
 UNITS = {"flops": "GFLOP/s", "bytes": "GB/s", "exps": "Gexp/s"}
 
 
@@ -64,6 +64,7 @@ JOBS: dict[str, Job] = {
     "unet": Job("unet", {}, {"rounds": 2, "sample_rounds": 2, "batch_size": 2}),
     "state_space": Job("state_space", {}, {"rounds": 2, "lengths": (256,)}),
     "metrics": Job("metrics", {}, {"rounds": 2, "samples": 1000, "width": 128}),
+    "vector_quantisation": Job("vector_quantisation", {}, {"rounds": 2, "steps": 3}),
     "step_overhead": Job("vae", OVERHEAD, {"rounds": 6}),
     "depth": Job("depth", {}, {"networks": ("mlp", "tarflow")}),
     "scaling": Job("scaling", {}, {"devices": (1, 2), "processes": ()}),

@@ -1,4 +1,4 @@
-"""Learnt priors and hierarchies as experiments: short runs, files, refusals."""
+"""Learnt priors, codes and hierarchies as experiments: short runs, files, refusals."""
 
 import dataclasses
 import json
@@ -8,19 +8,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _priors, _system, hierarchical_vae, vae
+from experiments import _priors, _system, hierarchical_vae, vae, vqvae
 from experiments._data import load_data
 from genjax.data import DataSpec
+from genjax.variational import perplexity
 
 COMMON = {"devices": 1, "progress": False, "batch_size": 32, "steps_per_call": 1}
 LEVELS = hierarchical_vae.Config(
     **COMMON, latents=(4, 2), sides=(1, 2), width=16, steps=6, test_samples=2
 )
+CODES = vqvae.Config(**COMMON, codes=8, channels=(8, 16), prior_width=16, prior_depth=1, steps=6)
 
 
 @pytest.fixture(scope="module")
 def data():
     return load_data(LEVELS)
+
+
+def losses(system, data, n=3):
+    """As many updates of the compiled step from the start: (state, losses)."""
+    config = system[1]
+    state, step, batches = _system.prepare(config, system[0], data)
+    found = []
+    for i in range(n):
+        state, metrics = step(state, batches(i))
+        found.append(float(metrics["loss"]))
+    return state, found
 
 
 def test_hierarchy_run(tmp_path):
@@ -38,6 +51,61 @@ def test_hierarchy_run(tmp_path):
         params, _system.keys(config.seed).sample
     )
     np.testing.assert_array_equal(again, np.load(folder / "samples.npy"))
+
+
+def test_codes_run(tmp_path):
+    folder = tmp_path / "run"
+    summary = vqvae.main(dataclasses.replace(CODES, run_dir=str(folder)))
+    assert len(summary["perplexity"]) == 1
+    assert 1 <= summary["perplexity"][0] <= 8
+    # Everything is counted: the codes alone cost what the prior says.
+    assert 0 < summary["bits_per_dim_of_codes"] <= 16 * 3 / 64 + 1e-3
+    assert summary["bits_per_dim"] > summary["bits_per_dim_of_codes"]
+    assert (folder / "reconstructions.png").stat().st_size > 500
+    system, params, _ = _system.reopen(folder)
+    assert len(params["carried"]) == 1
+    x = system.sample(params, jax.random.key(0), 3)
+    assert x.shape == (3, 8, 8, 1)
+    assert x.max() <= 16
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantiser": "residual", "conditional": True},
+        {"levels": 2, "conditional": True},
+        {"quantiser": "fsq", "fsq_levels": (4, 3), "levels": 2},
+        {"quantiser": "lfq"},
+    ],
+)
+@pytest.mark.slow
+def test_other_codes(changes, data):
+    config = dataclasses.replace(CODES, **changes)
+    system = vqvae.build(config, data)
+    state, found = losses((system, config), data)
+    assert np.isfinite(found).all()
+    params = _system.weights(config, system, state)
+    nats = system.log_prob(params, None, jnp.asarray(data.test["x"][:4], jnp.float32))
+    assert nats.shape == (4,)
+    label = jnp.array([1, 2]) if config.conditional else None
+    x = jax.jit(lambda p, k: system.sample(p, k, 2, label))(params, jax.random.key(0))
+    assert x.shape == (2, 8, 8, 1)
+
+
+@pytest.mark.slow
+def test_codebooks_follow_their_latents(data):
+    """The carry moves by the averages, and dead codes come back: all of them are in use."""
+    config = CODES
+    system, model = vqvae.build(config, data), vqvae.make_model(config, data)
+    start = _system.start(config, system)
+    state, _ = losses((system, config), data, n=12)
+    before, after = start.carry[0][0], state.carry[0][0]  # one level, one stage
+    assert np.abs(after.codebook - before.codebook).max() > 1e-3
+    np.testing.assert_allclose(
+        after.codebook, after.sums / after.counts[:, None], rtol=1e-3, atol=1e-3
+    )
+    coded = model.encode(state.params, state.carry, None, jnp.asarray(data.train["x"][:400]))
+    assert perplexity(coded[0].codes, 8) > 4
 
 
 @pytest.mark.parametrize("prior", ["vamp", "mixture", "flow"])
@@ -75,12 +143,23 @@ def test_bad_input(data, tmp_path):
     config = dataclasses.replace(LEVELS, sides=(1, 3), run_dir=str(tmp_path / "run"))
     with pytest.raises(ValueError, match="sides must be multiples of the ones above"):
         hierarchical_vae.main(config)
+    with pytest.raises(ValueError, match="halve the image 4 times, which 8x8 does not allow"):
+        vqvae.build(dataclasses.replace(CODES, channels=(8, 8, 8, 8), levels=2), data)
+    with pytest.raises(ValueError, match="codes must be a power of two for lfq, got 6"):
+        vqvae.build(dataclasses.replace(CODES, quantiser="lfq", codes=6), data)
+    config = dataclasses.replace(CODES, quantiser="fsq", fsq_levels=(2, 5))
+    with pytest.raises(ValueError, match="levels must be at least 3, got 2"):
+        losses((vqvae.build(config, data), config), data)
     assert not (tmp_path / "run").exists()
 
 
 def test_28_by_28_shapes():
     spec = DataSpec("mnist_5k", "images", (28, 28, 1), 256, 10)
     data = load_data(LEVELS)._replace(spec=spec)
+    config = dataclasses.replace(CODES, conditional=True, levels=2)
+    model = vqvae.make_model(config, data)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    assert params["prior"]["params"]["places"].shape == (1 + 7 * 7 + 14 * 14, 16)
     config = dataclasses.replace(LEVELS, sides=(1, 7))
     params = jax.eval_shape(hierarchical_vae.make_model(config, data).init, jax.random.key(0))
     assert params["params"]["out"]["kernel"].shape == (16, 16 * 9)

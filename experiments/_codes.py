@@ -1,0 +1,152 @@
+"""Quantisers of an autoencoder's latents under one shape: vq, residual, fsq, lfq.
+
+`Quantiser.apply` takes latents [batch, *grid, dim] and what is carried (the codebooks' averages, or
+None); codes are [batch, places, stages]. `absorb` is what a train step does after its update.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from genjax import checks
+from genjax.variational import (
+    code_totals,
+    codebook_state,
+    ema_absorb,
+    finite_scalar_codes,
+    finite_scalar_quantise,
+    kmeans,
+    lookup_free_codes,
+    lookup_free_quantise,
+    reset_dead_codes,
+    residual_quantise,
+)
+
+Kind = Literal["vq", "residual", "fsq", "lfq"]
+
+
+class Coded(NamedTuple):
+    """values [batch, *grid, dim], codes [batch, places, stages], penalty [batch] to be added to the
+    loss, and what `absorb` takes."""
+
+    values: jax.Array
+    codes: jax.Array
+    penalty: jax.Array
+    seen: Any
+
+
+class Quantiser(NamedTuple):
+    """num_codes: of one place and stage. dim: features of a latent."""
+
+    num_codes: int
+    stages: int
+    dim: int
+    start: Callable[..., Any]  # (key, z) -> carried
+    apply: Callable[..., Coded]  # (key, z, carried)
+    values: Callable[..., jax.Array]  # (codes, carried) -> [batch, places, dim]
+    absorb: Callable[..., Any]  # (carried, seen, batch size) -> carried
+
+
+def make_quantiser(
+    kind: Kind,
+    *,
+    num_codes: int,
+    dim: int,
+    stages: int,
+    levels: tuple[int, ...],
+    decay: float,
+    commitment: float,
+    reset: float,
+) -> Quantiser:
+    """commitment: its weight, of lfq that of the entropies. reset: share of the mean use below
+    which a code counts as dead."""
+    checks.one_of("quantiser", kind, ("vq", "residual", "fsq", "lfq"))
+    if kind == "fsq":
+        return _finite(tuple(levels))
+    if kind == "lfq":
+        return _lookup(num_codes, commitment)
+    checks.at_least("reset", reset, 0)
+    return _codebooks(num_codes, dim, stages if kind == "residual" else 1, decay, commitment, reset)
+
+
+def _codebooks(
+    num_codes: int, dim: int, stages: int, decay: float, commitment: float, reset: float
+) -> Quantiser:
+    def start(key: jax.Array, z: jax.Array) -> Any:
+        residual, states = z.reshape(-1, dim), []
+        count = len(residual) / num_codes
+        for stage in range(stages):
+            codebook = kmeans(jax.random.fold_in(key, stage), residual, num_codes)
+            states.append(codebook_state(codebook, count=count))
+            residual = residual - residual_quantise(residual, [codebook]).values
+        return states
+
+    def apply(key: jax.Array, z: jax.Array, carried: Any) -> Coded:
+        found = residual_quantise(z, [state.codebook for state in carried])
+        residual, seen, rows = z.reshape(-1, dim), [], num_codes
+        for stage, state in enumerate(carried):
+            index = found.index[..., stage].reshape(-1)
+            # Means over the batch, so that devices and parts of it may be averaged; latents to put
+            # in the place of dead codes, some of which are the same where there are too few.
+            totals = jax.tree.map(lambda x: x / len(z), code_totals(residual, index, num_codes))
+            order = jax.random.permutation(jax.random.fold_in(key, stage), len(residual))
+            spare = residual[jnp.resize(order, (rows,))]
+            seen.append((*totals, jax.lax.stop_gradient(spare)))
+            residual = residual - jax.lax.stop_gradient(state.codebook)[index]
+        return Coded(
+            found.values, _places(found.index, stages), commitment * found.commitment, seen
+        )
+
+    def absorb(carried: Any, seen: Any, batch_size: int) -> Any:
+        states = []
+        for stage, (state, (counts, sums, spare)) in enumerate(zip(carried, seen, strict=True)):
+            state = ema_absorb(state, counts * batch_size, sums * batch_size, decay=decay)
+            if reset:
+                threshold = reset * jnp.mean(state.counts)
+                # The latents are in random order already.
+                state = reset_dead_codes(jax.random.key(stage), state, spare, threshold=threshold)
+            states.append(state)
+        return states
+
+    def values(codes: jax.Array, carried: Any) -> jax.Array:
+        return sum(state.codebook[codes[..., i]] for i, state in enumerate(carried))
+
+    return Quantiser(num_codes, stages, dim, start, apply, values, absorb)
+
+
+def _finite(levels: tuple[int, ...]) -> Quantiser:
+    def apply(key: jax.Array, z: jax.Array, carried: Any) -> Coded:
+        found = finite_scalar_quantise(z, levels)
+        return Coded(found.values, _places(found.index[..., None], 1), jnp.zeros(len(z)), None)
+
+    def values(codes: jax.Array, carried: Any) -> jax.Array:
+        return finite_scalar_codes(codes[..., 0], levels)
+
+    return Quantiser(math.prod(levels), 1, len(levels), _nothing, apply, values, _nothing)
+
+
+def _lookup(num_codes: int, weight: float) -> Quantiser:
+    bits = num_codes.bit_length() - 1
+    if 2**bits != num_codes or bits < 1:
+        raise ValueError(f"codes must be a power of two for lfq, got {num_codes}")
+
+    def apply(key: jax.Array, z: jax.Array, carried: Any) -> Coded:
+        found = lookup_free_quantise(z)
+        penalty = weight * (found.entropy - found.usage_entropy)
+        return Coded(found.values, _places(found.index[..., None], 1), penalty, None)
+
+    def values(codes: jax.Array, carried: Any) -> jax.Array:
+        return lookup_free_codes(codes[..., 0], bits)
+
+    return Quantiser(num_codes, 1, bits, _nothing, apply, values, _nothing)
+
+
+def _nothing(*given: Any) -> None:
+    """What has no codebook carries nothing."""
+
+
+def _places(index: jax.Array, stages: int) -> jax.Array:
+    return index.reshape(len(index), -1, stages)
