@@ -88,8 +88,12 @@ class ImageHierarchy(nn.Module):
             nn.Dense(width * (b // a) ** 2)
             for a, b in zip(self.sides, self.sides[1:], strict=False)
         ]
-        self.rising = [[Residual(width, dropout=rate) for _ in range(self.depth)] for _ in range(num)]
-        self.falling = [[Residual(width, dropout=rate) for _ in range(self.depth)] for _ in range(num)]
+        self.rising = [
+            [Residual(width, dropout=rate) for _ in range(self.depth)] for _ in range(num)
+        ]
+        self.falling = [
+            [Residual(width, dropout=rate) for _ in range(self.depth)] for _ in range(num)
+        ]
         self.priors = [Head(width, n, dropout=rate, zero=True) for n in self.latents[1:]]
         self.posteriors = [Head(width, n, dropout=rate) for n in self.latents]
         self.merges = [nn.Dense(width) for _ in range(num)]
