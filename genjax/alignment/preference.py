@@ -3,7 +3,7 @@
 A pair whose mask hides a whole response teaches nothing: it has loss 0 and no gradient.
 """
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def _pairs(
     sides = (("chosen", policy_chosen, reference_chosen, masks[0]),
              ("rejected", policy_rejected, reference_rejected, masks[1]))  # fmt: skip
     for side, policy, reference, mask in sides:
-        arrays = {f"policy_{side}": policy}
+        arrays: dict[str, Any] = {f"policy_{side}": policy}
         if reference is not None:
             arrays[f"reference_{side}"] = reference
         mask, cleaned = prepare(mask, **arrays)
@@ -235,8 +235,9 @@ def f_dpo(
         return value + rise
 
     losses = -log_sigmoid(beta * (extended(pairs.chosen) - extended(pairs.rejected)))
-    beyond = [jnp.abs(log) > MAX_LOG_RATIO for log in (pairs.chosen, pairs.rejected)]
-    return pairs.losses(losses, beta, saturated=sum(b.astype(losses.dtype) for b in beyond))
+    both = jnp.abs(jnp.stack([pairs.chosen, pairs.rejected])) > MAX_LOG_RATIO
+    saturated = jnp.sum(both, axis=0).astype(losses.dtype)
+    return pairs.losses(losses, beta, saturated=saturated)
 
 
 def kto_reference_point(

@@ -248,7 +248,8 @@ def beam_search(
     strings = jnp.concatenate([ended, live], axis=1)
     together = jnp.concatenate([ended_log_probs, log_probs], axis=1)
     scores, best = jax.lax.top_k(ranked, width)
-    return Beams(*pick((strings, together), best), scores)
+    strings, together = pick((strings, together), best)
+    return Beams(strings, together, scores)
 
 
 def recomputing_step(logits_fn: Callable[[Array], Array]) -> StepFn:
