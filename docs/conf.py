@@ -28,7 +28,7 @@ from coverage import table  # noqa: E402
 from reference import page  # noqa: E402
 
 FAMILIES = ["variational", "transport", "adversarial", "diffusion", "flows", "autoregressive"]
-FAMILIES += ["state_space"]
+FAMILIES += ["state_space", "alignment"]
 ROOMS = [*FAMILIES, "training", "data", "metrics", "networks", "numerics", "ode", "randomness"]
 (HERE / "notes_to_code.md").write_text("# From the notes to the code\n\n" + table())
 (HERE / "reference").mkdir(exist_ok=True)
