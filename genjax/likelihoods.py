@@ -141,7 +141,7 @@ def logistic_log_likelihood(
     Raises as `categorical_log_likelihood` does.
     """
     checks.same_shape(x=x, mean=mean, log_scale=log_scale)
-    return sum_event(_log_bins(x, mean, log_scale, levels))
+    return sum_event(log_bins(x, mean, log_scale, levels))
 
 
 def logistic_mixture_log_likelihood(
@@ -161,11 +161,11 @@ def logistic_mixture_log_likelihood(
     checks.same_shape(logits=logits, means=means, log_scales=log_scales)
     checks.same_shape(**{"x": x, "logits without the last axis": logits[..., 0]})
     log_weights = jax.nn.log_softmax(at_least_float32(logits))
-    log_bins = _log_bins(jnp.broadcast_to(x[..., None], logits.shape), means, log_scales, levels)
-    return sum_event(jax.nn.logsumexp(log_weights + log_bins, axis=-1))
+    log_probs = log_bins(jnp.broadcast_to(x[..., None], logits.shape), means, log_scales, levels)
+    return sum_event(jax.nn.logsumexp(log_weights + log_probs, axis=-1))
 
 
-def _log_bins(x: Array, mean: Array, log_scale: Array, levels: int) -> Array:
+def log_bins(x: Array, mean: Array, log_scale: Array, levels: int) -> Float[Array, "*batch"]:
     """Log probability of each element's bin under a logistic; no tail needs a special case.
 
     log[sigmoid(b) - sigmoid(a)] = -softplus(-b) - softplus(a) + log(1 - exp(a - b)), and b - a is

@@ -174,6 +174,13 @@ CASES = {
         lambda k, z: autoregressive.next_token(lambda _: jnp.stack([z, -z], -1), BITS, z_loss=1e-4),
         (X,),
     ),
+    "colour_logistic_mixture": Case(
+        lambda k, z: autoregressive.colour_logistic_mixture(
+            BITS[:, :1, None, None], z.reshape(*z.shape[:-1], 1, 1, *z.shape[-1:]), levels=2
+        ),
+        (X,),
+        extremes=(0.0, 50.0, -50.0),
+    ),
     "log_prob": Case(lambda k, x: flows.log_prob(FLOW, flows.normal((3,)), FLOW_PARAMS, x), (X,)),
 }
 

@@ -2,3 +2,4 @@
 
 from genjax.autoregressive.decoding import *
 from genjax.autoregressive.language import *
+from genjax.autoregressive.pixels import *

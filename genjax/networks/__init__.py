@@ -13,6 +13,8 @@ from genjax.networks.latents import *
 from genjax.networks.layers import fourier_features as fourier_features
 from genjax.networks.lipschitz import *
 from genjax.networks.mlp import *
+from genjax.networks.pixelcnn import *
+from genjax.networks.pixelcnn_plus import *
 from genjax.networks.precision import *
 from genjax.networks.r3gan import *
 from genjax.networks.state_space import *

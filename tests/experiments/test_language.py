@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
@@ -139,3 +140,19 @@ def test_bad_options(tmp_path):
     with pytest.raises(ValueError, match="held_out must lie in"):
         language_model.main(config(tmp_path, held_out=0.7))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_eight_devices_and_one_have_the_same_losses(tmp_path):
+    losses = []
+    for devices in (1, 8):
+        settings = config(tmp_path, devices=devices)
+        data = language_model.load_data(settings)
+        system = language_model.build(settings, data)
+        state, step, batches = _system.prepare(settings, system, data)
+        found = []
+        for n in range(3):
+            state, metrics = jax.block_until_ready(step(state, batches(n)))
+            found.append(float(metrics["loss"]))
+        losses.append(found)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
