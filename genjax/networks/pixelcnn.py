@@ -193,7 +193,7 @@ class GatedLayer(nn.Module):
         out = drop(out, self.dropout, dropout_key, 1)
         return out if self.first else h + out
 
-    def _affine(self, name: str, x: Array, label: Array | None) -> Array:
+    def _affine(self, name: str, x: Array, label: Any) -> Array:
         y = on_flat(lambda x: x @ self.kernels[name], x)
         y = y + self.biases[name].reshape(*(1,) * (x.ndim - 1), -1)
         if self.classes is None:
@@ -275,7 +275,8 @@ class GatedPixelCNN(nn.Module):
         def layer(carry: tuple[Array, Array], scanned: tuple) -> tuple[tuple[Array, Array], None]:
             params, i = scanned
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-            return self.inner.apply({"params": params}, *carry, label, key), None
+            new: Any = self.inner.apply({"params": params}, *carry, label, key)
+            return new, None
 
         scanned = (self.blocks, jnp.arange(self.layers - 1))
         (_, h), _ = jax.lax.scan(layer, (v, h), scanned)
@@ -325,8 +326,10 @@ class GatedPixelCNN(nn.Module):
             pixels = jnp.where(begins, 0, pixels)
             pixels = jnp.concatenate([pixels[:, 1:], h[:, None]], axis=1)
             flat = pixels.reshape(len(pixels), -1)
-            h = self.inner.apply({"params": params}, flat, link, h, label, method="horizontal")
-            return h, pixels
+            new: Any = self.inner.apply(
+                {"params": params}, flat, link, h, label, method="horizontal"
+            )
+            return new, pixels
 
         layers = (jnp.moveaxis(cache.pixels, 1, 0), jnp.moveaxis(links[:, 1:], 1, 0))
         h, pixels = jax.lax.scan(layer, h, (self.blocks, *layers))
@@ -349,8 +352,8 @@ class GatedPixelCNN(nn.Module):
             params, rows = scanned
             rows = jnp.concatenate([rows[:, 1:], v[:, None]], axis=1)
             read = above(rows, self.kernel)
-            link, v = self.inner.apply({"params": params}, read, label, method="vertical")
-            return v, (rows, link)
+            both: Any = self.inner.apply({"params": params}, read, label, method="vertical")
+            return both[1], (rows, both[0])
 
         rows = jnp.moveaxis(cache.rows, 1, 0)
         _, (rows, links) = jax.lax.scan(layer, v, (self.blocks, rows))

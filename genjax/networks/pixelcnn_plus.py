@@ -66,7 +66,7 @@ class GatedResnet(nn.Module):
             c = c + on_flat(lambda x: x @ self.side, concat_elu(skip))
         return drop(concat_elu(c), self.dropout, dropout_key, 0)
 
-    def end(self, read: Array, x: Array, label: Array | None) -> Array:
+    def end(self, read: Array, x: Array, label: Any) -> Array:
         c = _affine(read, self.two, self.two_bias)
         if self.classes is not None:
             rows = jnp.take(self.labels, label, axis=0)
