@@ -111,16 +111,16 @@ def flow(config: Config, data: Data) -> System:
         return network.init(key, x, t, end=t)
 
     def loss(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        key_data, key_pairs, key_time, key_net = jax.random.split(key, 4)
+        key_data, key_pairs, key_time, key_net, key_loss = jax.random.split(key, 5)
         x0, x1 = flows.sample_pairs(key_pairs, scaling.dequantise(key_data, batch["x"]))
         mean = mean_velocity(
             network, params, batch["label"] if config.conditional else None, key_net
         )
         if config.method == "shortcut":
-            losses, _ = flows.shortcut_loss(mean, key_time, x0, x1, halvings=config.halvings)
+            losses, _ = flows.shortcut_loss(mean, key_loss, x0, x1, halvings=config.halvings)
             return losses, {}
         t, s = flows.mean_flow_times(key_time, len(x1), **settings)
-        losses, aux = flows.mean_flow_loss(mean, key_time, x0, x1, t=t, s=s, power=config.power)
+        losses, aux = flows.mean_flow_loss(mean, key_loss, x0, x1, t=t, s=s, power=config.power)
         return losses, {"squared_error": aux["squared_error"]}
 
     return System(

@@ -156,9 +156,11 @@ def build(config: Config, data: Data) -> System:
     }
 
     def loss(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        key, dropout_key = jax.random.split(key)
-        predict = partial(network.apply, params, dropout_key=dropout_key)
-        losses, aux = bounds[config.loss](predict, key, flat(batch["x"]), vocabulary=vocabulary)
+        key_loss, key_drop = jax.random.split(key)
+        predict = partial(network.apply, params, dropout_key=key_drop)
+        losses, aux = bounds[config.loss](
+            predict, key_loss, flat(batch["x"]), vocabulary=vocabulary
+        )
         return losses / length, {"cross_entropy": aux["cross_entropy"]}
 
     def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:

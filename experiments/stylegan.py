@@ -193,9 +193,12 @@ def stylegan2(config: Config, data: Data) -> System:
         return {**carry, "path": path, "w": w, "step": carry["step"] + 1}
 
     def init(key: jax.Array) -> Any:
-        key_c, key_g = jax.random.split(key)
+        key_c, key_g, key_n = jax.random.split(key, 3)
         x, z = jnp.zeros((critic.group or 1, *data.spec.shape)), jnp.zeros((1, config.latent_dim))
-        start = critic.init(key_c, x), generator.init(key_g, z, None, generator.draw_noise(key, 1))
+        start = (
+            critic.init(key_c, x),
+            generator.init(key_g, z, None, generator.draw_noise(key_n, 1)),
+        )
         return {"critic": start[0], "generator": start[1]}
 
     def init_carry(key: jax.Array, params: Any) -> Any:
@@ -204,7 +207,7 @@ def stylegan2(config: Config, data: Data) -> System:
         return {"step": jnp.zeros((), jnp.int32), "path": zero, "p": zero, "w": w}
 
     def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
-        z = jax.random.normal(key, (n, config.latent_dim))
+        z = jax.random.normal(jax.random.fold_in(key, 0), (n, config.latent_dim))
         w = generator.apply(params["network"], z, label, method="mapping")
         w = ga.truncate(w, params["mean"], config.truncation)
         w = jnp.repeat(w[:, None], layers, axis=1)

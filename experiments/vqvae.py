@@ -278,7 +278,7 @@ def make_model(config: Config, data: Data) -> Model:
 
         def quantise(i: int, z: jax.Array) -> Coded:
             states.append(quantiser.start(jax.random.fold_in(key, i), z))
-            return quantiser.apply(key, z, states[-1])
+            return quantiser.apply(jax.random.fold_in(key, len(grids) + i), z, states[-1])
 
         levels(params, None, x, quantise)
         return states

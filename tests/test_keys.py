@@ -26,6 +26,12 @@ INDEPENDENT = {
     "saddle.py: saddle_step: key": "critic update i has fold_in(key, i), the generator n_critic",
     "gan.py: critic_loss: key": "the noise has fold_in(key, 0), the penalty 1",
     "hierarchical_vae.py: parts: key": "of dropout: the network folds a number for each part",
+    "stylegan.py: critic_loss: key": "styles have fold_in 0 and 1, images 2, augmentations 3 and 4",
+    "stylegan.py: generator_loss: key": "as the critic's; the pixels of a path length have 5",
+    "stylegan.py: sample: key": "z has fold_in(key, 0), images 2",
+    "vqvae.py: levels: key": "of dropout: each network folds its own number",
+    "vqvae.py: decode: key": "of dropout: each network folds its own number",
+    "vqvae.py: loss: key_drop": "of dropout: each network folds its own number",
     "vae.py: init: key": "split gives fold_in 0 and 1, the prior has 2",
     "fidelity.py: classifier_two_sample: key": "split gives fold_in 0 and 1, the order is 2",
 }

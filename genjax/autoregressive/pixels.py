@@ -101,10 +101,10 @@ def draw_colours(
     A colour's mean follows the earlier ones as they were drawn, clipped to the levels.
     """
     logits, means, log_scales, follow = _parts(params, colours)
-    key, key_k = jax.random.split(key)
+    key_u, key_k = jax.random.split(key)
     k = jax.random.categorical(key_k, logits, mode="high")
     means, log_scales = means[:, k], jnp.maximum(log_scales[:, k], MIN_LOG_SCALE)
-    uniform = jax.random.uniform(key, (colours,), means.dtype, minval=1e-7, maxval=1 - 1e-7)
+    uniform = jax.random.uniform(key_u, (colours,), means.dtype, minval=1e-7, maxval=1 - 1e-7)
     noise = jnp.exp(log_scales) * (jnp.log(uniform) - jnp.log1p(-uniform))
     drawn, values = [], jnp.zeros(colours, means.dtype)
     for c in range(colours):
