@@ -166,6 +166,8 @@ CALLS_ONLY = {
     "ancestral_step", "ddim_step", "ddpm_step", "euler_maruyama_step", "euler_step", "heun_step",
     "predictor_corrector_step", "alternating_couplings", "coupling", "masked_autoregressive",
     "masked_coupling", "solve", "solve_with_log_det", "sample_pairs", "reflow_pairs",
+    "consistency_function", "consistency_loss", "consistency_sample", "mean_flow_loss",
+    "mean_flow_sample", "shortcut_loss", "trig_consistency_loss", "trig_function",
 }  # fmt: skip
 # A call that differentiates in forward mode what the caller may have given.
 FORWARD = re.compile(r"\b(jvp|linearize|jacfwd|hessian)\(")

@@ -120,7 +120,7 @@ def log_sum(total: Array, large: Array) -> Array:
 
 
 def row_exponentials(
-    cost: Array, base: Array, gain: Any, b: Array, epsilon: Array, large: Array
+    cost: Array, base: Array, gain: Array | float, b: Array, epsilon: Array, large: Array
 ) -> tuple[Array, Array]:
     """`exponentials` of (g_j - C_ij - p_i) / epsilon for g = base + gain, and the peaks p.
 

@@ -4,7 +4,7 @@ Each gives an `Outcome`, whose number of iterations is a float so that it may be
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,15 @@ from genjax.transport.reading import Potentials, Reading, read
 
 
 class Outcome(NamedTuple):
-    """A reading without gradients; the plan is that of `potentials`."""
+    """f, g with <a, f> = <b, g>, and what a `Reading` says. The plan is that of `potentials`."""
 
-    seen: Reading
+    f: Array
+    g: Array
+    value: Array
+    cost: Array
+    error: Array
     count: Array
+    slack: Array  # the value less <a, f> and <b, g>
     rounding: Array  # what the rounding of the cost may add to the marginal error
     potentials: Potentials
 
@@ -34,11 +39,20 @@ def unrolled(method: Method, problem: Problem) -> Outcome:
 
 
 def _outcome(scales: Scales, found: solver.Solved, seen: Reading) -> Outcome:
-    better = jax.lax.stop_gradient(jnp.maximum(found.bound - seen.value, 0))
-    seen = seen._replace(value=seen.value + better, slack=seen.slack + better)
-    seen = seen._replace(information=None, gradient=())
-    count = jnp.asarray(found.count).astype(seen.f.dtype)
-    return Outcome(seen, count, scales.rounding, found.potentials._replace(own=None))
+    # A guess that is far off has no bound: NaN is not better.
+    better = jnp.where(found.bound > seen.value, found.bound - seen.value, 0)
+    better = jax.lax.stop_gradient(better)
+    return Outcome(
+        f=seen.f,
+        g=seen.g,
+        value=seen.value + better,
+        cost=seen.cost,
+        error=seen.error,
+        count=jnp.asarray(found.count).astype(seen.f.dtype),
+        slack=jax.lax.stop_gradient(seen.slack) + better,
+        rounding=scales.rounding,
+        potentials=found.potentials._replace(own=None),
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -63,15 +77,18 @@ def _envelope_jvp(method: Method, primals, tangents):
     out = _outcome(scales, found, seen)
 
     def along(gradient, tangent):
-        return 0 if isinstance(tangent, SymbolicZero) else jnp.sum(gradient * tangent)
+        if isinstance(tangent, SymbolicZero):
+            return jnp.zeros_like(out.value)
+        return jnp.sum(gradient * tangent)
 
-    moved = jnp.zeros_like(seen.value)
-    for gradient, tangent in zip(seen.gradient, change.arrays, strict=True):
-        moved = moved + along(gradient, tangent)
+    moved = sum(
+        (along(g, t) for g, t in zip(seen.gradient, change.arrays, strict=True)),
+        jnp.zeros_like(out.value),
+    )
     weighed = along(seen.f, change.a) + along(seen.g, change.b)
     weighed = weighed + along(seen.information, change.epsilon)
     still = jax.tree.map(jnp.zeros_like, out)
-    return out, still._replace(seen=still.seen._replace(value=moved + weighed, cost=moved))
+    return out, still._replace(value=moved + weighed, cost=moved)
 
 
 def _solve(method: Method, problem: Problem) -> tuple[Scales, solver.Solved]:
@@ -115,10 +132,10 @@ def _implicit_jvp(method: Method, primals, tangents):
     problem, f, g = primals
     change = tangents[0]
     _, a, b, epsilon, *_ = problem
-    k, _ = densities(method, problem, g, 0.0)
+    k, _ = densities(method, problem, g)
 
     def sums(problem):
-        k, f = densities(method, problem, g, 0.0)
+        k, f = densities(method, problem, g)
         return jnp.matmul(problem.a, k, precision=HIGHEST), f
 
     (cols, _), (cols_change, f_change) = jax.jvp(sums, (problem,), (change,))
@@ -150,17 +167,28 @@ def _solve_semidefinite(matrix: Array, null: Array, rhs: Array) -> Array:
     return jax.lax.custom_linear_solve(product, rhs, solve, symmetric=True)
 
 
-def densities(method: Method, problem: Problem, base: Array, gain: Any) -> tuple[Array, Array]:
-    """P_ij / (a_i b_j) for g = base + gain, with exact rows, and f: forms the matrix."""
+def densities(method: Method, problem: Problem, g: Array) -> tuple[Array, Array]:
+    """P_ij / (a_i b_j) of the plan whose rows are exact, and f: forms the matrix."""
     parts = problem.blocks(method)
-    large = measure(method, jax.lax.stop_gradient(problem)).large
-    b, epsilon = problem.b, problem.epsilon
 
     def formed(_, rows):
         return None, parts.cost(rows)
 
     cost = parts.join(blocks.scan(formed, None, parts.rows(), parts.count)[1])
+    large = measure(method, jax.lax.stop_gradient(problem)).large
+    return row_densities(cost, g, 0 * g, problem.b, problem.epsilon, large)
+
+
+def row_densities(cost, base, gain, b, epsilon, large) -> tuple[Array, Array]:
+    """The same of a matrix, for g = base + gain."""
     w, peak = blocks.row_exponentials(cost, base, gain, b, epsilon, large)
     log_total = blocks.log_sum(jnp.matmul(w, b, precision=HIGHEST), large)
     k = (w + large.astype(w.dtype)) * jnp.exp(-log_total)[:, None]
     return k, -(peak + epsilon * log_total)
+
+
+def plan(cost, base, gain, a, b, epsilon) -> Array:
+    """P for column potentials base + gain: its rows sum to a."""
+    problem = Problem((cost,), a, b, epsilon, (a, b))
+    large = measure(Method(None), jax.lax.stop_gradient(problem)).large
+    return a[:, None] * row_densities(cost, base, gain, b, epsilon, large)[0] * b[None, :]

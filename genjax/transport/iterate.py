@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from genjax.numerics import HIGHEST
 from genjax.transport import blocks as passes
@@ -17,38 +18,48 @@ def self_transport(method: Method, problem: Problem, scales: Scales) -> solver.S
     a exp((f - update) / epsilon), which is the marginal error, counted for rows and columns.
     """
     blocks, a, epsilon = problem.blocks(method), problem.a, problem.epsilon
-    goal, _ = solver.goal_of(method, scales, epsilon)
+    goal, limit = (
+        solver.goal_of(method, scales, epsilon)[0],
+        jnp.where(scales.sound, method.max_iterations, 0),
+    )
     infinite = jnp.full_like(epsilon, jnp.inf)
 
     def unfinished(state):
-        return (state[2] > goal) & (state[3] < method.max_iterations)
+        return (state[2] > goal) & (state[3] < limit)
 
     def stage(state):
-        base = state[0] + state[1]
-        kernel = solver.absorb(blocks, a, base, epsilon, method.chunk_size)
+        base, gain, _, count = state
+        base = base + gain
+        kernel = solver.absorb(blocks, a, base, epsilon)
+
+        def update(gain: Array) -> Array:
+            """The update of base + gain, less base."""
+            v = a * jnp.exp(gain / epsilon)
+            sums = jnp.einsum("kij,j->ki", kernel.stored, v, precision=HIGHEST)
+            return -(blocks.join(kernel.peak + epsilon * jnp.log(sums)) + base)
+
+        def streamed(gain: Array) -> Array:
+            return passes.row_update(blocks, base + gain, a, epsilon, scales.large) - base
 
         def body(state):
-            _, gain, _, count = state
-            if kernel.stored is None:
-                new = passes.row_update(blocks, base + gain, a, epsilon, scales.large) - base
-            else:
-                v = a * jnp.exp(gain / epsilon)
-                sums = jnp.einsum("kij,j->ki", kernel.stored, v, precision=HIGHEST)
-                new = -(blocks.join(kernel.peak + epsilon * jnp.log(sums)) + base)
-            off = jnp.abs(jnp.expm1(jnp.where(a > 0, gain - new, 0) / epsilon))
-            error = 2 * passes.sums(a, off)[0]
-            return base, jnp.where(error > goal, (gain + new) / 2, gain), error, count + 1
+            gain, _, count = state
+            new = update(gain) if method.chunk_size is None else streamed(gain)
+            error = jnp.abs(jnp.expm1(jnp.where(a > 0, gain - new, 0) / epsilon))
+            error = 2 * passes.sums(a, error)[0]
+            return jnp.where(error > goal, (gain + new) / 2, gain), error, count + 1
 
         def going(state):
-            return unfinished(state) & (jnp.max(jnp.abs(state[1])) < solver.REACH * epsilon)
+            near = jnp.max(jnp.abs(state[0])) < solver.REACH * epsilon
+            return unfinished((base, *state)) & near
 
-        return jax.lax.while_loop(going, body, (base, 0 * base, infinite, state[3]))
+        gain, error, count = jax.lax.while_loop(going, body, (0 * base, infinite, count))
+        return base, gain, error, count
 
     f = problem.start[0]
     start = (f, jnp.zeros_like(f), infinite, jnp.zeros((), jnp.int32))
     base, gain, _, count = jax.lax.while_loop(unfinished, stage, start)
-    found = Potentials(base, gain, base + gain, jnp.full_like(scales.large, True))
-    return solver.Solved(found, count, -infinite)
+    found = Potentials(base, gain, base + gain, jnp.full_like(scales.sound, True))
+    return solver.Solved(found, count, jnp.full_like(epsilon, -jnp.inf))
 
 
 def fixed(method: Method, problem: Problem, scales: Scales) -> solver.Solved:
@@ -72,10 +83,12 @@ def fixed(method: Method, problem: Problem, scales: Scales) -> solver.Solved:
     def body(state, _):
         return iteration(blocks.arrays, state[0], problem.a, problem.b, epsilon), None
 
+    count = jnp.asarray(method.num_iterations, jnp.int32)
+    bound = jnp.full_like(epsilon, -jnp.inf)
     (f, g), _ = jax.lax.scan(body, problem.start, None, length=method.num_iterations)
-    own, bound = jnp.full_like(large, True), jnp.full_like(epsilon, -jnp.inf)
-    found = Potentials(g, 0 * g, *((f, own) if method.symmetric else ()))
+    own = jnp.full_like(large, True) if method.symmetric else None
+    found = Potentials(g, jnp.zeros_like(g), f if method.symmetric else None, own)
     if problem.guess is not None and method.warm:
-        at = Potentials(problem.guess[1], 0 * g, problem.guess[0], own)
+        at = Potentials(problem.guess[1], jnp.zeros_like(g), problem.guess[0], ~(large & ~large))
         bound = read(method, problem, at, large).value
-    return solver.Solved(found, jnp.asarray(method.num_iterations), bound)
+    return solver.Solved(found, count, bound)

@@ -65,22 +65,25 @@ class Scales(NamedTuple):
     """Sizes that steer the solver.
 
     spread: how much the cost varies. rounding: what the rounding of the cost may add to the
-    marginal error, NaN unless the problem is sound: its cost finite and epsilon positive. large:
-    epsilon is above LARGE times the spread.
+    marginal error. large: epsilon is above LARGE times the spread. sound: everything is finite.
     """
 
     spread: Array
     rounding: Array
     large: Array
+    sound: Array
 
 
 def measure(method: Method, problem: Problem) -> Scales:
     """The sizes of a problem."""
     epsilon = problem.epsilon
     spread, size = _spread(method, problem)
-    sound = jnp.isfinite(spread) & (epsilon > 0)
-    rounding = jnp.where(sound, jnp.finfo(size.dtype).eps * size / epsilon, jnp.nan)
-    return Scales(spread, rounding, epsilon > LARGE * spread)
+    return Scales(
+        spread=spread,
+        rounding=jnp.finfo(size.dtype).eps * size / epsilon,
+        large=epsilon > LARGE * spread,
+        sound=jnp.isfinite(spread) & (epsilon > 0),
+    )
 
 
 def _spread(method: Method, problem: Problem) -> tuple[Array, Array]:
@@ -89,8 +92,7 @@ def _spread(method: Method, problem: Problem) -> tuple[Array, Array]:
     if cost_fn is squared_euclidean:
         (mean_x, s), (mean_y, t) = moments(problem)
         between = jnp.square(mean_x - mean_y)
-        spread = jnp.sum(s + t)
-        size = spread + jnp.sum(between)
+        spread, size = blocks.sums(jnp.ones_like(s), s + t, s + t + between)
         # Differences lose nothing but the last digit of a cost that is small where the plan is.
         return spread, size - spread / 2 if len(s) <= DIRECT_DIMS else size
     sample = arrays[0]

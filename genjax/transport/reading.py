@@ -115,12 +115,11 @@ def _dual(method: Method, problem: Problem, potentials: Potentials, rows, cols, 
     """
     _, a, b, epsilon, *_ = problem
     f, g = rows["update"] + rows["gap"], potentials.base + potentials.gain
-    both = [f, jnp.abs(f), rows["total"]]
+    both = [f, jnp.abs(f), rows["total"], rows["cost"]]
     if potentials.own is not None:
         excess = jnp.expm1(rows["gap"] / epsilon)
         both += [excess, jnp.abs(excess)]
-    on_f, size_f, slack, *inexact = passes.sums(a, *both)
-    cost = jnp.vdot(a, rows["cost"], precision=HIGHEST)
+    on_f, size_f, slack, cost, *inexact = passes.sums(a, *both)
     off, error = inexact or (0 * epsilon, 0 * epsilon)
     # P^T 1 / b - 1: rows whose sums are exact add up to 1 whatever the rounding.
     excess = cols - slack + off

@@ -78,15 +78,13 @@ class SinkhornResult:
 
     def plan(self) -> Float[Array, "n m"]:
         """The transport plan [n, m]: forms the cost matrix, whatever `chunk_size` was."""
-        cost, a, b, (base, gain) = self.cost_matrix(), self.a, self.b, self.scaling
+        cost, weights = self.cost_matrix(), (self.a, self.b)
+        base, gain = self.scaling
         if self.gradient != "unroll":
             gain = gain + still(self._differentiable()[0 if self.exchanged else 1])
         if self.exchanged:
-            cost, a, b = cost.T, b, a
-        problem = Problem((cost,), a, b, self.epsilon, (a, b))
-        plan = derivatives.densities(Method(None), problem, base, gain)[0]
-        plan = a[:, None] * plan * b[None, :]
-        return plan.T if self.exchanged else plan
+            return derivatives.plan(cost.T, base, gain, *weights[::-1], self.epsilon).T  # pyright: ignore
+        return derivatives.plan(cost, base, gain, *weights, self.epsilon)
 
     def cost_matrix(self) -> Float[Array, "n m"]:
         """The costs [n, m]."""
@@ -271,14 +269,13 @@ def _problem(arrays, shape, dtype, epsilon, a, b, init) -> Problem:
     checks.rank("epsilon", epsilon, 0)
     checks.positive("epsilon", epsilon)
     a, b = _weights("a", a, shape[0], dtype), _weights("b", b, shape[1], dtype)
-    start = _start(init, shape[0], shape[1], dtype)
-    return Problem(arrays, a, b, jnp.asarray(epsilon).astype(dtype), start)
+    return Problem(arrays, a, b, jnp.asarray(epsilon).astype(dtype), _start(init, *shape, dtype))  # pyright: ignore
 
 
 def _exchange(problem: Problem) -> Problem:
-    arrays, a, b, epsilon, (f, g), guess = problem
-    guess = None if guess is None else (guess[1], guess[0])
-    return Problem(arrays[::-1], b, a, epsilon, (g, f), guess)
+    arrays, a, b, epsilon, start, guess = problem
+    guess = None if guess is None else guess[::-1]
+    return Problem(arrays[::-1], b, a, epsilon, start[::-1], guess)  # pyright: ignore
 
 
 def _weights(name: str, weights: Any, size: int, dtype: Any) -> Array:
@@ -318,17 +315,13 @@ def _solve(
         problem = problem._replace(start=problem.guess)
     run = derivatives.unrolled if method.gradient == "unroll" else derivatives.envelope
     out = run(method, problem)
-    # A cost that is not finite makes everything so, even where the plan is 0.
-    seen, (base, gain, *_) = out.seen, out.potentials
-    broken = ~jnp.isfinite(seen.value + out.rounding)
-    value, cost, error = (
-        jnp.where(broken, jnp.nan, z) for z in (seen.value, seen.cost, seen.error)
-    )
-    potentials, (a, b) = (seen.f, seen.g), (problem.a, problem.b)
-    if exchanged:
-        potentials, a, b = (seen.g, seen.f), b, a
+    # A cost that is not finite makes <P, C> not finite, even where the plan is 0.
+    broken = ~(jnp.isfinite(out.cost) & (problem.epsilon > 0))
+    value, cost, error = (jnp.where(broken, jnp.nan, z) for z in (out.value, out.cost, out.error))
+    sides = (out.f, out.g), (problem.a, problem.b)
+    (f, g), (a, b) = (z[::-1] for z in sides) if exchanged else sides
     result = SinkhornResult(
-        potentials=potentials,
+        potentials=(f, g),
         value=value,
         cost=cost,
         marginal_error=error,
@@ -337,9 +330,9 @@ def _solve(
         a=a,
         b=b,
         epsilon=problem.epsilon,
-        slack=jax.lax.stop_gradient(seen.slack),
+        slack=out.slack,
         geometry=geometry,
-        scaling=(base, gain),
+        scaling=(out.potentials.base, out.potentials.gain),
         cost_fn=cost_fn,
         gradient=method.gradient,
         exchanged=exchanged,

@@ -26,12 +26,10 @@ from genjax.transport.reading import Potentials, read
 FACTOR = 4.0  # between the epsilons of two rungs, at most
 LOOSE = 0.05  # marginal error at which a stage above the last rung ends
 REACH = 30.0  # of the logarithm of a scaling, beyond which it is absorbed
-WILD = 1e6  # stands for the error of such a column
 HOPELESS = 0.5  # marginal error, after two sweeps, at which a start is given up for a rung above
 CHECK = 8  # sweeps between looks at the rate
 GROWTH = 3.0  # of the error over CHECK sweeps, beyond which relaxation is reduced
 SMOOTH = 0.03  # of the spread: the epsilon above which annealing is not needed
-CLIMB = 2  # rungs above it, for clouds that two Gaussians describe badly
 EASE = 4.0  # the spectral gap is taken as EASE epsilon / spread until the rate has been seen
 
 
@@ -43,49 +41,38 @@ class Solved(NamedTuple):
     bound: Array
 
 
-class Stage(NamedTuple):
-    """Numbers that one stage hands to the next, conditions as 0 or 1; the first four stay."""
+class Ladder(NamedTuple):
+    """Numbers of the whole solve. The epsilon of rung k is epsilon exp(k step)."""
 
-    epsilon: Any
-    spread: Any  # of the cost
-    goal: Any  # the marginal error to reach at rung 0
+    epsilon: Any  # at the last rung, 0
+    step: Any
+    top: Any  # the first rung
+    ease: Any  # the spectral gap over epsilon
+    goal: Any  # the marginal error to reach at the last rung
     limit: Any  # of sweeps
-    rung: Any  # -1 for that of the ladder's start
+
+
+class Stage(NamedTuple):
+    """Numbers that one stage hands to the next; conditions are 0 or 1."""
+
+    rung: Any
+    level: Any  # the epsilon of the stage before
+    finished: Any  # stages finished since the last restart: extrapolation needs two
+    count: Any  # sweeps so far
     trial: Any  # the start is one that may prove useless
-    level: Any = 1  # the epsilon of this stage, once it has begun
-    finished: Any = 0  # stages finished since the last restart: extrapolation needs two
-    count: Any = 0  # sweeps so far
-    omega: Any = 0  # the relaxation to go on with; 0 for that of the level
-    done: Any = 0
+    omega: Any  # the relaxation to start with
+    done: Any
 
 
 class Sweep(NamedTuple):
-    """Numbers that one sweep hands to the next, conditions as 0 or 1; the first four stay."""
+    """Numbers that one sweep hands to the next."""
 
-    goal: Any  # the marginal error to reach
-    last: Any  # at the last rung
-    left: Any  # sweeps until the limit
-    trial: Any
-    omega: Any  # relaxation
-    steps: Any = 0
-    phase: Any = 0  # steps modulo CHECK
-    error: Any = jnp.inf  # L1, of the columns; WILD or more where scalings are too large
-    mark: Any = jnp.inf  # the error at the last look at the rate
-    done: Any = 0
-
-    @property
-    def useless(self) -> Any:
-        return (self.trial > 0) & (self.steps == 2) & (self.error > HOPELESS)
-
-    @property
-    def plain(self) -> Any:
-        """Whether the next sweep is not relaxed.
-
-        Relaxed sweeps leave neither marginal exact, and their error overstates the distance to
-        convergence: a plain sweep looks now and then, and must confirm the goal.
-        """
-        near = (self.phase == 0) & (self.error / 30 <= self.goal) & (self.last > 0)
-        return (self.steps < 2) | (self.error <= self.goal) | near
+    steps: Any
+    error: Any
+    mark: Any  # the error at the last look at the rate
+    reach: Any  # of the scalings: 1 where they are too large
+    omega: Any
+    done: Any
 
 
 class Kernel(NamedTuple):
@@ -100,19 +87,19 @@ class Kernel(NamedTuple):
 
 
 def pack(numbers: Any, like: Array) -> Array:
-    """Numbers as one vector; `Sweep(*vector)` gives them back."""
+    """The fields as one vector; `Sweep(*vector)` gives them back."""
     return jnp.stack([jnp.asarray(z).astype(like.dtype) for z in numbers])
 
 
 def anneal(method: Method, problem: Problem, scales: Scales) -> Solved:
     """Potentials whose rows are exact, and whose columns are to the tolerance."""
     epsilon, g = problem.epsilon, problem.start[1]
-    gaussian = method.cost_fn is squared_euclidean and not method.warm
+    smooth = jnp.maximum(SMOOTH * scales.spread, epsilon)
     near = served = epsilon > jnp.inf
     bound = jnp.full_like(epsilon, -jnp.inf)
     goal, enough = goal_of(method, scales, epsilon)
-    if gaussian:
-        g = of_moments(problem, _highest(epsilon, scales.spread, gaussian))
+    if method.cost_fn is squared_euclidean and not method.warm:
+        g = of_moments(problem, smooth)
     if problem.guess is not None:
         at = Potentials(problem.guess[1], jnp.zeros_like(g), problem.guess[0], ~near)
         seen = read(method, problem, at, scales.large)
@@ -121,12 +108,25 @@ def anneal(method: Method, problem: Problem, scales: Scales) -> Solved:
         if not method.warm:
             near = seen.error <= HOPELESS
             g = jnp.where(near, problem.guess[1], g)
-    limit: Any = method.max_iterations
-    rung: Any = 0 if method.warm else -1
-    if problem.guess is not None:
-        limit, rung = jnp.where(served, 0, limit), jnp.where(near, 0, rung)
-    first = Stage(epsilon, scales.spread, goal, limit, rung, trial=gaussian | method.warm | near)
-    potentials, count = descend(method, problem, first, g, gaussian)
+    # Where epsilon is large the first sweeps at it do what the rungs above it would.
+    height = jnp.where(epsilon < smooth, jnp.log(scales.spread / 4 / epsilon), 0)
+    top = jnp.maximum(jnp.ceil(height / math.log(FACTOR) - 0.05), 0)
+    step = height / jnp.maximum(top, 1)
+    if method.warm:
+        rung = 0 * top
+    elif method.cost_fn is squared_euclidean:
+        rung = jnp.round(jnp.log(smooth / epsilon) / jnp.maximum(step, 1))
+    else:
+        rung = top
+    ladder = Ladder(
+        epsilon=epsilon,
+        step=step,
+        top=top,
+        ease=EASE / jnp.maximum(scales.spread, jnp.finfo(epsilon.dtype).eps * epsilon),
+        goal=goal,
+        limit=jnp.where(scales.sound & ~served, method.max_iterations, 0),
+    )
+    potentials, count = descend(method, problem, ladder, jnp.where(near, 0, rung), g)
     if problem.guess is not None:
         f, g = problem.guess
         potentials = Potentials(
@@ -164,55 +164,52 @@ def of_moments(problem: Problem, level: Array) -> Array:
     y = problem.arrays[1] - mean_y[None, :]
     slope = 2 * s / (jnp.sqrt(4 * s * t + level * level / 4) + level / 2)
     bent = y * (1 - slope)[None, :] + 2 * (mean_y - mean_x)[None, :]
-    return jnp.sum(y * bent, axis=1)
+    return jnp.matmul(y * bent, jnp.ones_like(t), precision=HIGHEST)
 
 
-def _highest(epsilon: Array, spread: Array, gaussian: bool) -> Array:
-    """Where to start. Where epsilon is large its own first sweeps do what the rungs above would."""
-    smooth = SMOOTH * spread
-    return jnp.where(epsilon < smooth, smooth if gaussian else spread / 4, epsilon)
+def level_of(ladder: Ladder, rung: Array) -> Array:
+    """The epsilon of a rung."""
+    return ladder.epsilon * jnp.exp(rung * ladder.step)
 
 
-def begin(state: Stage, gaussian: bool) -> tuple[Stage, Array, Array]:
-    """The stage with its epsilon and relaxation; the ladder's step, and its highest rung.
-
-    Rungs go from epsilon, rung 0, in equal ratios to the start, and CLIMB beyond.
-    """
-    height = jnp.log(_highest(state.epsilon, state.spread, gaussian) / state.epsilon)
-    start = jnp.maximum(jnp.ceil(height / math.log(FACTOR) - 0.05), 0)
-    step = height / jnp.maximum(start, 1)
-    rung = jnp.where(state.rung < 0, start, state.rung)
-    level = state.epsilon * jnp.exp(rung * step)
-    gap = jnp.minimum(EASE * level / state.spread, 1)
-    omega = jnp.where(state.omega > 0, state.omega, 2 / (1 + jnp.sqrt(gap)))
-    top = start + (CLIMB if gaussian else 0)
-    return state._replace(rung=rung, level=level, omega=omega), step, top
+def omega_of(ladder: Ladder, level: Array) -> Array:
+    """The relaxation to start with at an epsilon."""
+    gap = jnp.minimum(ladder.ease * level, 1)
+    return 2 / (1 + jnp.sqrt(jnp.where(gap > 0, gap, 1)))
 
 
 def descend(
-    method: Method, problem: Problem, first: Stage, g: Array, gaussian: bool
+    method: Method, problem: Problem, ladder: Ladder, rung: Array, g: Array
 ) -> tuple[Potentials, Array]:
-    """Stages from the first rung down to the last, until that is done; and the number of sweeps."""
-    blocks = problem.blocks(method)
+    """Stages from a rung down to the last, until that one is done; and the number of sweeps."""
+    blocks, packed = problem.blocks(method), pack(ladder, g)
 
     def stage(carry):
         start, base, log_v, vector = carry
-        state, step, top = begin(Stage(*vector), gaussian)
-        kernel = absorb(blocks, problem.b, start, state.level, method.chunk_size)
-        found, sweep = sweep_until(problem, kernel, state)
-        new, share = choose_next(state, Sweep(*sweep), step, top)
-        after, before = start + state.level * found, base + Stage(*vector).level * log_v
-        return after + share * (after - before), start, found, pack(new, g)
+        ladder, state = Ladder(*packed), Stage(*vector)
+        kernel = absorb(blocks, problem.b, start, level_of(ladder, state.rung), method.chunk_size)
+        found, sweep = sweep_until(problem, kernel, packed, vector)
+        before = base + state.level * log_v
+        after = start + kernel.level * found
+        new, keep = choose_next(ladder, state, kernel.level, Sweep(*sweep))
+        # g varies smoothly with epsilon: extrapolate linearly from two rungs to the next.
+        ahead = after + keep * (after - before)
+        return ahead, start, found, pack(new, g)
 
     def going(carry):
-        state = Stage(*carry[3])
-        return (state.done == 0) & (state.count < state.limit)
+        state, ladder = Stage(*carry[3]), Ladder(*packed)
+        return (state.done == 0) & (state.count < ladder.limit)
 
-    _, base, log_v, vector = jax.lax.while_loop(going, stage, (g, g, 0 * g, pack(first, g)))
+    level = level_of(ladder, rung)
+    trial = rung < ladder.top
+    first = Stage(rung, level, 0, 0, trial, omega_of(ladder, level), 0)
+    start = (g, g, jnp.zeros_like(g), pack(first, g))
+    _, base, log_v, vector = jax.lax.while_loop(going, stage, start)
     last = Stage(*vector)
     # Where the sweeps ran out above epsilon the gain is not small beside it.
-    above, gain = last.level > last.epsilon, last.level * log_v
-    return Potentials(jnp.where(above, base + gain, base), jnp.where(above, 0, gain)), last.count
+    above, gain = last.level > ladder.epsilon, last.level * log_v
+    whole = jnp.where(above, base + gain, base)
+    return Potentials(whole, jnp.where(above, 0, gain)), last.count
 
 
 def absorb(
@@ -235,88 +232,114 @@ def _kernel(cost: Array, base: Array, peak: Array, level: Array) -> Array:
     return jnp.exp(jnp.clip(z / level, passes.FLOOR, passes.CEILING))
 
 
-def products(kernel: Kernel, a: Array, au: Array, bv: Array, omega: Array) -> tuple[Array, Array]:
-    """Relax u towards 1 / (K (b v)), and return a u with K^T (a u): one pass over the kernel."""
+def products(kernel: Kernel, problem: Problem, log_u: Array, log_v: Array, omega: Array):
+    """Relax u towards 1 / (K (b v)) and gather K^T (a u): one pass over the kernel.
+
+    Returns log u, the logarithm of the ratio v K^T (a u), and how far the columns are from b.
+    """
+    once = jax.lax.optimization_barrier  # what several products use is formed once
+    weighted = once(problem.b * jnp.exp(log_v))
 
     def body(cols, block):
-        some, a, au, rows, peak = block
+        some, a, log_u, rows, peak = block
         if some is None:
             some = _kernel(kernel.blocks.cost(rows), kernel.base, peak, kernel.level)
-        held = a > 0
-        ratio = au / jnp.where(held, a, 1) * jnp.matmul(some, bv, precision=HIGHEST)
-        au = au * jnp.exp(-omega * jnp.log(jnp.where(held, ratio, 1)))
-        return cols + jnp.matmul(au, some, precision=HIGHEST), au
+        ratio = log_u + jnp.log(jnp.matmul(some, weighted, precision=HIGHEST))
+        log_u = once(log_u - omega * ratio)
+        return cols + jnp.matmul(a * jnp.exp(log_u), some, precision=HIGHEST), log_u
 
     rows = None if kernel.stored is not None else kernel.rows
-    xs = (kernel.stored, a, au, rows, kernel.peak)
-    cols, au = passes.scan(body, jnp.zeros_like(bv), xs, kernel.blocks.count)
-    return au, cols
+    a = kernel.blocks.split(problem.a, 0.0)
+    xs = (kernel.stored, a, log_u, rows, kernel.peak)
+    cols, log_u = passes.scan(body, jnp.zeros_like(log_v), xs, kernel.blocks.count)
+    return log_u, log_v + jnp.log(cols), jnp.abs(weighted * cols - problem.b)
 
 
-def sweep_until(problem: Problem, kernel: Kernel, state: Stage) -> tuple[Array, Array]:
+def sweep_until(problem: Problem, kernel: Kernel, packed: Array, stage: Array):
     """Sweep until the stage's goal is met, the scalings are too large, or the start is useless.
 
     Returns log v and the packed `Sweep`.
     """
-    a, b = kernel.blocks.split(problem.a, 0.0), problem.b
 
     def sweep(carry):
-        au, log_v, bv, vector = carry
-        s = Sweep(*vector)
-        omega = jnp.where(s.plain, 1, s.omega)
-        au, cols = products(kernel, a, au, bv, omega)
-        log_v = log_v - omega * (log_v + jnp.log(cols))
-        off = jnp.where(jnp.abs(log_v) < REACH, jnp.abs(bv * cols - b), WILD)
-        new = _count(s, jnp.sum(off))
-        return au, log_v, b * jnp.exp(log_v), pack(new, log_v)
+        log_u, log_v, vector = carry
+        ladder, state, s = Ladder(*packed), Stage(*stage), Sweep(*vector)
+        omega = jnp.where(_plain(ladder, state, s), 1, s.omega)
+        log_u, ratio, short = products(kernel, problem, log_u, log_v, omega)
+        log_v = log_v - omega * ratio
+        far = log_v / REACH
+        for _ in range(4):  # a sum of 16th powers stands for the maximum
+            far = jnp.square(far)
+        error, reach = passes.sums(jnp.ones_like(log_v), short, far)
+        return log_u, log_v, pack(_judge(ladder, state, s, error, reach), log_v)
 
     def going(carry):
-        s = Sweep(*carry[3])
+        ladder, state, s = Ladder(*packed), Stage(*stage), Sweep(*carry[2])
         # A stage above the last rung ends on any sweep, the last one on a plain one.
-        met = (s.done > 0) | ((s.last == 0) & (s.error <= s.goal))
-        return ~met & ~s.useless & ((s.error < WILD) | (s.steps == 0)) & (s.steps < s.left)
+        met = (s.done > 0) | ((state.rung > 0) & (s.error <= _goal(ladder, state)))
+        left = s.steps + state.count < ladder.limit
+        return ~met & ~_useless(state, s) & (s.reach < 1) & left
 
-    last = state.rung == 0
-    goal = jnp.where(last, state.goal, jnp.maximum(LOOSE, state.goal))
-    first = Sweep(goal, last, state.limit - state.count, state.trial, state.omega)
-    start = (a, 0 * kernel.base, b, pack(first, b))
-    _, log_v, _, vector = jax.lax.while_loop(going, sweep, start)
-    return log_v, vector
+    log_v = jnp.zeros_like(kernel.base)
+    first = pack(Sweep(0, jnp.inf, jnp.inf, 0, Stage(*stage).omega, 0), log_v)
+    start = (jnp.zeros_like(kernel.peak), log_v, first)
+    _, log_v, last = jax.lax.while_loop(going, sweep, start)
+    return log_v, last
 
 
-def _count(s: Sweep, error: Array) -> Sweep:
-    look = s.phase == CHECK - 1
-    return s._replace(
-        omega=jnp.where(look, _faster(s.omega, error / s.mark, s.steps < CHECK), s.omega),
+def _goal(ladder: Ladder, state: Stage) -> Array:
+    return jnp.where(state.rung == 0, ladder.goal, jnp.maximum(LOOSE, ladder.goal))
+
+
+def _plain(ladder: Ladder, state: Stage, s: Sweep) -> Array:
+    """Whether this sweep is not relaxed.
+
+    Relaxed sweeps leave neither marginal exact, and their error overstates the distance to
+    convergence: a plain sweep looks now and then, and must confirm the goal.
+    """
+    goal = _goal(ladder, state)
+    near = (s.steps % CHECK == 0) & (s.error <= 30 * goal) & (state.rung == 0)
+    return (s.steps < 2) | (s.error <= goal) | near
+
+
+def _judge(ladder: Ladder, state: Stage, s: Sweep, error: Array, reach: Array) -> Sweep:
+    look = s.steps % CHECK == CHECK - 1
+    return Sweep(
         steps=s.steps + 1,
-        phase=jnp.where(look, 0, s.phase + 1),
         error=error,
         mark=jnp.where(look | (s.steps < 2), error, s.mark),
-        done=s.plain & (error <= s.goal),
+        reach=reach,
+        omega=jnp.where(look, _faster(s.omega, error / s.mark, s.steps < CHECK), s.omega),
+        done=_plain(ladder, state, s) & (error <= _goal(ladder, state)),
     )
 
 
-def choose_next(state: Stage, s: Sweep, step: Array, top: Array) -> tuple[Stage, Array]:
+def _useless(state: Stage, s: Sweep) -> Array:
+    return (state.trial > 0) & (s.steps == 2) & (s.error > HOPELESS)
+
+
+def choose_next(ladder: Ladder, state: Stage, level: Array, s: Sweep) -> tuple[Stage, Array]:
     """Down a rung, up if the start was of no use, or the same again if scalings grew too large.
 
-    g varies smoothly with epsilon, and is extrapolated linearly from two rungs to the next: returns
-    the share of its last change that is added, too.
+    Returns the share of the last change of potentials by which the next start is extrapolated too.
     """
-    tame = s.error < WILD
-    useless = tame & s.useless
+    tame = s.reach < 1
+    useless = tame & _useless(state, s)
     onward = tame & ~useless
-    down = onward & (state.rung > 0)
-    rung = state.rung + jnp.where(useless, 1, jnp.where(down, -1, 0))
-    rung = jnp.minimum(rung, top)
-    new = state._replace(
+    last = state.rung == 0
+    rung = state.rung + jnp.where(useless, 1, jnp.where(onward & ~last, -1, 0))
+    rung = jnp.minimum(rung, ladder.top)
+    new = Stage(
         rung=rung,
+        level=level,
         finished=jnp.where(onward, state.finished + 1, 0),
         count=state.count + s.steps,
-        trial=useless & (rung < top),
-        omega=jnp.where(tame, 0, s.omega),
-        done=(s.done > 0) & (s.last > 0) | ~jnp.isfinite(s.error),
+        trial=useless & (rung < ladder.top),
+        omega=jnp.where(tame, omega_of(ladder, level_of(ladder, rung)), s.omega),
+        done=(last & (s.done > 0)) | ~jnp.isfinite(s.error),
     )
-    return new, jnp.where(down & (state.finished > 0), jnp.exp(-step), 0)
+    extrapolate = onward & ~last & (state.finished > 0)
+    return new, jnp.where(extrapolate, jnp.exp(-ladder.step), 0)
 
 
 def _faster(omega: Array, decay: Array, early: Array) -> Array:
