@@ -39,9 +39,9 @@ def unrolled(method: Method, problem: Problem) -> Outcome:
 
 
 def _outcome(scales: Scales, found: solver.Solved, seen: Reading) -> Outcome:
-    # A guess that is far off has no bound: NaN is not better.
-    better = jnp.where(found.bound > seen.value, found.bound - seen.value, 0)
-    better = jax.lax.stop_gradient(better)
+    # Of a guess that is far off the exponentials overflow: what is not finite is no bound.
+    better = jnp.where(jnp.isfinite(found.bound), found.bound - seen.value, 0)
+    better = jax.lax.stop_gradient(jnp.maximum(better, 0))
     return Outcome(
         f=seen.f,
         g=seen.g,

@@ -133,3 +133,12 @@ def test_all_sweeps_count():
     assert result.num_iterations == 7
     assert not result.converged
     assert jnp.isfinite(result.value)
+
+
+def test_divergence_of_two_far_points_is_their_squared_distance():
+    x, y = jnp.asarray([[2.0, -1.0]]), jnp.asarray([[0.5, 1.0]])
+    for epsilon in (1e-3, 0.05, 0.5):
+        (value, result), (for_x, _) = divergence(x, y, epsilon)
+        assert result.converged
+        np.testing.assert_allclose(value, 6.25, rtol=1e-6)
+        np.testing.assert_allclose(for_x, 2 * (x - y), rtol=1e-6)
