@@ -186,7 +186,14 @@ def outcomes(make, bend, w, label):
     return jax.value_and_grad(total, has_aux=True)(w)
 
 
-@pytest.mark.parametrize("name", TABLE)
+# A second way of the same function is a slow test.
+WAYS = [
+    pytest.param(n, marks=[pytest.mark.slow] if "," in n and ", exact" not in n else [])
+    for n in TABLE
+]
+
+
+@pytest.mark.parametrize("name", WAYS)
 def test_a_function_without_forward_mode_gives_the_same(name):
     both = jax.jit(lambda w, n: [outcomes(TABLE[name], bend, w, n) for bend in (jnp.tanh, bent)])
     plain, other = both(W, LABEL)

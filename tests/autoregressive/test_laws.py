@@ -37,7 +37,12 @@ def filled(model, dtype):
     return jax.tree.map(lambda p: jnp.asarray(0.5 * rng.normal(size=p.shape), dtype), shapes)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Each is of a kind that another one of the table has too.
+SLOW = ("plus", "interleaved")
+NAMES = [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in MODELS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_laws(name, dtype, compiled):
     model = MODELS[name]
     params = filled(model, dtype)
@@ -94,7 +99,7 @@ def before(tokens, t):
     return jnp.where(t > 0, tokens[:, jnp.maximum(t - 1, 0)], VOCABULARY)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_cached_draws_are_those_of_recomputation(name):
     """Bit for bit, and a row's are the same in a batch of one."""
     model = MODELS[name]

@@ -52,6 +52,7 @@ def test_spectral_gan_with_labels(network, tmp_path):
     assert {"precision", "recall", "memorised", "label_accuracy"} <= summary.keys()
 
 
+@pytest.mark.slow
 def test_conditional_wgan(tmp_path):
     summary = wgan.main(
         wgan.Config(

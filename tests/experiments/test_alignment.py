@@ -105,6 +105,7 @@ def short(tmp_path_factory):
     return folder, rlhf.main(config)
 
 
+@pytest.mark.slow
 def test_rlhf(short):
     folder, summary = short
     assert json.loads((folder / "summary.json").read_text()) == summary
@@ -117,6 +118,7 @@ def test_rlhf(short):
     np.testing.assert_array_equal(np.mean(rlhf.is_right(samples)), np.float32(summary["right"]))
 
 
+@pytest.mark.slow
 def test_rlhf_reopens(short):
     folder, _ = short
     _, params, _ = _system.reopen(folder)

@@ -15,6 +15,7 @@ QUICK = bridge.Config(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_short_run_leaves_its_files(tmp_path):
     folder = tmp_path / "run"
     summary = bridge.main(dataclasses.replace(QUICK, run_dir=str(folder)))

@@ -129,8 +129,8 @@ def _kernel_model(data, width):
     return diffusion.Model(gd.EDM(), None, None, "x0", float(data.std()), data.mean()), denoise
 
 
-@pytest.mark.parametrize("task", ["inpaint", "deblur"])
-@pytest.mark.parametrize("method", ["pigdm", "dps"])
+@pytest.mark.parametrize("task", ["inpaint", pytest.param("deblur", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["pigdm", pytest.param("dps", marks=pytest.mark.slow)])
 def test_guided_digits_are_nearer_the_truth_than_the_mean_image(task, method, monkeypatch):
     """At the defaults: an exact denoiser leaves the guidance alone to answer for the error."""
     scaling = Scaling(17)

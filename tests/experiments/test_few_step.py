@@ -13,6 +13,7 @@ SMALL = few_step.Config(
 )
 
 
+@pytest.mark.slow
 def test_a_short_run_leaves_its_files(tmp_path):
     folder = tmp_path / "run"
     summary = few_step.main(dataclasses.replace(SMALL, run_dir=str(folder)))

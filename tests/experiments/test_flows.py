@@ -55,6 +55,7 @@ def test_spline_flow_of_digits(tmp_path):
         np.testing.assert_array_equal(params["margins"], file["margins"])
 
 
+@pytest.mark.slow
 def test_a_short_run_of_flow_matching_leaves_its_files(tmp_path):
     folder = tmp_path / "run"
     config = flow_matching.Config(

@@ -36,6 +36,7 @@ def losses(system, data, n=3):
     return state, found
 
 
+@pytest.mark.slow
 def test_hierarchy_run(tmp_path):
     folder = tmp_path / "run"
     summary = hierarchical_vae.main(dataclasses.replace(LEVELS, run_dir=str(folder)))
@@ -53,6 +54,7 @@ def test_hierarchy_run(tmp_path):
     np.testing.assert_array_equal(again, np.load(folder / "samples.npy"))
 
 
+@pytest.mark.slow
 def test_codes_run(tmp_path):
     folder = tmp_path / "run"
     summary = vqvae.main(dataclasses.replace(CODES, run_dir=str(folder)))

@@ -25,6 +25,7 @@ def params_of(folder):
         return {name: file[name] for name in file.files}
 
 
+@pytest.mark.slow
 def test_shards_on_eight_devices_and_data_from_disk_train_the_same(tmp_path):
     one = diffusion.main(config(tmp_path, "one"))
     other = {"devices": 8, "sharding": "fsdp", "in_memory": False, "prefetch": 0}
@@ -97,6 +98,7 @@ def test_scanned_blocks_in_half_precision(dtype):
     jax.eval_shape(jax.grad(loss), half)
 
 
+@pytest.mark.slow
 def test_killed_in_an_epoch_read_from_disk_resumes_bit_equal(tmp_path, monkeypatch):
     """5 batches of 256 are an epoch of the digits: step 3 lies in its middle."""
     given = {"in_memory": False, "batch_size": 256, "steps_per_call": 1}
@@ -132,6 +134,7 @@ def test_a_split_on_disk_is_judged_by_a_part_of_it(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, *batches)
 
 
+@pytest.mark.slow
 def test_a_trace_is_written(tmp_path, capsys):
     diffusion.main(config(tmp_path, profile=2))
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

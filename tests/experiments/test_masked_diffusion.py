@@ -29,6 +29,7 @@ def short(tmp_path_factory):
     return folder, masked_diffusion.main(dataclasses.replace(SHORT, run_dir=str(folder)))
 
 
+@pytest.mark.slow
 def test_summary(short):
     folder, summary = short
     assert json.loads((folder / "summary.json").read_text()) == summary
@@ -41,6 +42,7 @@ def test_summary(short):
     assert samples.max() <= 16
 
 
+@pytest.mark.slow
 def test_reopened(short):
     folder, _ = short
     system, params, config = _system.reopen(folder)

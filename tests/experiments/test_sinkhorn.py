@@ -46,7 +46,7 @@ def test_the_plane(tmp_path):
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
 
-@pytest.mark.parametrize("variant", ["learned", "otgan"])
+@pytest.mark.parametrize("variant", ["learned", pytest.param("otgan", marks=pytest.mark.slow)])
 def test_losses_are_blind_to_scale_and_pull_samples_to_the_data(variant, key):
     config = sinkhorn_gan.Config(variant=variant)
     x, y = jax.random.normal(key, (2, 16, 3)) + jnp.array([[[2.0, 0, 0]], [[0, 2.0, 0]]])
@@ -86,6 +86,7 @@ def test_one_particle_moves_as_computed():
     np.testing.assert_allclose(path, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_particles_reach_the_modes(tmp_path):
     run = tmp_path / "run"
     config = gradient_flow.Config(

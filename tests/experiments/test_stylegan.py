@@ -13,6 +13,7 @@ QUICK = stylegan.Config(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_short_run_leaves_its_files(tmp_path):
     folder = tmp_path / "run"
     summary = stylegan.main(dataclasses.replace(QUICK, run_dir=str(folder)))

@@ -116,7 +116,8 @@ def check_shards(state, devices=8):
 
 
 @pytest.mark.parametrize(
-    "name", ["vae", "transformer", pytest.param("unet", marks=pytest.mark.slow)]
+    "name",
+    ["vae", *(pytest.param(name, marks=pytest.mark.slow) for name in ("transformer", "unet"))],
 )
 def test_fsdp_equals_replicated_equals_one_device(name, key):
     init, loss, event = MODELS[name]()
@@ -157,6 +158,7 @@ def shapes_of(trained):
     ]
 
 
+@pytest.mark.slow
 def test_a_pair_in_shards_equals_one_device(key):
     critic, generator = MLP((16, 1)), MLP((16, 8))
 

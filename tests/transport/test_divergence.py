@@ -19,7 +19,7 @@ def uniform(n):
     return np.full(n, 1 / n)
 
 
-@pytest.mark.parametrize("relative", [1.0, 0.1])
+@pytest.mark.parametrize("relative", [pytest.param(1.0, marks=pytest.mark.slow), 0.1])
 def test_divergence_against_float64(relative):
     x, y = clouds(14, 12, 2)
     epsilon = relative * squared(x, y).mean()
@@ -47,7 +47,16 @@ def test_divergence_gradient_of_the_fixture(compiled):
     np.testing.assert_allclose(gradient, case["expected"]["grad_sinkhorn_divergence"], atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk_size": 7}, {"num_iterations": 20}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        *(
+            pytest.param(o, marks=pytest.mark.slow)
+            for o in ({"chunk_size": 7}, {"num_iterations": 20})
+        ),
+    ],
+)
 def test_divergence_of_a_cloud_from_itself(options):
     x, _ = clouds(32, 1, 2)
     scale = squared(x, x).mean()
@@ -71,7 +80,7 @@ def test_divergence_of_a_cloud_from_itself(options):
                 assert jnp.abs(gradient).sum() < 1e-6 * np.sqrt(scale)
 
 
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("warm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_divergence_is_not_negative(warm):
     def value(x, y, e, init=None):
         result = sinkhorn_divergence(x, y, epsilon=e, init=init)
@@ -116,7 +125,7 @@ def test_loss_is_the_cost_of_the_plan_after_l_iterations(compiled):
     np.testing.assert_allclose(result.value, (plan * squared(x, y)).sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(12, 12), (12, 9)])
+@pytest.mark.parametrize("sizes", [pytest.param((12, 12), marks=pytest.mark.slow), (12, 9)])
 def test_minibatch_energy_is_six_transports(sizes):
     (x, y), (x2, y2) = (clouds(*sizes, 6, seed) for seed in (0, 1))
     epsilon = 0.05
@@ -132,6 +141,7 @@ def test_minibatch_energy_is_six_transports(sizes):
     np.testing.assert_allclose(result.value, expected, rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_minibatch_energy_with_the_plan_cut_or_kept(x64):
     (x, y), (x2, y2) = (
         tuple(z.astype(jnp.float64) for z in clouds(6, 6, 3, seed)) for seed in (0, 1)

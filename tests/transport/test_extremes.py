@@ -89,7 +89,7 @@ def test_outliers(side, far):
     np.testing.assert_allclose(result.plan().sum(1), a, rtol=1e-5)
 
 
-@pytest.mark.parametrize("noise", [1.0, 0.03])
+@pytest.mark.parametrize("noise", [1.0, pytest.param(0.03, marks=pytest.mark.slow)])
 def test_divergence_and_its_derivative_for_epsilon(noise):
     x, y = clouds(N, N, 2)
     y = x + noise * y

@@ -47,8 +47,8 @@ def unrolled():
     [
         {"tolerance": 1e-11},
         {"tolerance": 1e-11, "gradient": "implicit"},
-        {"num_iterations": 800},
-        {"tolerance": 1e-11, "chunk_size": 2},
+        pytest.param({"num_iterations": 800}, marks=pytest.mark.slow),
+        pytest.param({"tolerance": 1e-11, "chunk_size": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -91,6 +91,7 @@ def test_a_cost_matrix_and_forward_mode(x64):
     np.testing.assert_allclose(along, jnp.sum(expected[1:]), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_learned_cost_and_a_result_that_crosses_jit(x64):
     args = problem()
     theta = jnp.asarray([[1.0, 0.3], [-0.2, 0.8]])
@@ -110,7 +111,7 @@ def test_a_learned_cost_and_a_result_that_crosses_jit(x64):
     np.testing.assert_allclose(outside, inside(args["x"]), atol=1e-9)
 
 
-@pytest.mark.parametrize("relative", [1.0, 0.01])
+@pytest.mark.parametrize("relative", [1.0, pytest.param(0.01, marks=pytest.mark.slow)])
 def test_float32_meets_float64(relative):
     x, y = clouds(30, 30, 2)
     weights = jnp.asarray(np.random.default_rng(0).standard_normal((30, 30)), jnp.float32)
@@ -149,6 +150,7 @@ def test_second_derivatives(x64, name):
     np.testing.assert_allclose(batch[0], expected, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_vmap_of_the_derivative_meets_the_loop(x64):
     args = problem()
     batch = jnp.stack([args["x"], 0.5 * args["x"] + 0.2])

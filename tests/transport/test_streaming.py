@@ -116,6 +116,7 @@ def test_divergence_in_chunks():
     np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_large_clouds_in_the_default_blocks():
     """Enough points for several blocks with a padded last one, and for the coarse start."""
     x, y = clouds(1503, 1500, 2)
@@ -137,7 +138,14 @@ def test_large_clouds_in_the_default_blocks():
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["sorted", "weighted", "no weight in the sample"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("sorted", marks=pytest.mark.slow),
+        pytest.param("weighted", marks=pytest.mark.slow),
+        "no weight in the sample",
+    ],
+)
 def test_large_clouds_are_annealed_on_a_sample_of_blocks(case):
     x, y = clouds(2100, 300, 2)
     epsilon, k = 0.02, 200
@@ -157,6 +165,7 @@ def test_large_clouds_are_annealed_on_a_sample_of_blocks(case):
     np.testing.assert_allclose(jnp.sum(result.plan(), axis=1), result.a, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_sample_of_each_side_where_one_is_much_larger():
     x, y = clouds(10_400, 520, 2)
     one, other = (

@@ -1,0 +1,53 @@
+"""Every costly experiment traced with small networks: what fits together without compiling it.
+
+The short runs that train, sample and write files are slow tests in the experiments' own files.
+"""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import _system
+
+SHARED = {"devices": 1, "progress": False, "batch_size": 8, "steps_per_call": 1}
+TRANSFORMER = {"width": 8, "depth": 1, "heads": 2}
+SMALL = {
+    "bridge": {"pairs": "fitting", "width": 8, "depth": 1},
+    "few_step": {"width": 8, "depth": 1, "conditional": True},
+    "hierarchical_vae": {"latents": (3, 2), "sides": (1, 2), "width": 8},
+    "masked_diffusion": {**TRANSFORMER, "num_steps": 4},
+    "rlhf": {**TRANSFORMER, "imitation": 2, "steps": 4},
+    "stylegan": {"width": 8, "groups": 2, "conditional": True},
+    "vqvae": {"codes": 4, "channels": (4, 8), "prior_width": 8, "prior_depth": 1},
+    "vqvae, two levels": {
+        "codes": 4, "channels": (4, 8), "prior_width": 8, "prior_depth": 1, "levels": 2,
+        "quantiser": "residual", "conditional": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_step_and_a_sample_have_their_shapes(name):
+    module = importlib.import_module(f"experiments.{name.split(',')[0]}")
+    config = module.Config(**SHARED, **SMALL[name])
+    load = getattr(module, "load_data", None) or _system.load_data
+    data = load(config)
+    system = module.build(config, data)
+    _, _, whole = _system.initial(config, system)
+    state = jax.eval_shape(whole, jax.random.key(0))
+    step = _system.make_step(config, system, _system.data_mesh(1))
+    batch = system.batches(_system._run.batches(config, data.trained_on))(0)
+    if not callable(system.loss):
+        batches = system.step_options.get("n_critic", 1)
+        batch = jax.tree.map(lambda x: jnp.stack([x] * batches), batch)
+    after, metrics = jax.eval_shape(step, state, batch)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert all(x.shape == () for x in jax.tree.leaves(metrics))
+    params = jax.eval_shape(lambda s: _system.weights(config, system, s), state)
+    label = jnp.zeros(2, jnp.int32) if system.labels is not None else None
+    x = jax.eval_shape(lambda p, k: system.sample(p, k, 2, label), params, jax.random.key(0))
+    assert x.shape[0] == 2
+    if data.spec.kind == "images":
+        assert x.shape[1:] == data.spec.shape
