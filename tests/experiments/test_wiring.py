@@ -32,8 +32,7 @@ SMALL = {
 def test_a_step_and_a_sample_have_their_shapes(name):
     module = importlib.import_module(f"experiments.{name.split(',')[0]}")
     config = module.Config(**SHARED, **SMALL[name])
-    load = getattr(module, "load_data", None) or _system.load_data
-    data = load(config)
+    data = module.load_data(config)
     system = module.build(config, data)
     _, _, whole = _system.initial(config, system)
     state = jax.eval_shape(whole, jax.random.key(0))
