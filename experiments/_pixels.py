@@ -20,6 +20,8 @@ class PixelLaw(NamedTuple):
     levels: int
     log_likelihood: Callable[[jax.Array, jax.Array], jax.Array]
     """(x [batch, *event], raw) -> [batch], nats."""
+    sample: Callable[[jax.Array, jax.Array], jax.Array]
+    """(key, raw) -> levels [batch, *event], each pixel drawn by itself."""
 
     def log_probs(self, raw: jax.Array) -> jax.Array:
         """log p of every level of every pixel: [levels, batch, *event]."""
@@ -27,30 +29,39 @@ class PixelLaw(NamedTuple):
         each = lambda v: self.log_likelihood(jnp.full(len(pixels), v), pixels)  # noqa: E731
         return jax.lax.map(each, jnp.arange(self.levels)).reshape(self.levels, *raw.shape[:-1])
 
-    def sample(self, key: jax.Array, raw: jax.Array) -> jax.Array:
-        """Levels [batch, *event], each pixel drawn by itself."""
-        return jax.random.categorical(key, self.log_probs(raw), axis=0).astype(jnp.uint8)
-
 
 def pixel_law(kind: Kind, components: int, spec: DataSpec) -> PixelLaw:
     """A mixture of so many discretised logistics, or one probability for each level."""
     levels = spec.levels or 0
     if kind == "categorical":
         return PixelLaw(
-            levels, levels, lambda x, raw: categorical_log_likelihood(x.astype(jnp.int32), raw)
+            levels,
+            levels,
+            lambda x, raw: categorical_log_likelihood(x.astype(jnp.int32), raw),
+            lambda key, raw: jax.random.categorical(key, raw).astype(jnp.uint8),
         )
 
-    def log_likelihood(x: jax.Array, raw: jax.Array) -> jax.Array:
+    def parts(raw: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits, means, log_scales = jnp.split(raw, 3, axis=-1)
         # At the start the components are spread over the levels, each a few levels wide.
         start = jnp.linspace(-1, 1, components) if components > 1 else jnp.zeros(1)
         means = means + jnp.broadcast_to(start, means.shape)
         # A seventh of a level is as sure as a pixel of the training set may make the model.
-        log_scales = jnp.maximum(log_scales - 2, -math.log(levels) - 2)
-        x = x.astype(jnp.int32)
-        return logistic_mixture_log_likelihood(x, logits, means, log_scales, levels=levels)
+        return logits, means, jnp.maximum(log_scales - 2, -math.log(levels) - 2)
 
-    return PixelLaw(3 * components, levels, log_likelihood)
+    def log_likelihood(x: jax.Array, raw: jax.Array) -> jax.Array:
+        return logistic_mixture_log_likelihood(x.astype(jnp.int32), *parts(raw), levels=levels)
+
+    def sample(key: jax.Array, raw: jax.Array) -> jax.Array:
+        """A component of each pixel, a number of its logistic, and the level nearest to that."""
+        key_k, key_u = jax.random.split(key)
+        logits, *numbers = parts(raw)
+        k = jax.random.categorical(key_k, logits)[..., None]
+        mean, log_scale = (jnp.take_along_axis(z, k, axis=-1)[..., 0] for z in numbers)
+        y = mean + jnp.exp(log_scale) * jax.random.logistic(key_u, mean.shape, mean.dtype)
+        return jnp.clip(jnp.round((y + 1) * (levels - 1) / 2), 0, levels - 1).astype(jnp.uint8)
+
+    return PixelLaw(3 * components, levels, log_likelihood, sample)
 
 
 def in_hundreds(

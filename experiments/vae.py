@@ -32,7 +32,7 @@ import optax
 
 from experiments import _judge, _keys, _pictures, _run, ppca
 from experiments._data import Data, load_data
-from experiments._pixels import in_hundreds, pixel_law
+from experiments._pixels import PixelLaw, in_hundreds, pixel_law
 from experiments._priors import Prior, make_prior
 from experiments._system import Row, System, adamw, train
 from genjax import checks
@@ -107,9 +107,13 @@ class Model(NamedTuple):
     init: Callable[[jax.Array], Any]
     encode: Callable[..., tuple[jax.Array, jax.Array]]  # (params, x, key) -> mean, log variance
     decode: Callable[..., jax.Array]  # (params, z, key) -> raw numbers [batch, *event, numbers]
-    log_likelihood: Callable[[jax.Array, jax.Array], jax.Array]  # (x, raw) -> [batch], nats
+    law: PixelLaw  # of x given the raw numbers
     log_prior: Callable[..., Any]  # (params, key) -> a log-density of z, or None for N(0, I)
     draw_prior: Callable[..., jax.Array]  # (params, key, n) -> z
+
+    def log_likelihood(self, x: jax.Array, raw: jax.Array) -> jax.Array:
+        """Nats [batch]."""
+        return self.law.log_likelihood(x, raw)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -148,8 +152,7 @@ def build(config: Config, data: Data) -> System:
         def hundred(key: jax.Array) -> jax.Array:
             key_z, key_x = jax.random.split(key)
             z = model.draw_prior(params, key_z, 100)
-            log_probs = level_log_probs(model, params, z, data.spec.levels or 0)
-            return jax.random.categorical(key_x, log_probs, axis=0).astype(jnp.uint8)
+            return model.law.sample(key_x, model.decode(params, z))
 
         return in_hundreds(hundred, key, n)
 
@@ -243,7 +246,7 @@ def make_model(config: Config, spec: DataSpec, images: Any = ()) -> Model:
             return jax.random.normal(key, (n, latent))
         return prior.sample(params["prior"], lambda y: encode_scaled(params, y), key, n)
 
-    return Model(init, encode, decode, law.log_likelihood, log_prior, draw_prior)
+    return Model(init, encode, decode, law, log_prior, draw_prior)
 
 
 def _prior(config: Config, scaling: Scaling, images: Any) -> Prior | None:
@@ -274,20 +277,12 @@ def make_loss(config: Config, model: Model) -> Callable[..., Any]:
     return loss_fn
 
 
-def level_log_probs(model: Model, params: Any, z: jax.Array, levels: int) -> jax.Array:
-    """log p of every level of every pixel given z: [levels, batch, *event]."""
-    raw = model.decode(params, z)
-    pixels = raw.reshape(-1, raw.shape[-1])
-    each = lambda v: model.log_likelihood(jnp.full(len(pixels), v), pixels)  # noqa: E731
-    return jax.lax.map(each, jnp.arange(levels)).reshape(levels, *raw.shape[:-1])
-
-
 def plot_latents(folder: Any, model: Model, params: Any, data: Data, key: jax.Array) -> None:
     """Write reconstructions, interpolation and the latent map."""
     spec, test = data.spec, data.test
     levels = spec.levels or 0
 
-    log_probs = jax.jit(lambda z: level_log_probs(model, params, z, levels))
+    log_probs = jax.jit(lambda z: model.law.log_probs(model.decode(params, z)))
 
     def expected(z: jax.Array) -> np.ndarray:
         return np.tensordot(np.arange(levels), np.exp(log_probs(z)), axes=1)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from experiments import _run, _system, ppca, vae
 from genjax.data import DataSpec
@@ -80,6 +81,16 @@ def test_levels_of_a_pixel_sum_to_one(likelihood):
     raw = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, numbers)), (17, numbers))
     log_probs = model.log_likelihood(jnp.arange(17), raw)
     np.testing.assert_allclose(jax.nn.logsumexp(log_probs), 0, atol=1e-5)
+    # Samples have that law: counts of 4,000 of them, by chi-square.
+    drawn = model.law.sample(jax.random.key(1), jnp.broadcast_to(raw[:1], (4000, numbers)))
+    assert drawn.dtype == jnp.uint8
+    expected = 4000 * np.exp(np.asarray(log_probs, np.float64))
+    few = expected < 5
+    found = np.bincount(drawn, minlength=17)
+    merge = lambda n: np.append(n[~few], n[few].sum())  # noqa: E731
+    found, expected = merge(found), merge(expected)
+    statistic = np.sum((found - expected) ** 2 / np.maximum(expected, 1e-9))
+    assert statistic < scipy.stats.chi2.ppf(0.9999, len(found) - 1)
 
 
 @pytest.mark.parametrize(
