@@ -48,7 +48,7 @@ class Config(_run.TrainConfig):
     teacher: str | None = None
     """Folder of a run of experiments.diffusion (consistency, progressive, matching)."""
     num_steps: int = 1
-    """Steps of the reported samples."""
+    """Steps of the reported samples, and the least that a mean flow learns."""
     network: Literal["mlp", "dit"] = "mlp"
     """Residual MLP on the flattened event, or a transformer over patches (images only)."""
     width: int = 256
@@ -104,7 +104,7 @@ def build(config: Config, data: Data) -> System:
 def flow(config: Config, data: Data) -> System:
     """A mean velocity, by mean flow or shortcuts."""
     network, scaling = make_network(config, data), data.scaling()
-    settings = {"equal": config.equal, "ends": config.ends}
+    settings = {"equal": config.equal, "ends": config.ends, "num_steps": config.num_steps}
 
     def init(key: jax.Array) -> Any:
         x, t = jnp.zeros((1, *data.spec.shape)), jnp.zeros(1)

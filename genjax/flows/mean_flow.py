@@ -27,22 +27,28 @@ MeanVelocityFn: TypeAlias = Callable[[Array, Array, Array], Array]
 
 
 def mean_flow_times(
-    key: PRNGKey, num: int, *, equal: Number = 0.5, ends: Number = 0.3
+    key: PRNGKey, num: int, *, equal: Number = 0.5, ends: Number = 0.3, num_steps: int = 1
 ) -> tuple[Float[Array, " num"], Float[Array, " num"]]:
     """Draw pairs of times t <= s in [0, 1] for `mean_flow_loss`.
 
     Two uniform times in their order; then t = 0 and s = 1, each with probability `ends`, because a
     single step asks for u(x, 0, 1), which pairs inside (0, 1) never touch; then s = t with
     probability `equal`, which is the flow-matching part of the loss. Geng et al. 2025
-    (arXiv:2505.13447), section 4.3, draw logit-normal times and have no ends.
+    (arXiv:2505.13447), section 4.3, draw logit-normal times and have no ends. num_steps: that of
+    the sampler; both times then lie in one of so many equal parts of [0, 1], in whose place the
+    above is said of the whole, so that nothing longer than a step is learnt.
     """
     checks.integer("num", num, 0)
+    checks.integer("num_steps", num_steps, 1)
     checks.between("equal", equal, 0, 1)
     checks.between("ends", ends, 0, 1)
     key_times, key_ends, key_equal = jax.random.split(key, 3)
     t, s = jnp.sort(jax.random.uniform(key_times, (2, num)), axis=0)
     at_start, at_end = jax.random.bernoulli(key_ends, jnp.float32(ends), (2, num))
     t, s = jnp.where(at_start, 0.0, t), jnp.where(at_end, 1.0, s)
+    if num_steps > 1:
+        part = jax.random.randint(jax.random.fold_in(key_times, num), (num,), 0, num_steps)
+        t, s = (part + t) / num_steps, (part + s) / num_steps
     return t, jnp.where(jax.random.bernoulli(key_equal, jnp.float32(equal), (num,)), t, s)
 
 

@@ -171,6 +171,13 @@ def test_drawn_times_are_in_order_and_reach_the_ends():
     inside = apart & np.asarray((t > 0) & (s < 1))
     assert abs(np.mean(t[inside]) - 1 / 3) < 0.02
     assert abs(np.mean(s[inside]) - 2 / 3) < 0.02
+    # With steps: the same within each of as many parts of time.
+    t, s = (np.asarray(z) for z in flows.mean_flow_times(KEY, 20_000, num_steps=2))
+    apart = t < s
+    assert np.all(s[apart] - t[apart] <= 0.5)
+    assert abs(np.mean(t >= 0.5) - 0.5) < 0.02
+    for share in (np.mean(np.isin(t[apart], (0, 0.5))), np.mean(np.isin(s[apart], (0.5, 1)))):
+        assert abs(share - 0.3) < 0.02
     x = jnp.zeros((20_000, 1))
     _, aux = flows.shortcut_loss(lambda x, t, s: x, KEY, x, x, halvings=3)
     t, step = np.asarray(aux["t"]), np.asarray(aux["s"] - aux["t"])
