@@ -152,6 +152,10 @@ TABLE = {
         X, Y, epsilon=1.0, num_iterations=5, gradient="unroll",
         cost_fn=lambda x, y: b(transport.squared_euclidean(x @ w, y)) + 0 * n[0],
     ).value,
+    "unbalanced_sinkhorn": lambda b, w, n: transport.unbalanced_sinkhorn(
+        X, Y, epsilon=1.0, marginal_penalty=2.0, tolerance=1e-6,
+        cost_fn=lambda x, y: b(transport.squared_euclidean(x @ w, y)) + 0 * n[0],
+    ).plan(),
     "denoiser": lambda b, w, n: D.denoiser(network(b, w, n), process=VE)(X, jnp.ones(4)),
     "classifier_guidance": lambda b, w, n: D.classifier_guidance(
         network(b, w, n), lambda x, t: critic(b, w, n)(x), process=VE, scale=1.0
@@ -161,6 +165,7 @@ TABLE = {
 # Public functions that only call what they are given, as others do that have an entry.
 CALLS_ONLY = {
     "sinkhorn_divergence", "sinkhorn_loss", "minibatch_energy_distance", "variational_bound",
+    "unbalanced_divergence",
     "flow_denoiser", "loss_weight", "classifier_free_guidance", "clipped", "dynamic_thresholding",
     "replacement", "dpm_solver_step", "unipc_step", "sample_adaptive", "scan_steps", "trajectory",
     "ancestral_step", "ddim_step", "ddpm_step", "euler_maruyama_step", "euler_step", "heun_step",

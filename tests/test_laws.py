@@ -193,6 +193,8 @@ UNBOUNDED = (0.0, 1e3, -1e3)
 BOUNDED = (0.0, 80.0, -80.0)  # those that are exponential in the scores
 OT = {"epsilon": 0.5, "num_iterations": 30}  # as many for all: a smaller program than a loop
 
+RELAXED = {"epsilon": 0.5, "marginal_penalty": 1.0, "tolerance": 1e-5}
+
 
 def scored(objective, extremes=UNBOUNDED, **options):
     """An objective of scores, which takes a mask for either side."""
@@ -255,6 +257,8 @@ OBJECTIVES = {
     "sinkhorn": solved(T.sinkhorn, **OT),
     "sinkhorn_divergence": solved(T.sinkhorn_divergence, **OT),
     "sinkhorn_loss": solved(T.sinkhorn_loss, **OT),
+    "unbalanced_sinkhorn": solved(T.unbalanced_sinkhorn, **RELAXED),
+    "unbalanced_divergence": solved(T.unbalanced_divergence, **RELAXED),
     "minibatch_energy_distance": Objective(
         lambda *clouds: T.minibatch_energy_distance(*clouds, **OT),
         (X, X + 0.1 * Y, Y, Y[::-1] + 0.2 * X),

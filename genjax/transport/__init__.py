@@ -12,12 +12,20 @@ from genjax.transport.divergence import (
 from genjax.transport.gaussian import gaussian_entropic_ot, gaussian_wasserstein
 from genjax.transport.ott_adapter import sinkhorn_from_ott
 from genjax.transport.sinkhorn import SinkhornResult, sinkhorn, sinkhorn_from_cost
+from genjax.transport.unbalanced import (
+    UnbalancedDivergence,
+    UnbalancedResult,
+    unbalanced_divergence,
+    unbalanced_sinkhorn,
+)
 
 __all__ = [
     "MinibatchEnergy",
     "SinkhornDivergence",
     "SinkhornLoss",
     "SinkhornResult",
+    "UnbalancedDivergence",
+    "UnbalancedResult",
     "cosine",
     "euclidean",
     "gaussian_entropic_ot",
@@ -29,4 +37,6 @@ __all__ = [
     "sinkhorn_from_ott",
     "sinkhorn_loss",
     "squared_euclidean",
+    "unbalanced_divergence",
+    "unbalanced_sinkhorn",
 ]

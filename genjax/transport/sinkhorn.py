@@ -235,17 +235,8 @@ def solve_clouds(
     guess: tuple[Array, Array] | None = None,
 ) -> SinkhornResult:
     """`sinkhorn` with its options packed, and the `guess` of a `Problem`."""
-    for name, z in (("x", x), ("y", y)):
-        checks.min_rank(name, z, 1)
-        checks.not_empty(name, z)
-        checks.floating(name, z)
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    shape = (len(x), len(y))
-    formed = jax.eval_shape(cost_fn, x, y)
-    checks.shape("cost_fn(x, y)", formed, shape)
-    dtype = jnp.promote_types(formed.dtype, jnp.float32)
-    x, y = at_least_float32(x), at_least_float32(y)
-    problem = _problem((x, y), shape, dtype, epsilon, a, b, init)._replace(guess=guess)
+    x, y, dtype = checked_clouds(x, y, cost_fn)
+    problem = _problem((x, y), (len(x), len(y)), dtype, epsilon, a, b, init)._replace(guess=guess)
     exchanged, block_cost = ends_with_columns(method), cost_fn
     if exchanged:
         problem = _exchange(problem)
@@ -263,6 +254,19 @@ def solve_clouds(
         cost = at_least_float32(block_cost(*problem.arrays))
         problem, block_cost = problem._replace(arrays=(cost,)), None
     return _solve(method._replace(cost_fn=block_cost), problem, (x, y), cost_fn, exchanged)
+
+
+def checked_clouds(x: Any, y: Any, cost_fn: CostFn) -> tuple[Array, Array, Any]:
+    """Two clouds in float32 at least, and the dtype of their cost."""
+    for name, z in (("x", x), ("y", y)):
+        checks.min_rank(name, z, 1)
+        checks.not_empty(name, z)
+        checks.floating(name, z)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    formed = jax.eval_shape(cost_fn, x, y)
+    checks.shape("cost_fn(x, y)", formed, (len(x), len(y)))
+    dtype = jnp.promote_types(formed.dtype, jnp.float32)
+    return at_least_float32(x), at_least_float32(y), dtype
 
 
 def _problem(arrays, shape, dtype, epsilon, a, b, init) -> Problem:

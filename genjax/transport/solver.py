@@ -309,7 +309,7 @@ def _judge(ladder: Ladder, state: Stage, s: Sweep, error: Array, reach: Array) -
         error=error,
         mark=jnp.where(look | (s.steps < 2), error, s.mark),
         reach=reach,
-        omega=jnp.where(look, _faster(s.omega, error / s.mark, s.steps < CHECK), s.omega),
+        omega=jnp.where(look, faster(s.omega, error / s.mark, s.steps < CHECK), s.omega),
         done=_plain(ladder, state, s) & (error <= _goal(ladder, state)),
     )
 
@@ -342,7 +342,7 @@ def choose_next(ladder: Ladder, state: Stage, level: Array, s: Sweep) -> tuple[S
     return new, jnp.where(extrapolate, jnp.exp(-ladder.step), 0)
 
 
-def _faster(omega: Array, decay: Array, early: Array) -> Array:
+def faster(omega: Array, decay: Array, early: Array) -> Array:
     """The relaxation that suits the decay of the error over CHECK sweeps (Young 1954).
 
     At rate r and factor w the plain iteration's rate is (r + w - 1)^2 / (r w^2). Where r = w - 1
