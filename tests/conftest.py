@@ -24,10 +24,25 @@ from jaxtyping import install_import_hook
 
 install_import_hook("genjax", "beartype.beartype")
 
+import functools
+
+import flax.linen
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Parameters are made by one program, as in the experiments, and not by one for each operation.
+# What a network is called with stays known, so that it is checked as ever.
+_init = flax.linen.Module.init
+
+
+@functools.wraps(_init)
+def _compiled_init(self, rngs, *args, **kwargs):
+    return jax.jit(lambda rngs: _init(self, rngs, *args, **kwargs))(rngs)
+
+
+flax.linen.Module.init = _compiled_init
 
 # Tracing makes many small objects that live: looking through them all is a sixth of the time.
 gc.freeze()

@@ -50,6 +50,7 @@ def test_summary_and_files(short_run):
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
 
 
+@pytest.mark.slow
 def test_sampling_from_the_checkpoint_repeats_the_run(short_run, tmp_path):
     """No training: the same weights and key give the same samples, hence the same numbers."""
     folder, summary = short_run

@@ -9,6 +9,7 @@ from experiments import features
 from genjax.metrics import feature_extractor
 
 
+@pytest.mark.slow
 def test_short_run(tmp_path):
     config = features.Config(
         run_dir=str(tmp_path / "run"), steps=40, batch_size=64, channels=(4, 8), width=8,

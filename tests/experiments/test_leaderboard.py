@@ -109,6 +109,7 @@ def test_scores_are_those_of_the_metrics(digits):
         _judge.score(digits, samples[:, :4])
 
 
+@pytest.mark.slow
 def test_the_plane():
     data = reference("8gaussians")
     assert data.extractor is None

@@ -40,6 +40,7 @@ def test_shards_on_eight_devices_and_data_from_disk_train_the_same(tmp_path):
     assert np.mean(np.abs(x.astype(int) - y.astype(int))) < 0.05
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_and_stays_out_of_the_state(tmp_path):
     data = load_data(config(tmp_path))
     trained = {}

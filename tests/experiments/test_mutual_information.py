@@ -13,6 +13,7 @@ from experiments._system import prepare, reopen
 
 
 @pytest.mark.parametrize("estimator", ["mine", pytest.param("nwj", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_estimate_comes_near_the_truth(estimator, tmp_path):
     options = {"steps": 150, "steps_per_call": 50, "learning_rate": 1e-2, "ema": 0.95, "width": 32}
     config = mi.Config(run_dir=str(tmp_path / "run"), estimator=estimator, **options)

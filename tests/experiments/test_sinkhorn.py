@@ -18,6 +18,7 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_images(tmp_path):
     run = tmp_path / "run"
     config = sinkhorn_gan.Config(variant="learned", run_dir=str(run), **SMALL)

@@ -15,10 +15,12 @@ SHARED = {"devices": 1, "progress": False, "batch_size": 8, "steps_per_call": 1}
 TRANSFORMER = {"width": 8, "depth": 1, "heads": 2}
 SMALL = {
     "bridge": {"pairs": "fitting", "width": 8, "depth": 1},
+    "f_gan": {},
     "few_step": {"width": 8, "depth": 1, "conditional": True},
     "hierarchical_vae": {"latents": (3, 2), "sides": (1, 2), "width": 8},
     "masked_diffusion": {**TRANSFORMER, "num_steps": 4},
     "rlhf": {**TRANSFORMER, "imitation": 2, "steps": 4},
+    "sinkhorn_gan": {},
     "stylegan": {"width": 8, "groups": 2, "conditional": True},
     "vqvae": {"codes": 4, "channels": (4, 8), "prior_width": 8, "prior_depth": 1},
     "vqvae, two levels": {

@@ -131,7 +131,7 @@ def _densities(d):
         yield "coupling", flows.chain(pair), weights
 
 
-@pytest.mark.parametrize("d", [1, 2])
+@pytest.mark.parametrize("d", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_densities_integrate_to_one(d, x64):
     for name, bijection, params in _densities(d):
         axis = np.linspace(-12, 12, 2001 if d == 1 else 241)

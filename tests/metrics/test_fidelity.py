@@ -48,7 +48,11 @@ def measured(x, y, k, compiled=jax.jit):
     return both[0]._asdict() | both[1]._asdict()
 
 
-@pytest.mark.parametrize(("k", "how"), [(1, jax.jit), (3, lambda f: f)], ids=["jit", "eager"])
+@pytest.mark.parametrize(
+    ("k", "how"),
+    [(3, jax.jit), pytest.param(1, lambda f: f, marks=pytest.mark.slow)],
+    ids=["jit", "eager"],
+)
 def test_equals_brute_force(k, how, monkeypatch):
     x, y = features(n=150, m=130, d=6)
     if k == 1:  # over several blocks of rows, the last one not full

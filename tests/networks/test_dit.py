@@ -37,7 +37,9 @@ def test_it_starts_as_the_identity_between_its_embedding_and_its_output():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"conditioning": "tokens", "long_skips": True}], ids=["adaln", "uvit"]
+    "options",
+    [{}, pytest.param({"conditioning": "tokens", "long_skips": True}, marks=pytest.mark.slow)],
+    ids=["adaln", "uvit"],
 )
 def test_without_positions_patches_have_no_order_and_every_condition_is_read(options):
     network = DiT(**SMALL, **options, classes=3, positions=False)
@@ -97,6 +99,7 @@ def test_positions_are_the_sines_and_cosines_of_row_and_column():
             )
 
 
+@pytest.mark.slow
 def test_narrow_types_have_finite_derivatives_along_time():
     network = DiT(**SMALL, dtype=jnp.bfloat16)
     params = filled(network, X, T)

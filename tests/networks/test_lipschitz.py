@@ -234,6 +234,7 @@ def test_gradient_norm_is_one_at_the_start(key):
     assert jnp.mean(jnp.linalg.norm(widening, axis=1)) < 0.7
 
 
+@pytest.mark.slow
 def test_estimates_the_wasserstein_distance_in_one_dimension(key):
     """Acceptance: within 5% of the exact W1 between two samples, never above it."""
     keys = jax.random.split(key, 3)

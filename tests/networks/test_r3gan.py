@@ -69,7 +69,7 @@ def test_branches_start_at_zero_and_labels_are_heard():
     assert scores.shape == (3,)
 
 
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("narrow", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_penalties_reach_the_parameters(narrow, x64):
     """Second derivatives by finite differences in float64; finite in bfloat16."""
     critic = R3GANCritic(widths=(4, 8), dtype=jnp.bfloat16 if narrow else None, **SIZES)

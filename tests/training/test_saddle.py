@@ -132,6 +132,7 @@ def test_several_steps_in_one_call():
     assert metrics["generator/loss"].shape == (2,)
 
 
+@pytest.mark.slow
 def test_sixty_four_seeds_in_one_call():
     # A run is a function of its key; the mean of the generator goes to that of the data.
     optimizers = optax.adam(0.02), optax.adam(0.01)

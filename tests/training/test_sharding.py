@@ -197,6 +197,7 @@ def test_a_pair_in_shards_equals_one_device(key):
     close((one[0].params, one[0].ema, one[1]), (parts[0].params, parts[0].ema, parts[1]), 1e-5)
 
 
+@pytest.mark.slow
 def test_accumulated_parts_and_several_steps_in_shards(key):
     init, loss, event = vae()
 
