@@ -23,6 +23,7 @@ KEY = re.compile(r"^key(_\w+)?$")
 # "file: function: key" -> why the calls do not overlap.
 INDEPENDENT = {
     "samplers.py: _sample: key": "the start has fold_in(key, 0), step k fold_in(key, k + 1)",
+    "inpainting.py: inpaint: key": "as samplers.py's",
     "saddle.py: saddle_step: key": "critic update i has fold_in(key, i), the generator n_critic",
     "gan.py: critic_loss: key": "the noise has fold_in(key, 0), the penalty 1",
     "hierarchical_vae.py: parts: key": "of dropout: the network folds a number for each part",

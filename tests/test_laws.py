@@ -133,6 +133,18 @@ CASES = {
         (LEVELS - 0.5,),
         extremes=(-0.5, 0.5),
     ),
+    "hybrid_loss": Case(
+        lambda k, x: diffusion.hybrid_loss(
+            lambda x, t: (network(x, t), half_network(x, t)),
+            k,
+            x,
+            process=diffusion.VariancePreserving(),
+            num_steps=5,
+            levels=2,
+        ),
+        (LEVELS - 0.5,),
+        extremes=(-0.5, 0.5),
+    ),
     "consistency_loss": Case(
         lambda k, x: diffusion.consistency_loss(network, k, x, num_levels=11), (X,)
     ),

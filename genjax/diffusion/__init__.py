@@ -1,6 +1,7 @@
 """Score-based diffusion: processes, denoising, samplers, likelihood, guidance, inverse problems."""
 
 from genjax.diffusion.bound import discretised_gaussian as discretised_gaussian
+from genjax.diffusion.bound import hybrid_loss as hybrid_loss
 from genjax.diffusion.bound import variational_bound as variational_bound
 from genjax.diffusion.consistency import consistency_function as consistency_function
 from genjax.diffusion.consistency import consistency_levels as consistency_levels
@@ -34,6 +35,7 @@ from genjax.diffusion.guidance import classifier_free_guidance as classifier_fre
 from genjax.diffusion.guidance import classifier_guidance as classifier_guidance
 from genjax.diffusion.guidance import clipped as clipped
 from genjax.diffusion.guidance import dynamic_thresholding as dynamic_thresholding
+from genjax.diffusion.inpainting import inpaint as inpaint
 from genjax.diffusion.inverse import posterior_sampling as posterior_sampling
 from genjax.diffusion.inverse import pseudoinverse_guidance as pseudoinverse_guidance
 from genjax.diffusion.inverse import replacement as replacement

@@ -1,4 +1,7 @@
-"""DDPM's variational bound, with a discretised Gaussian decoder for integer data."""
+"""DDPM's variational bound, with a discretised Gaussian decoder; the loss that learns variances."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from genjax import checks
-from genjax.diffusion.denoising import check_times, same_shape
+from genjax.diffusion.denoising import PREDICTIONS, check_times, convert, same_shape
 from genjax.diffusion.discrete import posterior
 from genjax.diffusion.schedules import Process, Scalar
+from genjax.diffusion.steps import MixFn, mix_of
 from genjax.numerics import at_least_float32, exp_excess, expand_to, sum_event
 from genjax.randomness import low_discrepancy
 from genjax.typing import DenoiserFn, PRNGKey
@@ -60,6 +64,66 @@ def _check_centres(x: Array, levels: int, low: float, high: float) -> None:
         )
 
 
+class _Chain(NamedTuple):
+    """The chain of a bound: its noise, its number of steps, and the bins of the data."""
+
+    process: Process
+    num_steps: int
+    levels: int
+    low: float
+    high: float
+
+    def checked(self, x: Array) -> Array:
+        """x in float32 at least."""
+        checks.integer("num_steps", self.num_steps, 1)
+        checks.floating("x", x)
+        checks.min_rank("x", x, 1)
+        x = at_least_float32(x)
+        _check_centres(x, self.levels, self.low, self.high)
+        check_times(self.process.t_max, self.process)
+        return x
+
+    def prior(self, x: Array) -> Array:
+        """KL(q(x_T | x) || N(0, sigma_T^2 I)) up to the variance, which is the same."""
+        t = self.process.t_max
+        return sum_event(0.5 * jnp.square(self.process.alpha(t) * x) / self.process.variance(t))
+
+    def times(self, number: Array, dtype: Any) -> tuple[Array, Array]:
+        """(t, s) of step i = number [batch], from t to s."""
+        t, s = (n.astype(dtype) / self.num_steps for n in (number, number - 1))
+        return self.process.t_max * t, self.process.t_max * s
+
+    def one_step_each(self, key: PRNGKey, batch: int) -> Array:
+        """A step 1..T for every example, evenly spread."""
+        spread = low_discrepancy(key, batch)
+        return 1 + jnp.minimum((spread * self.num_steps).astype(jnp.int32), self.num_steps - 1)
+
+    def noised(self, x: Array, t: Array, eps: Array) -> Array:
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        return expand_to(alpha, x) * x + expand_to(sigma, x) * eps
+
+    def terms(
+        self, x: Array, mean: Array, mix: Scalar | Array, number: Array
+    ) -> tuple[Array, Array]:
+        """(KL of step i, or 0 for i = 1; -log P(x | x_1), or 0 for i > 1), i = number [batch].
+
+        mean: the denoised mean; mix: a number, or one for each coordinate.
+        """
+        t, s = self.times(number, x.dtype)
+        first = number == 1
+        moments = posterior(self.process, t, s)
+        gap = jnp.log(jnp.where(first, 1.0, moments.variance / moments.forward_variance))
+        # log of the true variance over the model's
+        log_ratio = mix * expand_to(gap, x)
+        variance = expand_to(jnp.where(first, 1.0, moments.variance), x) / jnp.exp(log_ratio)
+        error = 0.5 * expand_to(moments.x0_coef**2, x) * jnp.square(x - mean) / variance
+        kl = sum_event(0.5 * jnp.broadcast_to(exp_excess(log_ratio), x.shape) + error)
+        std = jnp.broadcast_to(expand_to(self.process.sigma(t), x), x.shape)
+        bins = {"levels": self.levels, "low": self.low, "high": self.high}
+        decoded = sum_event(-discretised_gaussian(x, mean, std, **bins))
+        return jnp.where(first, 0.0, kl), jnp.where(first, decoded, 0.0)
+
+
 def variational_bound(
     denoise: DenoiserFn,
     key: PRNGKey,
@@ -70,7 +134,7 @@ def variational_bound(
     levels: int,
     low: float = -1.0,
     high: float = 1.0,
-    mix: Scalar = 0.0,
+    mix: Scalar | MixFn = 0.0,
     every_step: bool = False,
 ) -> tuple[Float[Array, " batch"], dict[str, Array]]:
     """Bound on -log P(x) in nats for the chain of `num_steps` `ancestral_step`s (Ho et al. 2020).
@@ -78,39 +142,21 @@ def variational_bound(
     KL(q(x_T | x) || N(0, sigma_T^2 I)) + sum_i KL(q(x_{i-1} | x_i, x) || p(x_{i-1} | x_i))
     - log P(x | x_1), eq. 5: noise at every step with `every_step`, else one step i per example,
     times T: unbiased either way. x holds centres of `levels` bins that fill [low, high], see
-    `discretised_gaussian`. `mix` sets the model's variance as in `ancestral_step`; x_1 is decoded
-    with standard deviation sigma(t_1). Raises as `discretised_gaussian` does.
+    `discretised_gaussian`. `mix` sets the model's variance as in `ancestral_step`, a number or a
+    function of (x_t, t); x_1 is decoded with standard deviation sigma(t_1). Raises as
+    `discretised_gaussian` does, and where the denoiser or `mix` changes the shape.
     Returns (losses [batch], aux: "prior", "diffusion", "reconstruction").
     """
-    checks.integer("num_steps", num_steps, 1)
-    checks.floating("x", x)
-    checks.min_rank("x", x, 1)
-    x = at_least_float32(x)
-    _check_centres(x, levels, low, high)
-    dims = x[0].size
-    check_times(process.t_max, process)
-    signal, noise = process.alpha(process.t_max), process.variance(process.t_max)
-    prior = sum_event(0.5 * jnp.square(signal * x) / noise)
+    chain = _Chain(process, num_steps, levels, low, high)
+    x = chain.checked(x)
+    prior = chain.prior(x)
 
     def term(number: Array, key: PRNGKey) -> tuple[Array, Array]:
-        """(KL of step i, or 0 for i = 1; -log P(x | x_1), or 0 for i > 1), i = number [batch]."""
-        t, s = (process.t_max * n.astype(x.dtype) / num_steps for n in (number, number - 1))
-        eps = jax.random.normal(key, x.shape, x.dtype)
-        x_t = expand_to(process.alpha(t), x) * x + expand_to(process.sigma(t), x) * eps
+        t, _ = chain.times(number, x.dtype)
+        x_t = chain.noised(x, t, jax.random.normal(key, x.shape, x.dtype))
         mean = at_least_float32(denoise(x_t, t))
         same_shape(mean, x)
-        first = number == 1
-        moments = posterior(process, t, s)
-        log_ratio = mix * jnp.log(
-            jnp.where(first, 1.0, moments.variance / moments.forward_variance)
-        )
-        variance = jnp.where(first, 1.0, moments.variance / jnp.exp(log_ratio))
-        error = sum_event(jnp.square(x - mean))
-        kl = 0.5 * dims * exp_excess(log_ratio)
-        kl = kl + 0.5 * moments.x0_coef**2 * error / variance
-        std = jnp.broadcast_to(expand_to(process.sigma(t), x), x.shape)
-        decoded = sum_event(-discretised_gaussian(x, mean, std, levels=levels, low=low, high=high))
-        return jnp.where(first, 0.0, kl), jnp.where(first, decoded, 0.0)
+        return chain.terms(x, mean, mix_of(mix, x_t, t), number)
 
     if every_step:
 
@@ -123,7 +169,53 @@ def variational_bound(
         (kl, decoded), _ = jax.lax.scan(body, (zeros, zeros), jnp.arange(1, num_steps + 1))
     else:
         time_key, noise_key = jax.random.split(key)
-        spread = low_discrepancy(time_key, x.shape[0])
-        number = 1 + jnp.minimum((spread * num_steps).astype(jnp.int32), num_steps - 1)
+        number = chain.one_step_each(time_key, x.shape[0])
         kl, decoded = (num_steps * value for value in term(number, noise_key))
     return prior + kl + decoded, {"prior": prior, "diffusion": kl, "reconstruction": decoded}
+
+
+def hybrid_loss(
+    network: Callable[[Array, Array], tuple[Array, Array]],
+    key: PRNGKey,
+    x: Float[Array, "batch *event"],
+    *,
+    process: Process,
+    num_steps: int,
+    levels: int,
+    low: float = -1.0,
+    high: float = 1.0,
+    prediction: str = "epsilon",
+    bound_weight: Scalar = 1e-3,
+) -> tuple[Float[Array, " batch"], dict[str, Array]]:
+    """L_simple + bound_weight L_vlb, to learn the variance too (Nichol & Dhariwal 2021, eq. 16).
+
+    `network` maps (x_t, t) to (a prediction of kind `prediction`, v), both of the shape of x. With
+    step i drawn per example and t = t_i, L_simple = |eps - eps_predicted|^2 (eq. 14), and L_vlb is
+    the nats of `variational_bound` with variance beta^v beta~^(1 - v) (eq. 15), v for each
+    coordinate and not held to [0, 1]. The bound's gradient reaches v alone: in it the mean is a
+    constant. Both are summed over the event; one call of the network. The variance of the last
+    step, beta~ = 0, is not learned, see `variational_bound`.
+
+    Afterwards `partial(ancestral_step, mix=lambda x, t: network(x, t)[1])` samples with it.
+    Raises as `variational_bound` does. Returns (losses [batch], aux: "simple", "bound").
+    """
+    checks.one_of("prediction", prediction, PREDICTIONS)
+    checks.at_least("bound_weight", bound_weight, 0)
+    chain = _Chain(process, num_steps, levels, low, high)
+    x = chain.checked(x)
+    time_key, noise_key = jax.random.split(key)
+    number = chain.one_step_each(time_key, x.shape[0])
+    t, _ = chain.times(number, x.dtype)
+    eps = jax.random.normal(noise_key, x.shape, x.dtype)
+    x_t = chain.noised(x, t, eps)
+    value, mix = (at_least_float32(part) for part in network(x_t, t))
+    same_shape(value, x)
+    checks.shape("the variance that network returns", mix, x.shape)
+    mean, noise = (
+        convert(value, x_t, t, source=prediction, target=target, process=process)
+        for target in ("x0", "epsilon")
+    )
+    simple = sum_event(jnp.square(eps - noise))
+    kl, decoded = chain.terms(x, jax.lax.stop_gradient(mean), mix, number)
+    bound = chain.prior(x) + num_steps * (kl + decoded)
+    return simple + bound_weight * bound, {"simple": simple, "bound": bound}

@@ -89,7 +89,7 @@ def _sample(
 ) -> Array:
     shape, times = tuple(shape), jnp.asarray(times)
     checks.at_least("number of axes of shape", len(shape), 1)
-    _check_grid(times, step, process)
+    check_grid(times, step, process)
     if x_init is None:
         x_init = initial_noise(key, shape, process=process, t=times[0], first_index=first_index)
     checks.shape("x_init", x_init, shape)
@@ -149,7 +149,7 @@ def at_one_time(denoise: DenoiserFn) -> DenoiseAt:
     return at
 
 
-def _check_grid(times: Array, step: StepFn, process: Process) -> None:
+def check_grid(times: Array, step: StepFn, process: Process) -> None:
     checks.rank("times", times, 1)
     least = 2 if getattr(step, "func", step) in (dpm_solver_step, unipc_step) else 1
     if times.shape[0] < least + 1:

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from genjax import checks
 from genjax.diffusion.discrete import posterior
 from genjax.diffusion.schedules import Scalar
-from genjax.numerics import safe_sqrt
+from genjax.numerics import at_least_float32, safe_sqrt
 from genjax.randomness import Index, indexed_keys, indexed_normal
 from genjax.typing import PRNGKey
 
@@ -55,6 +56,8 @@ class Move(NamedTuple):
         return indexed_normal(self.key(n), like.shape, self.first_index, like.dtype)
 
 
+# A learned variance (x_t [batch, *event], t [batch]) -> v [batch, *event], see `ancestral_step`.
+MixFn: TypeAlias = Callable[[Array, Array], Array]
 # (denoise, x at t, move) -> (x at s, denoised mean at t)
 StepFn: TypeAlias = Callable[[DenoiseAt, Array, Move], tuple[Array, Array]]
 
@@ -81,21 +84,33 @@ def ancestral_step(
     move: Move,
     /,
     *,
-    mix: Scalar = 0.0,
+    mix: Scalar | MixFn = 0.0,
 ) -> tuple[Array, Array]:
     """Sample x_s from q(x_s | x_t, x_0 = D): Algorithm 4 of the notes; DDPM (Ho et al. 2020).
 
     The variance is beta^mix beta~^(1 - mix) (Nichol & Dhariwal 2021, eq. 15): 0 is the posterior
-    variance beta~ = r v (`posterior`), which vanishes at s = 0; 1 is the forward variance.
+    variance beta~ = r v (`posterior`), which vanishes at s = 0; 1 is the forward variance. A
+    function of (x_t, t) gives one mix per coordinate, a variance that was learned by `hybrid_loss`.
+    Raises ValueError where it changes the shape.
     """
     t, s, process = move.t, move.s, move.process
     moments = posterior(process, t, s)
     denoised = denoise(x, t)
+    mix = mix_of(mix, x, jnp.broadcast_to(t, x.shape[:1]).astype(x.dtype))
     last = moments.variance <= 0
     shrink = jnp.where(last, 1.0, moments.variance / moments.forward_variance)
     variance = jnp.where(last, 0.0, moments.forward_variance * shrink ** (1 - mix))
     mean = moments.x0_coef * denoised + moments.xt_coef * x
     return mean + safe_sqrt(variance) * move.normal(0, x), denoised
+
+
+def mix_of(mix: Scalar | MixFn, x: Array, t: Array) -> Scalar | Array:
+    """The number itself, or one for each coordinate of x_t [batch, *event] at t [batch]."""
+    if not callable(mix):
+        return mix
+    value = at_least_float32(mix(x, t))
+    checks.shape("what mix returns", value, x.shape)
+    return value
 
 
 def ddpm_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:

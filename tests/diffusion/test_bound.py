@@ -98,18 +98,24 @@ def _expected_bound(x, gain, process, num_steps, levels, mix):
     return prior, kl[1:].sum(), decode
 
 
-@pytest.mark.parametrize("mix", [0.0, 1.0])
+@pytest.mark.parametrize("mix", [0.0, (0.3, 1.2)])
 def test_bound_is_its_closed_form_for_a_linear_denoiser(mix, x64, key):
+    """With a number for the variance, and with one of its own for each of two coordinates."""
     process, num_steps, levels, std = gd.VariancePreserving(), 20, 9, 0.5
 
     def gain(t):
         alpha, sigma = process.alpha(t), process.sigma(t)
         return alpha * std**2 / (alpha**2 * std**2 + sigma**2)
 
-    prior, diffusion, decode = _expected_bound(
-        2 / 9, lambda t: np.asarray(gain(t)), process, num_steps, levels, mix
+    value, of_time = 2 / 9, lambda t: np.asarray(gain(t))
+    parts = [
+        _expected_bound(value, of_time, process, num_steps, levels, v) for v in np.atleast_1d(mix)
+    ]
+    expected = dict(
+        zip(("prior", "diffusion", "reconstruction"), np.sum(parts, axis=0), strict=True)
     )
-    x = jnp.full((4000, 1), 2 / 9)
+    x = jnp.full((4000, len(parts)), value)
+    learned = lambda x_t, t: jnp.broadcast_to(jnp.array([mix]), x_t.shape)  # noqa: E731
     for every_step in (False, True):
         losses, aux = jax.jit(
             lambda key, e=every_step: gd.variational_bound(
@@ -119,18 +125,14 @@ def test_bound_is_its_closed_form_for_a_linear_denoiser(mix, x64, key):
                 process=process,
                 num_steps=num_steps,
                 levels=levels,
-                mix=mix,
+                mix=learned if isinstance(mix, tuple) else mix,
                 every_step=e,
             )
         )(key)
         np.testing.assert_allclose(losses, sum(aux.values()), rtol=1e-12)
-        for name, expected in [
-            ("prior", prior),
-            ("diffusion", diffusion),
-            ("reconstruction", decode),
-        ]:
+        for name, number in expected.items():
             spread = 4 * aux[name].std() / np.sqrt(len(x)) + 1e-9
-            assert abs(aux[name].mean() - expected) < spread, (name, every_step)
+            assert abs(aux[name].mean() - number) < spread, (name, every_step)
 
 
 def test_bound_meets_the_exact_likelihood_for_many_steps(key):
