@@ -1,7 +1,7 @@
 """The options that every run has, and those of every training."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 # A resumed run may differ in these; what the numbers depend on must be as it was.
 MAY_DIFFER = ("run_dir", "resume", "steps", "max_seconds", "data_dir", "devices", "sharding",
@@ -13,6 +13,9 @@ MAY_DIFFER = ("run_dir", "resume", "steps", "max_seconds", "data_dir", "devices"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What every run has: its data, its folder and its seed. Experiments add their own options."""
+
+    evaluation: ClassVar[tuple[str, ...]] = ()
+    """Options that training does not depend on, which a resumed run may change."""
 
     dataset: str = "digits"
     """Data set by name: digits, mnist_5k, a tfds image set such as mnist, or folder:PATH."""
@@ -35,7 +38,7 @@ class TrainConfig(RunConfig):
     """Options of every experiment that trains step by step."""
 
     resume: bool = False
-    """Go on from the newest checkpoint in run_dir (default: of the newest run)."""
+    """Go on with the run in run_dir (default: the newest one), its options and last checkpoint."""
     steps: int = 2000
     """Updates in all, those before a resume included."""
     max_seconds: float = 0.0

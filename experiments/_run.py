@@ -9,16 +9,17 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments._command import experiment_of, resume_command
+from experiments._command import USAGE, experiment_of, read, resume_command, runs_of
 from experiments._config import MAY_DIFFER, RunConfig, TrainConfig
 from genjax import checks
+from genjax.data import NotPreparedError
 from genjax.training import (
     CheckpointError,
     Checkpoints,
@@ -67,11 +68,9 @@ class Run:
 
 
 def launch(main: Callable[[Any], Any], config_type: type) -> None:
-    """Read the command line into the Config and run main. What the user can mend, and so every
-    ValueError, ends in one line instead of a trace."""
-    import tyro
-
-    config = tyro.cli(config_type, description=sys.modules[main.__module__].__doc__)
+    """Read the command line into the Config and run main. What the user can mend ends in one line
+    instead of a trace: with status 2 a mistake, and so every ValueError, else with 1."""
+    config = read(config_type, sys.modules[main.__module__].__doc__)
     keep_compiled_programs()
     try:
         # What trains nothing has no such options.
@@ -83,9 +82,16 @@ def launch(main: Callable[[Any], Any], config_type: type) -> None:
         if stop.resume and jax.process_index() == 0:
             print(f"resume with: {stop.resume}", file=sys.stderr, flush=True)
         raise
-    except (RunError, CheckpointError, NonFiniteError, OSError, ValueError, ImportError) as error:
-        notes = getattr(error, "__notes__", [])
-        sys.exit(" ".join("; ".join([f"error: {error}", *notes]).split()))
+    except (CheckpointError, NonFiniteError, OSError) as error:
+        sys.exit(_one_line(error))
+    except (RunError, NotPreparedError, ValueError, ImportError) as error:
+        print(_one_line(error), file=sys.stderr, flush=True)
+        sys.exit(USAGE)
+
+
+def _one_line(error: Exception) -> str:
+    notes = getattr(error, "__notes__", [])
+    return " ".join("; ".join([f"error: {error}", *notes]).split())
 
 
 def keep_compiled_programs() -> None:
@@ -314,13 +320,12 @@ def _choose_folder(config: RunConfig) -> Path:
         if "://" in config.run_dir:
             raise RunError(f"--run-dir must be a local folder, got {config.run_dir!r}")
         return Path(config.run_dir).absolute()
-    above = Path("runs", experiment_of(config).rpartition(".")[2]).absolute()
-    numbers = [int(p.name) for p in above.glob("*") if p.name.isdecimal()]
+    above, numbers = runs_of(experiment_of(config))
     if not getattr(config, "resume", False):
-        return above / str(max(numbers, default=0) + 1)
+        return above / str(numbers[-1] + 1 if numbers else 1)
     if not numbers:
         raise RunError(f"nothing to resume in {above}: start without --resume")
-    return above / str(max(numbers))
+    return above / str(numbers[-1])
 
 
 def _lock(folder: Path) -> Any:
@@ -349,7 +354,7 @@ def _write_config(config: RunConfig, folder: Path) -> None:
         if not getattr(config, "resume", False):
             again = "go on with --resume, or " if hasattr(config, "resume") else ""
             raise RunError(f"{folder} already holds a run: {again}give another --run-dir")
-        _check_same(path, now)
+        _check_same(path, now, (*MAY_DIFFER, *type(config).evaluation))
     write_json(path, now)
 
 
@@ -364,13 +369,13 @@ def read_config(path: Path, remedy: str = "mend it, or start anew") -> dict[str,
     return stored
 
 
-def _check_same(path: Path, now: Mapping[str, Any]) -> None:
+def _check_same(path: Path, now: Mapping[str, Any], free: Sequence[str]) -> None:
     before = read_config(path)
     for field in before.keys() | now.keys():
         if field not in now:
             near = difflib.get_close_matches(field, now, n=1)
             raise RunError(f"{path} has the unknown field {field!r}; nearest: {near or 'none'}")
-        if field not in MAY_DIFFER and before.get(field, now[field]) != now[field]:
+        if field not in free and before.get(field, now[field]) != now[field]:
             raise RunError(
                 f"{path} has {field} = {before[field]!r}, got {now[field]!r}: "
                 "resume with the options that the run began with"

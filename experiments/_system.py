@@ -23,6 +23,7 @@ import numpy as np
 import optax
 
 from experiments import _judge, _pictures, _run
+from experiments._command import config_of
 from experiments._data import Data
 from experiments._keys import CARRY, keys
 from genjax.data import Scaling
@@ -372,12 +373,12 @@ def _stored_config(folder: Path, changes: Mapping[str, Any]) -> tuple[Any, Any]:
         if not hasattr(module, part):
             raise _run.RunError(f"{folder} cannot be reopened: {name} has no {part}")
     fields = {field.name for field in dataclasses.fields(module.Config)}
-    lacking, unknown = sorted(fields - stored.keys()), sorted(stored.keys() - fields)
-    if lacking or unknown:
-        what = f"lacks {lacking[0]!r}" if lacking else f"has the unknown {unknown[0]!r}"
+    unknown = sorted(stored.keys() - fields)
+    if unknown:
+        what = f"has the unknown {unknown[0]!r}"
         raise _run.RunError(f"{folder / 'config.json'} {what}: an older layout")
-    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-    return module, module.Config(**{**stored, "run_dir": str(folder), **changes})
+    config = config_of(stored, module.Config)
+    return module, dataclasses.replace(config, run_dir=str(folder), **changes)
 
 
 def _require(system: System, *names: str) -> None:

@@ -36,8 +36,8 @@ class Config(_run.TrainConfig):
 
     dataset: str = "pinwheel"
     """A two-dimensional density, or images."""
-    method: str = "rk4"
-    """Solver: euler, midpoint, heun, rk4, dopri5 or tsit5."""
+    method: Literal["euler", "midpoint", "heun", "rk4", "dopri5", "tsit5"] = "rk4"
+    """Solver."""
     solver_steps: int = 8
     """Steps of a fixed-step solver."""
     trace: Literal["exact", "hutchinson"] = "exact"

@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,15 @@ OF_SAMPLING = ("sampler", "num_steps", "spacing", "guidance", "num_samples", "li
 class Config(_run.TrainConfig):
     """Train a denoiser and draw from it, or draw from an earlier run."""
 
+    evaluation: ClassVar = (
+        "sampler",
+        "num_steps",
+        "spacing",
+        "guidance",
+        "num_samples",
+        "likelihood_steps",
+    )
+
     sample_from: str | None = None
     """Folder of a run: draw from its newest checkpoint, do not train. The options of the model are
     then that run's; those of sampling and guidance are this command's."""
@@ -107,8 +116,8 @@ class Config(_run.TrainConfig):
     steps: int = 6000
     steps_per_call: int = 50
     batch_size: int = 256
-    sampler: str = "heun"
-    """One of SAMPLERS."""
+    sampler: Literal[tuple(SAMPLERS)] = "heun"  # type: ignore[valid-type]
+    """How samples are drawn."""
     num_steps: int = 18
     """Steps of the sampler."""
     spacing: Literal["edm", "log_snr", "uniform"] = "edm"

@@ -11,7 +11,7 @@ study, where the best fit of each divergence is known.
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from experiments import _run
 from experiments._data import Data, load_data
@@ -27,8 +27,8 @@ ROWS = (Row("f_gan", "f-GAN, Jensen-Shannon", images={}, plane={}),)
 class Config(AdversarialConfig):
     """Train under an f-divergence."""
 
-    divergence: str = "jensen_shannon"
-    """A name in F_DIVERGENCES."""
+    divergence: Literal[tuple(F_DIVERGENCES)] = "jensen_shannon"  # type: ignore[valid-type]
+    """The f-divergence."""
     saturating: bool = False
     """The generator minimises the bound itself."""
 

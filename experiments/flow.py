@@ -17,7 +17,7 @@ samples take the final denoising step; that density is of noisy data, so no bits
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,8 @@ ROWS = (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(_run.TrainConfig):
     """Train a flow by maximum likelihood and measure it on the test split."""
+
+    evaluation: ClassVar = ("guidance", "temperature", "draws")
 
     model: Literal["planar", "realnvp", "spline", "glow", "tarflow"] = "spline"
     """The flow."""

@@ -19,7 +19,7 @@ vary much), their ratio, and the curvature of the paths.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ Method = Literal["flow", "reflow", "ot", "sinkhorn"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(_run.TrainConfig):
     """Train flows by flow matching and compare their paths."""
+
+    evaluation: ClassVar = ("sample_steps", "samples", "draws")
 
     dataset: str = "8gaussians"
     """A two-dimensional density, or images."""

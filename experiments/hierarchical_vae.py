@@ -16,7 +16,7 @@ share their upper levels, one level more in each row.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ ROWS = (Row("hierarchical_vae", "Hierarchical VAE", images={}),)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(_run.TrainConfig):
     """Train a hierarchical variational autoencoder and measure it on the test split."""
+
+    evaluation: ClassVar = ("temperature", "test_samples")
 
     latents: tuple[int, ...] = (8, 8, 8)
     """Numbers of each level at each of its places, the top level first."""

@@ -15,7 +15,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -38,6 +38,8 @@ from genjax.networks import GPT, StateSpace, state_space_groups
 class Config(_run.TrainConfig):
     """Train a language model and measure it on the part held out."""
 
+    evaluation: ClassVar = ("samples", "temperature", "top_k", "top_p", "min_p")
+
     dataset: str = "pydoc"
     """pydoc (the running Python's own documentation), or the path of a text or a folder of .txt."""
     text_sha256: str | None = None
@@ -46,8 +48,8 @@ class Config(_run.TrainConfig):
     """Tokens: 256 for bytes, more for BPE."""
     length: int = 128
     """Tokens of a window, and of the cache when sampling."""
-    network: str = "gpt"
-    """Network, one of NETWORKS."""
+    network: Literal["gpt", "s4", "s4d", "mamba", "mamba2"] = "gpt"
+    """Transformer, or state space layers in place of attention."""
     depth: int = 3
     """Blocks."""
     width: int = 128

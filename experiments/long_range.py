@@ -15,7 +15,7 @@ Sequences of the first two are functions of their number, so that no two steps s
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ NUMBERS = 2**22  # sequences that can be drawn
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(_run.TrainConfig):
     """Train a state space model on one task and measure it on fresh sequences."""
+
+    evaluation: ClassVar = ("test_lengths", "examples")
 
     task: Literal["copying", "induction", "digits"] = "copying"
     """What is to be learnt, see above."""

@@ -16,7 +16,7 @@ import dataclasses
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ ROWS = (Row("masked_diffusion", "Masked diffusion", images={}),)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(_run.TrainConfig):
     """Train a network to fill in hidden tokens and sample it."""
+
+    evaluation: ClassVar = ("num_samples", "by", "temperature", "test_draws")
 
     vocabulary: int = 256
     """Tokens of a text: 256 for bytes, more for BPE."""

@@ -14,7 +14,7 @@ Samples of the averaged generator are judged, see experiments/_judge.py.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ R1_EVERY, PATH_EVERY, ADA_EVERY = 16, 4, 4  # steps between the lazy terms
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(AdversarialConfig):
     """Train R3GAN or StyleGAN2 and score its samples."""
+
+    evaluation: ClassVar = ("truncation",)
 
     network: Literal["r3gan", "stylegan2", "mlp"] = "r3gan"
     """Residual blocks with grouped convolutions, or StyleGAN2's pair with its losses, or fully

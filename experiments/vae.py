@@ -23,7 +23,7 @@ four pictures: samples, reconstructions, interpolation, latent_map.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,8 @@ ROWS = (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(_run.TrainConfig):
     """Train a variational autoencoder and measure it on the test split."""
+
+    evaluation: ClassVar = ("test_samples", "ppca_components")
 
     objective: Literal["elbo", "iwae"] = "elbo"
     """The bound that is maximised, see above."""

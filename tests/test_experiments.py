@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tyro
 
-from experiments import _pictures, _run, _system, flow_matching
+from experiments import _command, _pictures, _run, _system, diffusion, flow_matching, vae
 from experiments.__main__ import experiments
 from genjax.training import CheckpointError, Checkpoints, Stopped
 
@@ -90,10 +89,72 @@ def test_the_printed_command_resumes_with_the_same_options(tmp_path):
         methods=("flow", "ot"), sigma_min=1e-3, conditional=True, progress=False, data_dir="a b",
         devices=1, dataset="digits", seed=7, max_seconds=0.5,
     )  # fmt: skip
+    given = dataclasses.replace(given, run_dir=str(folder))
+    _run.start_run(given).close()
     python, flag, module, *options = shlex.split(_run.resume_command(given, folder))
     assert (python, flag, module) == (sys.executable, "-m", "experiments.flow_matching")
-    parsed = tyro.cli(flow_matching.Config, args=options)
-    assert parsed == dataclasses.replace(given, run_dir=str(folder), resume=True)
+    assert options == ["--resume", "--run-dir", str(folder)]
+    parsed = _command.read(flow_matching.Config, None, options)
+    assert parsed == dataclasses.replace(given, resume=True)
+    # Only what changes is typed: of evaluation anything may, of training only how long.
+    changed = _command.read(flow_matching.Config, None, [*options, "--samples", "9", "--seed", "8"])
+    assert (changed.samples, changed.methods, changed.seed) == (9, ("flow", "ot"), 8)
+    with pytest.raises(_run.RunError, match="has seed = 7, got 8"):
+        _run.start_run(changed)
+    _run.start_run(dataclasses.replace(changed, seed=7)).close()
+
+
+def test_resume_takes_the_newest_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in (1, 2):
+        _run.start_run(flow_matching.Config(seed=seed)).close()
+    parsed = _command.read(flow_matching.Config, None, ["--resume", "--steps", "3"])
+    assert (parsed.seed, parsed.steps) == (2, 3)
+    assert parsed.run_dir == str(tmp_path / "runs" / "flow_matching" / "2")
+    # A run of before an option was there has its default.
+    path = tmp_path / "runs/flow_matching/2/config.json"
+    stored = json.loads(path.read_text())
+    del stored["epsilon"]
+    path.write_text(json.dumps(stored))
+    assert _command.read(flow_matching.Config, None, ["--resume"]).epsilon == parsed.epsilon
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--stpes 5", "there is no option --stpes; did you mean --steps? (--help lists them all)"),
+        ("--steps x", "Error parsing --steps: invalid literal for int() with base 10: 'x'"),
+        ("--sampler hein", "'predictor_corrector'], got 'hein'; did you mean 'heun'?"),
+        ("--prediction=scor", "got 'scor'; did you mean 'score'?"),
+        ("--steps", "--steps"),
+    ],
+)
+def test_a_mistake_in_an_option_ends_in_one_line(options, line, capsys):
+    with pytest.raises(SystemExit) as end:
+        _command.read(diffusion.Config, None, options.split())
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert line in said
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--dataset minst", "got 'minst'; did you mean 'mnist'?"),
+        ("--batch-size 5000", "at most the split's 1437 examples, got 5000"),
+        ("--run-dir gs://bucket/run", "--run-dir must be a local folder"),
+    ],
+)
+def test_a_mistake_in_a_value_ends_in_one_line(options, line, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vae", *options.split()])
+    with pytest.raises(SystemExit) as end:
+        _run.launch(vae.main, vae.Config)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert line in said
 
 
 def test_of_a_run_inside_a_run_the_outer_one_is_resumed(tmp_path, monkeypatch, capsys):
@@ -108,7 +169,7 @@ def test_of_a_run_inside_a_run_the_outer_one_is_resumed(tmp_path, monkeypatch, c
         _run.launch(main, tiny.Config)
     assert stop.value.code == 143
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("resume with:")]
-    assert line.endswith(f"--steps 9 --run-dir {tmp_path / 'run'} --resume")
+    assert line.endswith(f"--resume --run-dir {tmp_path / 'run'}")
 
 
 def test_resume_needs_the_same_options_and_a_whole_config(tmp_path):

@@ -128,7 +128,7 @@ def test_sigterm_saves_and_ends_cleanly(whole_fork, forks, tmp_path):
     (line,) = re.findall(r"^resume with: (.*)$", stopped.stderr, re.MULTILINE)
     python, _, module, *again = shlex.split(line)
     assert (python, module) == (sys.executable, "tests.training.tiny")
-    assert again[-3:] == ["--run-dir", str(tmp_path / "run"), "--resume"]
+    assert again == ["--resume", "--run-dir", str(tmp_path / "run")]
     assert forks.run(tmp_path / "run", *again).returncode == 0
     check_equal(tmp_path / "run", expected)
 
@@ -241,7 +241,7 @@ def test_two_runs_in_one_folder(forks, tmp_path):
         with pytest.raises(_run.RunError, match=message):
             _run.start_run(tiny.Config(run_dir=str(tmp_path / "run"), resume=True))
         second = forks.run(tmp_path / "run", "--resume")  # the lock holds between processes
-        assert second.returncode == 1
+        assert second.returncode == 2
         assert second.stderr.startswith("error: run folder ")
         assert message in second.stderr
     with _run.start_run(tiny.Config(run_dir=str(tmp_path / "run"), resume=True)):  # free again

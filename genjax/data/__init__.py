@@ -8,6 +8,7 @@ from genjax.data.pipeline import check_arrays as check_arrays
 from genjax.data.pipeline import in_order as in_order
 from genjax.data.pipeline import num_examples as num_examples
 from genjax.data.pipeline import stream as stream
+from genjax.data.preparing import NotPreparedError as NotPreparedError
 from genjax.data.scaling import Scaling as Scaling
 from genjax.data.synthetic import DENSITIES as DENSITIES
 from genjax.data.synthetic import Checkerboard as Checkerboard

@@ -22,10 +22,15 @@ BUNDLED = {
 }
 
 
+class NotPreparedError(RuntimeError):
+    """A data set is not on disk and cannot be brought there from here, or is there in a format that
+    needs TensorFlow; the message says what can be done."""
+
+
 def builder_of(name: str, data_dir: str | os.PathLike | None, options: Any = None) -> Any:
     """Make the tfds builder of a data set, its files in the array_record format.
 
-    options: of a folder of images, `genjax.data.folder.Options`. Raises RuntimeError where
+    options: of a folder of images, `genjax.data.folder.Options`. Raises NotPreparedError where
     the data set is on disk in another format.
     """
     data_dir = None if data_dir is None else os.path.expanduser(os.fspath(data_dir))
@@ -46,7 +51,7 @@ def builder_of(name: str, data_dir: str | os.PathLike | None, options: Any = Non
     except ValueError as error:
         if "format is already set" not in str(error):
             raise
-        raise RuntimeError(
+        raise NotPreparedError(
             f"{name} is on disk under {data_dir or 'the data folder of tfds'}, but not in the "
             "array_record format, which is read without TensorFlow; prepare it in another folder: "
             f"python -m genjax.data {name} --data-dir DIR"
@@ -74,8 +79,9 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, options: Any =
     """Write a data set to disk (downloading it where it must be) and return its folder.
 
     Several processes may do this at once: each writes a folder of its own, and the first to finish
-    renames it into place. Raises RuntimeError where it cannot be done here, with the reason, and
-    FolderError (a ValueError) for a folder of images that cannot be used; nothing is left there.
+    renames it into place. Raises NotPreparedError, a RuntimeError, where it cannot be done here,
+    with the reason, and FolderError, a ValueError, for a folder of images that cannot be used;
+    nothing is left there.
     """
     builder = builder_of(name, data_dir, options)
     target, root = Path(builder.data_dir), Path(builder.data_dir_root)
@@ -97,10 +103,12 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, options: Any =
         except Exception as error:
             if folder:
                 builder.report()
-            reason = f"{type(error).__name__}: {error}"[:200]
-            raise RuntimeError(
-                f"{name} is not prepared under {root} and cannot be prepared here ({reason}). "
-                f"Where there is a network, run: python -m genjax.data {name} --data-dir {root}"
+            raise NotPreparedError(
+                f"{name} is not prepared under {root} and cannot be prepared here "
+                f"({type(error).__name__}: {error}). Where there is a network, run: "
+                f"python -m genjax.data {name} --data-dir {root}; or copy the folder {name} of a "
+                f"machine that has it there; or take what needs no network: "
+                f"{', '.join(BUNDLED)}, {FOLDER}PATH"
             ) from error
         if folder:
             builder.report()

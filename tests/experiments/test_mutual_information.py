@@ -61,9 +61,11 @@ def test_the_average_of_mine_is_carried_by_the_state():
     ("option", "message"),
     [(["--rho", "1"], "rho must lie in (-1, 1), got 1.0"), (["--dims", "0"], "dims must be at le")],
 )
-def test_a_mistake_gives_one_line(option, message, monkeypatch):
+def test_a_mistake_gives_one_line(option, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mutual_information", *option])
     with pytest.raises(SystemExit) as ended:
         _run.launch(mi.main, mi.Config)
-    assert f"error: {message}" in str(ended.value)
-    assert "\n" not in str(ended.value)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}")
+    assert said.count("\n") == 1

@@ -94,7 +94,6 @@ def test_an_unfinished_run_opens_at_its_newest_checkpoint(finished, folder):
         ({"experiment": "os.path"}, "cannot be reopened: os.path has no Config"),
         ({"experiment": "antigravity"}, "is of 'antigravity': import that module before"),
         ({"experiment": "experiments.gone"}, "is of 'experiments.gone', which is no experiment"),
-        ({"spread": None}, "lacks 'spread': an older layout"),
         ({"width": 3}, "has the unknown 'width': an older layout"),
     ],
 )
