@@ -271,6 +271,12 @@ OBJECTIVES = {
     "sinkhorn_loss": solved(T.sinkhorn_loss, **OT),
     "unbalanced_sinkhorn": solved(T.unbalanced_sinkhorn, **RELAXED),
     "unbalanced_divergence": solved(T.unbalanced_divergence, **RELAXED),
+    "transport_1d": Objective(
+        T.transport_1d,
+        SCORES,
+        lambda x, y, *masks: T.transport_1d(x, y, a=weigh(masks[0]), b=weigh(masks[1])),
+        poison=3.0,
+    ),
     "minibatch_energy_distance": Objective(
         lambda *clouds: T.minibatch_energy_distance(*clouds, **OT),
         (X, X + 0.1 * Y, Y, Y[::-1] + 0.2 * X),

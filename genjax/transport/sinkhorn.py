@@ -272,7 +272,7 @@ def checked_clouds(x: Any, y: Any, cost_fn: CostFn) -> tuple[Array, Array, Any]:
 def _problem(arrays, shape, dtype, epsilon, a, b, init) -> Problem:
     checks.rank("epsilon", epsilon, 0)
     checks.positive("epsilon", epsilon)
-    a, b = _weights("a", a, shape[0], dtype), _weights("b", b, shape[1], dtype)
+    a, b = normalised("a", a, shape[0], dtype), normalised("b", b, shape[1], dtype)
     return Problem(arrays, a, b, jnp.asarray(epsilon).astype(dtype), _start(init, *shape, dtype))  # pyright: ignore
 
 
@@ -282,7 +282,7 @@ def _exchange(problem: Problem) -> Problem:
     return Problem(arrays[::-1], b, a, epsilon, start[::-1], guess)  # pyright: ignore
 
 
-def _weights(name: str, weights: Any, size: int, dtype: Any) -> Array:
+def normalised(name: str, weights: Any, size: int, dtype: Any) -> Array:
     """Uniform weights for None; otherwise checked, widened and divided by their sum."""
     if weights is None:
         return jnp.full((size,), 1 / size, dtype)
