@@ -4,9 +4,10 @@ Shapes and dtypes are known while tracing, so these run before any computation. 
 (`positive`, `finite`) apply to concrete values only and pass traced ones through.
 """
 
+import contextlib
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -135,3 +136,14 @@ def finite(name: str, x: Any) -> None:
             f"{name} must be finite, got {int(bad.sum())} of {math.prod(bad.shape)} values that "
             f"are not, the first at index {first}"
         )
+
+
+@contextlib.contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """Imports inside the context that fail name the extra of the distribution that brings them."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{what} needs {error.name}: pip install 'genjax-models[{name}]'", name=error.name
+        ) from error

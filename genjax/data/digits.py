@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from genjax import checks
+
 NUM_TRAIN = 1437
 
 
@@ -35,7 +37,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        from sklearn.datasets import load_digits
+        with checks.extra("data", "digits"):
+            from sklearn.datasets import load_digits
 
         digits: Any = load_digits()
         images = digits.images.astype(np.uint8)[..., None]

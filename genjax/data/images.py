@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from genjax import checks
 from genjax.data.preparing import builder_of, is_prepared, prepare
 
 # Anything tfds knows by name loads; these are the ones that messages and help texts show.
@@ -69,6 +70,7 @@ def open_images(
 
 def known_to_tfds() -> list[str]:
     """List the names that tfds can build."""
-    import tensorflow_datasets as tfds
+    with checks.extra("data", "a data set by name"):
+        import tensorflow_datasets as tfds
 
     return tfds.list_builders(with_community_datasets=False)

@@ -123,7 +123,8 @@ def stream(
 
     `threads` read at once, at most `ahead` batches wait in memory; the order is that of the steps.
     """
-    import grain
+    with checks.extra("data", "stream"):
+        import grain
 
     batch = functools.partial(
         batch_at,

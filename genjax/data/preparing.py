@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from genjax import checks
+
 FOLDER = "folder:"
 # Data sets of our own, from packages that ship them: the module and the class of the builder.
 BUNDLED = {
@@ -34,6 +36,8 @@ def builder_of(name: str, data_dir: str | os.PathLike | None, options: Any = Non
     the data set is on disk in another format.
     """
     data_dir = None if data_dir is None else os.path.expanduser(os.fspath(data_dir))
+    with checks.extra("data", f"data set {name}"):
+        import tensorflow_datasets as tfds
     if name.startswith(FOLDER):
         from genjax.data.folder import Options, folder_builder
 
@@ -42,8 +46,6 @@ def builder_of(name: str, data_dir: str | os.PathLike | None, options: Any = Non
         module, builder = BUNDLED[name]
         make = getattr(importlib.import_module(module), builder)
     else:
-        import tensorflow_datasets as tfds
-
         make = functools.partial(tfds.builder, name)
     try:
         with _without_warnings():

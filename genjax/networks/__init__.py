@@ -1,5 +1,10 @@
 """Networks: Flax linen modules, every size a field; the only room that imports flax."""
 
+from genjax import checks
+
+with checks.extra("networks", "genjax.networks"):
+    import flax.linen as _  # noqa: F401
+
 from genjax.networks.autoencoder import *
 from genjax.networks.conv import *
 from genjax.networks.coupling import *

@@ -258,7 +258,8 @@ def _orbax() -> Any:
     and tensorstore reports each further failure to the closed loop, as exceptions that nobody can
     catch.
     """
-    import orbax.checkpoint as ocp
+    with checks.extra("train", "Checkpoints"):
+        import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_from_elsewhere)
     if getattr(sys.unraisablehook, "__name__", "") != "_no_stragglers":

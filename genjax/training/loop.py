@@ -85,7 +85,8 @@ def fit(
     later is saved. An error in `batches` or `evaluate` is raised after the state is saved. SIGTERM
     and SIGINT save the state and raise Stopped (exit status 143, 130); a second acts as usual.
     """
-    from tqdm import tqdm
+    with checks.extra("train", "fit"):
+        from tqdm import tqdm
 
     for name, value in {"save_every": save_every, "log_every": log_every}.items():
         checks.integer(name, value, 1)

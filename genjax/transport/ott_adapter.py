@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from genjax import checks
 from genjax.transport.sinkhorn import SinkhornResult, sinkhorn, sinkhorn_from_cost
 
 
@@ -20,9 +21,10 @@ def sinkhorn_from_ott(
     options are those of `sinkhorn`. Potentials differ from ott's by the weights: ott's f is
     f + epsilon log a, its g is g + epsilon log b. Raises TypeError for anything else.
     """
-    from ott.geometry import costs as ott_costs
-    from ott.geometry import geometry as ott_geometry
-    from ott.geometry import pointcloud
+    with checks.extra("ott", "sinkhorn_from_ott"):
+        from ott.geometry import costs as ott_costs
+        from ott.geometry import geometry as ott_geometry
+        from ott.geometry import pointcloud
 
     if not isinstance(geometry, ott_geometry.Geometry):
         raise TypeError(f"geometry must be an ott Geometry, got {type(geometry).__name__}")
