@@ -33,7 +33,7 @@ from genjax import checks
 # In the order of the table; each has its rows as ROWS.
 MODULES = ("ppca", "vae", "vqvae", "hierarchical_vae", "f_gan", "gan", "wgan", "stylegan",
            "sinkhorn_gan", "flow", "flow_matching", "few_step", "continuous_flow",
-           "diffusion", "masked_diffusion", "pixelcnn")  # fmt: skip
+           "diffusion", "latent", "masked_diffusion", "pixelcnn")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

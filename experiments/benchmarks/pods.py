@@ -48,6 +48,7 @@ EXPERIMENTS: Mapping[str, Mapping[str, Any]] = {
     "diffusion": {},
     "flow_matching": {},
     "few_step": {},
+    "latent": {},
     "flow": {"model": "glow"},
     "pixelcnn": {},
     "language_model": {},

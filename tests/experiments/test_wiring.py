@@ -18,6 +18,11 @@ SMALL = {
     "f_gan": {},
     "few_step": {"width": 8, "depth": 1, "conditional": True},
     "hierarchical_vae": {"latents": (3, 2), "sides": (1, 2), "width": 8},
+    "latent": {"channels": (4, 8), "width": 8, "depth": 1},
+    "latent, codes": {
+        "channels": (4, 8), "width": 8, "depth": 1, "heads": 2, "latents": "vq", "codes": 4,
+        "model": "diffusion", "network": "dit", "conditional": True, "guidance": 2.0,
+    },
     "masked_diffusion": {**TRANSFORMER, "num_steps": 4},
     "rlhf": {**TRANSFORMER, "imitation": 2, "steps": 4},
     "sinkhorn_gan": {},
