@@ -42,12 +42,12 @@ def mean_flow_times(
     checks.integer("num_steps", num_steps, 1)
     checks.between("equal", equal, 0, 1)
     checks.between("ends", ends, 0, 1)
-    key_times, key_ends, key_equal = jax.random.split(key, 3)
+    key_times, key_ends, key_equal, key_part = jax.random.split(key, 4)
     t, s = jnp.sort(jax.random.uniform(key_times, (2, num)), axis=0)
     at_start, at_end = jax.random.bernoulli(key_ends, jnp.float32(ends), (2, num))
     t, s = jnp.where(at_start, 0.0, t), jnp.where(at_end, 1.0, s)
     if num_steps > 1:
-        part = jax.random.randint(jax.random.fold_in(key_times, num), (num,), 0, num_steps)
+        part = jax.random.randint(key_part, (num,), 0, num_steps)
         t, s = (part + t) / num_steps, (part + s) / num_steps
     return t, jnp.where(jax.random.bernoulli(key_equal, jnp.float32(equal), (num,)), t, s)
 
