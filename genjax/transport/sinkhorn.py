@@ -6,7 +6,6 @@
 """
 
 import dataclasses
-import functools
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -19,6 +18,7 @@ from genjax.numerics import at_least_float32
 from genjax.transport import blocks, derivatives
 from genjax.transport.costs import cosine, squared_euclidean
 from genjax.transport.derivatives import still
+from genjax.transport.forbidden import barred, refuse_isolated
 from genjax.transport.problem import COSTS, Method, Problem
 from genjax.typing import CostFn
 
@@ -78,13 +78,15 @@ class SinkhornResult:
 
     def plan(self) -> Float[Array, "n m"]:
         """The transport plan [n, m]: forms the cost matrix, whatever `chunk_size` was."""
-        cost, weights = self.cost_matrix(), (self.a, self.b)
-        base, gain = self.scaling
+        given, weights = self.cost_matrix(), (self.a, self.b)
+        cost, (base, gain) = barred(given, self.epsilon)[0], self.scaling
         if self.gradient != "unroll":
             gain = gain + still(self._differentiable()[0 if self.exchanged else 1])
         if self.exchanged:
-            return derivatives.plan(cost.T, base, gain, *weights[::-1], self.epsilon).T  # pyright: ignore
-        return derivatives.plan(cost, base, gain, *weights, self.epsilon)
+            plan = derivatives.plan(cost.T, base, gain, *weights[::-1], self.epsilon).T  # pyright: ignore
+        else:
+            plan = derivatives.plan(cost, base, gain, *weights, self.epsilon)
+        return jnp.where(given == jnp.inf, 0, plan)
 
     def cost_matrix(self) -> Float[Array, "n m"]:
         """The costs [n, m]."""
@@ -102,7 +104,12 @@ class SinkhornResult:
             arrays = (*arrays, *closed)
         f, g = self.potentials
         problem = Problem(arrays, self.a, self.b, self.epsilon, (f, g))
-        run = functools.partial(derivatives.implicit, Method(cost_fn))
+
+        def run(problem: Problem, f: Array, g: Array) -> tuple[Array, Array]:
+            if cost_fn is None:
+                problem = problem._replace(arrays=(barred(problem.arrays[0], problem.epsilon)[0],))
+            return derivatives.implicit(Method(cost_fn), problem, f, g)
+
         for _ in range(f.ndim - 1):  # results that came out of jax.vmap
             run = jax.vmap(run)
         df, dg = run(problem, f, g)
@@ -177,6 +184,10 @@ def sinkhorn_from_cost(
 
     value = min_P <P, C> + epsilon KL(P | a b^T). The options, the result and the errors are those
     of `sinkhorn`; the gradient of the value for the cost is the plan.
+
+    An infinite entry forbids its pair: the plan and the gradient are 0 there. Where no plan is
+    left value, cost and marginal_error are infinite; ValueError is raised, if the cost is concrete,
+    where all of a row or a column that has weight is infinite.
     """
     checks.rank("cost", cost, 2)
     checks.not_empty("cost", cost)
@@ -186,10 +197,13 @@ def sinkhorn_from_cost(
     cost = at_least_float32(cost)
     n, m = cost.shape
     problem = _problem((cost,), (n, m), cost.dtype, epsilon, a, b, init)
+    refuse_isolated(cost, a, b)
+    finite, most, spread = barred(cost, problem.epsilon)
+    problem = problem._replace(arrays=(finite,), spread=spread)
     exchanged = ends_with_columns(method)
     if exchanged:
-        problem = _exchange(problem)._replace(arrays=(cost.T,))
-    return _solve(method, problem, (cost,), None, exchanged)
+        problem = _exchange(problem)._replace(arrays=(finite.T,))
+    return _solve(method, problem, (cost,), None, exchanged, most)
 
 
 def make_method(
@@ -277,9 +291,13 @@ def _problem(arrays, shape, dtype, epsilon, a, b, init) -> Problem:
 
 
 def _exchange(problem: Problem) -> Problem:
-    arrays, a, b, epsilon, start, guess = problem
-    guess = None if guess is None else guess[::-1]
-    return Problem(arrays[::-1], b, a, epsilon, start[::-1], guess)  # pyright: ignore
+    return problem._replace(
+        arrays=problem.arrays[::-1],
+        a=problem.b,
+        b=problem.a,
+        start=problem.start[::-1],
+        guess=None if problem.guess is None else problem.guess[::-1],
+    )
 
 
 def normalised(name: str, weights: Any, size: int, dtype: Any) -> Array:
@@ -314,6 +332,7 @@ def _solve(
     geometry: tuple[Array, ...],
     cost_fn: CostFn | None,
     exchanged: bool,
+    most: Array | float = jnp.inf,
 ) -> SinkhornResult:
     if method.num_iterations is not None and problem.guess is not None and not method.warm:
         problem = problem._replace(start=problem.guess)
@@ -321,7 +340,10 @@ def _solve(
     out = run(method, problem)
     # A cost that is not finite makes <P, C> not finite, even where the plan is 0.
     broken = ~(jnp.isfinite(out.cost) & (problem.epsilon > 0))
-    value, cost, error = (jnp.where(broken, jnp.nan, z) for z in (out.value, out.cost, out.error))
+    value, cost, error = (
+        jnp.where(broken, jnp.nan, jnp.where(out.value > most, jnp.inf, z))
+        for z in (out.value, out.cost, out.error)
+    )
     sides = (out.f, out.g), (problem.a, problem.b)
     (f, g), (a, b) = (z[::-1] for z in sides) if exchanged else sides
     result = SinkhornResult(
@@ -342,6 +364,7 @@ def _solve(
         exchanged=exchanged,
     )
     if method.gradient == "implicit":
-        change = still(jnp.sum(result.plan() * result.cost_matrix()))
+        plan, costs = result.plan(), result.cost_matrix()
+        change = still(jnp.sum(plan * jnp.where(costs == jnp.inf, 0, costs)))
         result = dataclasses.replace(result, cost=jax.lax.stop_gradient(cost) + change)
     return result
