@@ -304,13 +304,20 @@ def test_every_public_loss_has_a_case():
     assert set(FOUND) == set(OBJECTIVES) | set(NOT_OF_SAMPLES), "give the new objective a case"
 
 
-@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+def each_law(found):
+    """Eager forms, a program for each operation, are slow tests."""
+    marks = lambda law: [pytest.mark.slow] if "eager" in law.__name__ else []  # noqa: E731
+    params = [pytest.param(law, id=law.__name__, marks=marks(law)) for law in found]
+    return pytest.mark.parametrize("law", params)
+
+
+@each_law(laws.LAWS)
 @pytest.mark.parametrize("name", CASES)
 def test_law(name, law, key, unchecked):
     law(CASES[name], key)
 
 
-@pytest.mark.parametrize("law", laws.OBJECTIVE_LAWS, ids=lambda law: law.__name__)
+@each_law(laws.OBJECTIVE_LAWS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_law_of_objectives(name, law, unchecked):
     law(OBJECTIVES[name])
