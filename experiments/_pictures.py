@@ -24,20 +24,28 @@ def save_grid(
     """
     from matplotlib import image as png
 
+    sheet = tiled(images, columns=columns, low=low, high=high)
+    sheet = np.kron(sheet, np.ones((pixel, pixel, 1)))
+    png.imsave(Path(path), sheet)
+    return Path(path)
+
+
+def tiled(
+    images: Any, *, columns: int | None = None, low: float = 0.0, high: float = 1.0
+) -> np.ndarray:
+    """Images [n, height, width, 1 or 3] as one picture [rows, columns, 3] in [0, 1], with a pixel
+    of white between them; low becomes 0, high 1, what is not finite black."""
     images = np.asarray(images, dtype=np.float64)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise ValueError(f"images must be [n, height, width, 1 or 3], got shape {images.shape}")
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    # One pixel of white between the images.
     sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, channels))
     for i, picture in enumerate(np.clip((images - low) / (high - low), 0, 1)):
         top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
         sheet[top : top + height, left : left + width] = picture
-    sheet = np.kron(np.repeat(sheet, 3 // channels, axis=-1), np.ones((pixel, pixel, 1)))
-    png.imsave(Path(path), np.nan_to_num(sheet))
-    return Path(path)
+    return np.nan_to_num(np.repeat(sheet, 3 // channels, axis=-1))
 
 
 def save_figure(path: str | os.PathLike, plot: Any, *, panels: int = 1, size: float = 4.0) -> Path:
@@ -68,11 +76,16 @@ def save_samples(path: str | os.PathLike, data: Any, samples: Any, labels: Any =
     if data.kind == "points":
         save_points(path, {"data": data.test["x"][:2000], "samples": samples[:2000]})
     elif data.kind == "images":
-        first = np.arange(min(100, len(samples)))
-        if labels is not None:
-            places = [np.flatnonzero(np.asarray(labels) == c)[:10] for c in range(10)]
-            first = np.stack(places, 1).ravel() if min(map(len, places)) == 10 else first
-        save_grid(path, samples[first], high=data.spec.levels - 1, columns=10)
+        save_grid(path, samples[hundred(samples, labels)], high=data.spec.levels - 1, columns=10)
+
+
+def hundred(samples: Any, labels: Any = None) -> np.ndarray:
+    """Indices of the first hundred samples, or of ten of each of ten classes, one to a column."""
+    first = np.arange(min(100, len(samples)))
+    if labels is None:
+        return first
+    places = [np.flatnonzero(np.asarray(labels) == c)[:10] for c in range(10)]
+    return np.stack(places, 1).ravel() if min(map(len, places)) == 10 else first
 
 
 def density_report(system: Any, data: Any) -> Any:

@@ -302,6 +302,11 @@ def write_json(path: Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_texts(path: Path, texts: Sequence[str]) -> None:
+    """Write texts one below the other, with a rule between them."""
+    path.write_text(f"\n{'-' * 80}\n".join(texts) + "\n")
+
+
 def _plain(value: Any) -> Any:
     """Make JSON of numbers, arrays and containers of them; not finite becomes null."""
     if isinstance(value, Mapping):

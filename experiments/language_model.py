@@ -144,8 +144,7 @@ def main(config: Config) -> dict[str, Any]:
     text, tokens = _load(config)
 
     def report(run: _run.Run, params: Any, samples: np.ndarray) -> dict[str, Any]:
-        pages = [tokens.decode(row).decode(errors="replace") for row in samples]
-        (run.folder / "samples.txt").write_text(f"\n{'-' * 80}\n".join(pages) + "\n")
+        _run.write_texts(run.folder / "samples.txt", texts(config, samples))
         plot_losses(run.folder, tokens.lengths(tokens.encode(text.train)).mean())
         split = {"test": data.test} | ({} if data.held_out is None else {"held": data.held_out})
         found = {name: score(config, params, part, tokens) for name, part in split.items()}
@@ -180,6 +179,12 @@ def load_data(config: Config) -> Data:
     spec = DataSpec(text.name, "tokens", (config.length,), tokens.vocabulary, None)
     windows = {"x": text_data.windows(ids[:kept], config.length)}
     return Data(windows, scored[0], spec, scored[1] if config.held_out else None)
+
+
+def texts(config: Config, samples: np.ndarray) -> list[str]:
+    """What samples [n, length] say."""
+    tokens = _load(config)[1]
+    return [tokens.decode(row).decode(errors="replace") for row in samples]
 
 
 def build(config: Config, data: Data) -> System:
@@ -274,9 +279,9 @@ def continue_prompt(config: Config) -> dict[str, Any]:
     drawn = jax.jit(lambda params: draw(run, network, params, key, jnp.asarray(prompt), num))(
         params
     )
-    texts = [config.prompt + tokens.decode(row).decode(errors="replace") for row in drawn]
-    print(f"\n{'-' * 80}\n".join(texts))
-    return {"texts": texts}
+    found = [config.prompt + text for text in texts(run, np.asarray(drawn))]
+    print(f"\n{'-' * 80}\n".join(found))
+    return {"texts": found}
 
 
 def plot_losses(folder: Any, bytes_per_token: float) -> None:

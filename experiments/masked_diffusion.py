@@ -101,10 +101,7 @@ def report(
     config: Config, data: Data, run: _run.Run, params: Any, samples: np.ndarray
 ) -> dict[str, Any]:
     """Bits per byte of a text's test part, every token once; samples.txt."""
-    text = text_data.text(config.dataset)
-    tokens = text_data.tokeniser(text.train, config.vocabulary)
-    pages = [tokens.decode(row).decode(errors="replace") for row in samples]
-    (run.folder / "samples.txt").write_text(f"\n{'-' * 80}\n".join(pages) + "\n")
+    _run.write_texts(run.folder / "samples.txt", texts(config, samples))
     network, key = make_network(config, data), _system.keys(config.seed).test
 
     @jax.jit
@@ -119,7 +116,15 @@ def report(
         fill = ((0, max(0, i + 64 - len(x))), (0, 0))  # one shape, so one program
         part = [np.pad(z[i : i + 64], fill) for z in (x, where)]
         total += sum(float(nats(n, *part)) for n in range(config.test_draws)) / config.test_draws
-    return {"bits_per_byte": float(bits_per_byte(total, len(text.test)))}
+    test_bytes = len(text_data.text(config.dataset).test)
+    return {"bits_per_byte": float(bits_per_byte(total, test_bytes))}
+
+
+def texts(config: Config, samples: np.ndarray) -> list[str]:
+    """What samples [n, length] of a text say."""
+    text = text_data.text(config.dataset)
+    tokens = text_data.tokeniser(text.train, config.vocabulary)
+    return [tokens.decode(row).decode(errors="replace") for row in samples]
 
 
 def make_network(config: Config, data: Data) -> GPT:

@@ -109,6 +109,12 @@ def wrong(key: jax.Array, numbers: jax.Array) -> jax.Array:
     return (numbers + by) % (LARGEST + 1)
 
 
+def texts(config: Config, samples: np.ndarray) -> list[str]:
+    """Prompts with answers [n, 9] as one reads them: "12+34=046"."""
+    rows = np.concatenate([samples[:, :PROMPT], samples[:, : PROMPT - 1 : -1]], axis=1)
+    return ["".join("0123456789+="[token] for token in row) for row in rows]
+
+
 def is_right(tokens: jax.Array) -> jax.Array:
     """1 where the answer of prompt and answer [n, 9] is right, else 0."""
     same = tokens[:, PROMPT:] == spelled(sums(tokens[:, :PROMPT]))
