@@ -288,6 +288,7 @@ NOT_OF_SAMPLES = {
     "adapt_beta": "of two numbers",
     "gaussian_entropic_ot": "of moments",
     "gaussian_wasserstein": "of moments",
+    "barycentre": "of histograms",
     "sinkhorn_from_cost": "of a cost matrix",
     "sinkhorn_from_ott": "of a geometry",
     "ppca_fit": "a fit",

@@ -1,5 +1,6 @@
 """Optimal transport: entropic, debiased, between samples and between Gaussians."""
 
+from genjax.transport.barycentre import Barycentre, barycentre
 from genjax.transport.costs import cosine, euclidean, squared_euclidean
 from genjax.transport.divergence import (
     MinibatchEnergy,
@@ -22,6 +23,7 @@ from genjax.transport.unbalanced import (
 )
 
 __all__ = [
+    "Barycentre",
     "LineTransport",
     "MinibatchEnergy",
     "SinkhornDivergence",
@@ -29,6 +31,7 @@ __all__ = [
     "SinkhornResult",
     "UnbalancedDivergence",
     "UnbalancedResult",
+    "barycentre",
     "barycentric_map",
     "cosine",
     "euclidean",
