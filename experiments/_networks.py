@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from experiments._config import TrainConfig
+from experiments._data import Data
 from genjax import checks
 from genjax.networks import DiT, TimeMLP, UNet
 
@@ -51,6 +52,16 @@ def make_network(
         return DiT(*sizes, **options)
     channels = tuple(channels) or channels_of(shape[0])
     return UNet(channels, attention=tuple(attention), classes=classes, **options)
+
+
+def network_of(config: Any, data: Data) -> Any:
+    """The network that the config names for examples of the data, with labels where the config is
+    `conditional`."""
+    if config.conditional and not data.spec.classes:
+        raise ValueError(f"conditional needs a data set with classes, got {data.spec.name!r}")
+    if config.network != "mlp":
+        data.require("images")
+    return make_network(config, data.spec.shape, data.spec.classes if config.conditional else None)
 
 
 def channels_of(side: int) -> tuple[int, ...]:

@@ -26,11 +26,11 @@ import optax
 
 from experiments import _run, _system
 from experiments._data import Data, load_data
+from experiments._networks import NetworkConfig, make_network
 from experiments._system import Row, System, adamw, train
 from genjax import checks, metrics
 from genjax import diffusion as gd
 from genjax.data import DENSITIES, DataSpec
-from genjax.networks import DiT, TimeMLP, UNet
 
 ROWS = (Row("diffusion", "Diffusion, with labels", {}, {"width": 128, "num_samples": 10_000}),)
 PROCESSES: dict[str, Callable[[], gd.Process]] = {
@@ -61,7 +61,7 @@ OF_SAMPLING = ("sampler", "num_steps", "spacing", "guidance", "num_samples", "li
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_run.TrainConfig):
+class Config(NetworkConfig):
     """Train a denoiser and draw from it, or draw from an earlier run."""
 
     evaluation: ClassVar = (
@@ -91,20 +91,13 @@ class Config(_run.TrainConfig):
     network: Literal["mlp", "unet", "dit"] = "mlp"
     """Residual MLP on the flattened event, U-Net, or a transformer over patches."""
     width: int = 384
-    """Units of the MLP's layers, or the width of a token (dit)."""
-    depth: int = 3
-    """Residual blocks of the MLP, or blocks of the transformer."""
     heads: int = 6
-    """Attention heads (dit)."""
-    patch: int = 2
-    """Side of a patch (dit)."""
     channels: tuple[int, ...] = ()
     """Channels of the U-Net, one entry per resolution (default: 32, then 64 for each halving of the
     image, at least one, down to at most 8 pixels)."""
     attention: tuple[int, ...] = ()
     """Heights at which the U-Net attends."""
     dropout: float = 0.2
-    """Share of hidden units dropped in training."""
     label_dropout: float = 0.15
     """Share of training examples whose label is hidden, for classifier-free guidance."""
     learning_rate: float = 2e-3
@@ -233,32 +226,13 @@ def make_model(config: Config, data: Data) -> Model:
     """The model of a data set; its mean and scale are taken from the training data."""
     spec, y = data.spec, np.asarray(data.scaling().to_continuous(data.train["x"]))
     shift = y.mean(0, keepdims=True) if data.kind == "points" else y.mean()
-    if config.network == "unet":
+    if config.network != "mlp":
         data.require("images")
-        network = UNet(
-            channels=config.channels or channels_of(spec.shape[0]),
-            attention=config.attention,
-            classes=spec.classes,
-            dropout=config.dropout,
-            remat=config.remat,
-        )
-    elif config.network == "dit":
-        data.require("images")
-        sizes = (config.patch, config.width, config.depth, config.heads, spec.classes)
-        network = DiT(*sizes, dropout=config.dropout, remat=config.remat)
-    else:
-        network = TimeMLP(config.width, config.depth, "layer", spec.classes, dropout=config.dropout)
+    shape = {"channels": config.channels, "attention": config.attention}
+    network = make_network(config, spec.shape, spec.classes, norm="layer", **shape)
     process = PROCESSES[config.process]()
     scale = float((y - shift).std())
     return Model(process, network, spec, config.prediction, scale, np.asarray(shift, np.float32))
-
-
-def channels_of(side: int) -> tuple[int, ...]:
-    """The U-Net's channels for images of that side."""
-    channels = [32]
-    while side % 2 == 0 and (side > 8 or len(channels) == 1):
-        channels, side = [*channels, 64], side // 2
-    return tuple(channels)
 
 
 def make_loss(config: Config, model: Model, scaling: Any) -> Callable[..., Any]:

@@ -27,10 +27,10 @@ import numpy as np
 
 from experiments import _distillation, _judge, _pictures, _run, _system
 from experiments._data import Data, load_data
+from experiments._networks import NetworkConfig, network_of
 from experiments._system import Row, System, train
 from genjax import diffusion as gd
 from genjax import flows
-from genjax.networks import DiT, TimeMLP
 
 ROWS = (
     Row("mean_flow", "Mean flow, one step", {}, {"width": 128}),
@@ -40,7 +40,7 @@ SHOWN = (1, 2, 4)  # numbers of steps that are compared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_run.TrainConfig):
+class Config(NetworkConfig):
     """Train a model that samples in few steps, and compare 1, 2 and 4 of them."""
 
     method: Literal["mean_flow", "shortcut", "consistency", "progressive", "matching"] = "mean_flow"
@@ -49,18 +49,7 @@ class Config(_run.TrainConfig):
     """Folder of a run of experiments.diffusion (consistency, progressive, matching)."""
     num_steps: int = 1
     """Steps of the reported samples, and the least that a mean flow learns."""
-    network: Literal["mlp", "dit"] = "mlp"
-    """Residual MLP on the flattened event, or a transformer over patches (images only)."""
-    width: int = 256
-    """Hidden units, or the width of a token."""
-    depth: int = 3
-    """Residual layers, or blocks."""
-    heads: int = 4
-    """Attention heads (dit)."""
-    patch: int = 2
-    """Side of a patch (dit)."""
     dropout: float = 0.1
-    """Share of hidden units dropped in training."""
     conditional: bool = False
     """Give the labels to the network."""
     equal: float = 0.5
@@ -103,7 +92,7 @@ def build(config: Config, data: Data) -> System:
 
 def flow(config: Config, data: Data) -> System:
     """A mean velocity, by mean flow or shortcuts."""
-    network, scaling = make_network(config, data), data.scaling()
+    network, scaling = network_of(config, data), data.scaling()
     settings = {"equal": config.equal, "ends": config.ends, "num_steps": config.num_steps}
 
     def init(key: jax.Array) -> Any:
@@ -136,7 +125,7 @@ def flow(config: Config, data: Data) -> System:
 
 def consistency(config: Config, data: Data) -> System:
     """A consistency model, trained alone or by a teacher; the step is what the carry has."""
-    network, scaling, process = make_network(config, data), data.scaling(), gd.EDM()
+    network, scaling, process = network_of(config, data), data.scaling(), gd.EDM()
     scale = float(np.std(np.asarray(scaling.to_continuous(data.train["x"]))))
     teacher = None if config.teacher is None else _distillation.open_teacher(config, data)
 
@@ -187,18 +176,6 @@ def consistency(config: Config, data: Data) -> System:
     )
 
 
-def make_network(config: Config, data: Data) -> TimeMLP | DiT:
-    """The network of x and two times, with labels where the config asks for them."""
-    if config.conditional and not data.spec.classes:
-        raise ValueError(f"conditional needs a data set with classes, got {data.spec.name!r}")
-    classes = data.spec.classes if config.conditional else None
-    if config.network == "mlp":
-        return TimeMLP(config.width, config.depth, classes=classes, dropout=config.dropout)
-    data.require("images")
-    sizes = (config.patch, config.width, config.depth, config.heads, classes)
-    return DiT(*sizes, dropout=config.dropout, remat=config.remat)
-
-
 def mean_velocity(network: Any, params: Any, label: Any = None, key: Any = None) -> Callable:
     """u(x, t, s), with label and dropout key closed over."""
     return lambda x, t, s: network.apply(params, x, t, label, end=s, dropout_key=key)
@@ -229,8 +206,9 @@ def report(
         return {}
     key, n, label = _system.keys(config.seed).sample, len(samples), system.labels
     reference, found, shown = _judge.reference(data), {}, []
+    sample: Any = system.sample
     for steps in SHOWN:
-        draw = jax.jit(lambda p, steps=steps: system.sample(p, key, n, label, steps=steps))
+        draw = jax.jit(lambda p, steps=steps: sample(p, key, n, label, steps=steps))
         x = np.asarray(draw(params))
         judged = _judge.judge(reference, x)
         names = [k for k in ("precision", "recall", "modes", "high_quality_share") if k in judged]

@@ -28,21 +28,26 @@ import optax
 
 from experiments import _keys, _pictures, _run
 from experiments._data import Data, load_data
+from experiments._networks import NetworkConfig, network_of
 from experiments._system import Measures, Row, System, parameter_count, prepare, weights
 from genjax import checks, flows
 from genjax.data import DENSITIES
 from genjax.metrics import sliced_wasserstein
-from genjax.networks import DiT, TimeMLP
 from genjax.training import export_npz
 from genjax.transport import sinkhorn_from_cost
 
 FLOW = {"methods": ("flow",)}
-ROWS = (Row("flow_matching", "Flow matching", {**FLOW, "width": 256, "dropout": 0.1}, FLOW),)
+ROWS = (
+    Row("flow_matching", "Flow matching", {**FLOW, "width": 256, "dropout": 0.1}, FLOW),
+    Row("flow_dit", "DiT flow", {**FLOW, "network": "dit", "width": 64, "dropout": 0.1,
+                                 "batch_size": 128, "steps_per_call": 10, "sample_steps": 25,
+                                 "draws": 1}),
+)  # fmt: skip
 Method = Literal["flow", "reflow", "ot", "sinkhorn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_run.TrainConfig):
+class Config(NetworkConfig):
     """Train flows by flow matching and compare their paths."""
 
     evaluation: ClassVar = ("sample_steps", "samples", "draws")
@@ -61,18 +66,7 @@ class Config(_run.TrainConfig):
     """Entropy of the sinkhorn coupling, as a share of the mean cost."""
     conditional: bool = False
     """Give the labels to the network and pair within the class."""
-    network: Literal["mlp", "dit"] = "mlp"
-    """Residual MLP on the flattened event, or a transformer over patches (images only)."""
     width: int = 128
-    """Hidden units, or the width of a token."""
-    depth: int = 3
-    """Residual layers, or blocks of the transformer."""
-    heads: int = 4
-    """Attention heads (dit)."""
-    patch: int = 2
-    """Side of a patch (dit)."""
-    dropout: float = 0.0
-    """Share of hidden units dropped in training."""
     learning_rate: float = 2e-3
     ema: float = 0.999
     steps: int = 8000
@@ -136,26 +130,14 @@ def fit(config: Config, whole: _run.Run, data: Data, method: Method, flow: Any) 
     return params
 
 
-def make_network(config: Config, data: Data) -> TimeMLP | DiT:
-    """The field's network, with labels where the config asks for them."""
-    if config.conditional and not data.spec.classes:
-        raise ValueError(f"conditional needs a data set with classes, got {data.spec.name!r}")
-    classes = data.spec.classes if config.conditional else None
-    if config.network == "mlp":
-        return TimeMLP(config.width, config.depth, classes=classes, dropout=config.dropout)
-    data.require("images")
-    sizes = (config.patch, config.width, config.depth, config.heads, classes)
-    return DiT(*sizes, dropout=config.dropout, remat=config.remat)
-
-
-def velocity(network: TimeMLP | DiT, params: Any, label: Any = None, key: Any = None) -> Any:
+def velocity(network: Any, params: Any, label: Any = None, key: Any = None) -> Any:
     """The field v(x, t), with label and dropout key closed over."""
     return lambda x, t: network.apply(params, x, t, label=label, dropout_key=key)
 
 
 def build(config: Config, data: Data) -> System:
     """The last of the config's methods: pairs, then regression on their paths."""
-    method, network, scaling = config.methods[-1], make_network(config, data), data.scaling()
+    method, network, scaling = config.methods[-1], network_of(config, data), data.scaling()
     path = flows.vp_path() if config.path == "vp" else flows.ot_path(config.sigma_min)
     coupling = sinkhorn_plan(config.epsilon) if method == "sinkhorn" else None
 
@@ -244,7 +226,7 @@ def sinkhorn_plan(share: float) -> Callable[[jax.Array], jax.Array]:
 
 def pairs_of(config: Config, data: Data, params: Any) -> dict[str, np.ndarray]:
     """Pairs (noise, end of its path) of the trained flow, with labels where it takes them."""
-    count, network = config.reflow_pairs, make_network(config, data)
+    count, network = config.reflow_pairs, network_of(config, data)
     key = jax.random.fold_in(_keys.keys(config.seed).batches, _keys.PAIRS)
     x0 = jax.random.normal(key, (count, *data.spec.shape))
     label = data.labels(count) if config.conditional else None
@@ -265,7 +247,7 @@ class Comparison:
     """What is measured of every method: distances to fresh data, curvature, cost of transport."""
 
     def __init__(self, config: Config, data: Data):
-        self.config, self.data, self.network = config, data, make_network(config, data)
+        self.config, self.data, self.network = config, data, network_of(config, data)
         key, key_label, self.key_distance = jax.random.split(_keys.keys(config.seed).test, 3)
         key_a, key_b, key_noise = (
             jax.random.split(k, config.draws) for k in jax.random.split(key, 3)

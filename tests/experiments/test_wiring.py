@@ -15,8 +15,13 @@ SHARED = {"devices": 1, "progress": False, "batch_size": 8, "steps_per_call": 1}
 TRANSFORMER = {"width": 8, "depth": 1, "heads": 2}
 SMALL = {
     "bridge": {"pairs": "fitting", "width": 8, "depth": 1},
+    "diffusion": {**TRANSFORMER, "network": "dit", "likelihood_steps": 0, "num_steps": 2},
     "f_gan": {},
     "few_step": {"width": 8, "depth": 1, "conditional": True},
+    "flow_matching": {
+        **TRANSFORMER, "dataset": "digits", "network": "dit", "methods": ("flow",),
+        "sample_steps": 2,
+    },
     "hierarchical_vae": {"latents": (3, 2), "sides": (1, 2), "width": 8},
     "latent": {"channels": (4, 8), "width": 8, "depth": 1},
     "latent, codes": {
