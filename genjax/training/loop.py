@@ -63,6 +63,7 @@ def fit(
     max_seconds: float | int = 0.0,
     prefetch: int = 2,
     timings: dict[str, float] | None = None,
+    on_metrics: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Any:
     """Train from `state.step` to `num_steps` and return the last state.
 
@@ -81,12 +82,23 @@ def fit(
     step_fn has a `place`, as compiled steps have. timings: is given data_wait_seconds, for how long
     calls waited for their batches, but for the first.
 
+    on_metrics(step, metrics) is called with the numbers of each line of metrics.jsonl, those of
+    training and of evaluations, once they are read: a hook for other trackers, such as
+
+        on_metrics=lambda step, metrics: wandb.log(metrics, step=step)
+
+    Training waits for it. Of several processes the first one calls it. A resumed run gives again
+    the steps after its checkpoint. Numbers that end the training are left to the error.
+
+    progress: a bar on standard error, or a line every 30 seconds where that is no terminal.
+
     Raises NonFiniteError at the first step with a number that is not finite, before anything
-    later is saved. An error in `batches` or `evaluate` is raised after the state is saved. SIGTERM
-    and SIGINT save the state and raise Stopped (exit status 143, 130); a second acts as usual.
+    later is saved. An error in `batches`, `evaluate` or `on_metrics` is raised after the state is
+    saved. SIGTERM and SIGINT save the state and raise Stopped (exit status 143, 130); a second acts
+    as usual.
     """
     with checks.extra("train", "fit"):
-        from tqdm import tqdm
+        from genjax.training.progress import Progress
 
     for name, value in {"save_every": save_every, "log_every": log_every}.items():
         checks.integer(name, value, 1)
@@ -103,20 +115,16 @@ def fit(
 
     with contextlib.ExitStack() as closing:
         threads = closing.enter_context(_threads(prefetch))
-        run = _Training(*given, threads, prefetch)
+        run = _Training(*given, threads, prefetch, on_metrics)
         if checkpoints is not None:
             closing.callback(checkpoints.wait)
         if log is not None:
             closing.enter_context(log)
-        hidden = None if progress and first else True  # None: where stderr is no terminal
-        bar = tqdm(total=num_steps, initial=run.step, dynamic_ncols=True, disable=hidden)
+        bar = Progress(num_steps, run.step, shown=progress and first)
         closing.callback(bar.close)
         signals = closing.enter_context(_noted_signals())
         while run.step < num_steps:
-            row = run.advance(block)
-            if row and not bar.disable:
-                bar.set_postfix(row, refresh=False)
-            bar.update(run.step - run.before)
+            bar.update(run.step, run.advance(block))
             scores = None
             if evaluate is not None and run.reached(evaluate_every):
                 scores = run.evaluate(evaluate)
@@ -151,6 +159,7 @@ class _Training:
     checkpoints: Checkpoints | None
     threads: ThreadPoolExecutor | None
     prefetch: int
+    on_metrics: Callable[[int, dict[str, float]], None] | None = None
     ahead: collections.deque[Future] = dataclasses.field(default_factory=collections.deque)
     waited: float = 0.0  # seconds, for batches
     pending: tuple[int, int, Any] | None = None  # first step, number of steps, metrics
@@ -167,10 +176,9 @@ class _Training:
         self.state, metrics = self.step_fn(self.state, batch)
         if block:
             jax.block_until_ready(self.state)
-        row = self.read_metrics()
-        self.pending = (self.step, count, metrics)
+        before, self.pending = self.pending, (self.step, count, metrics)
         self.before, self.step = self.step, self.step + count
-        return row
+        return self._read(before)
 
     def _count(self, step: int) -> int:
         """Steps of the call that begins at this step."""
@@ -221,8 +229,7 @@ class _Training:
         self.read_metrics()
         with self._saved_on_error():
             scores = {EVALUATION + name: float(x) for name, x in evaluate(self.state).items()}
-        if self.log is not None:
-            self.log.write(self.step, scores)
+        self._write(self.step, scores)
         return scores
 
     def save(self, scores: Numbers | None = None) -> None:
@@ -262,20 +269,33 @@ class _Training:
 
     def read_metrics(self) -> Numbers:
         """Read the metrics of the last call, write them, raise where they are not finite."""
-        if self.pending is None:
+        pending, self.pending = self.pending, None
+        return self._read(pending)
+
+    def _read(self, pending: tuple[int, int, Any] | None) -> Numbers:
+        if pending is None:
             return {}
-        (step, count, metrics), self.pending = self.pending, None
+        step, count, metrics = pending
         rows = {name: np.reshape(x, -1) for name, x in jax.device_get(dict(metrics)).items()}
         flags = rows.pop("finite", np.ones(count, bool))
         row: Numbers = {}
         for i in range(count):
             row = {name: x[i] for name, x in rows.items()}
             bad = not flags[i] or not all(np.isfinite(x) for x in row.values())
-            if self.log is not None and (bad or (step + i) % self.log_every == 0):
-                self.log.write(step + i, row)
+            if bad or (step + i) % self.log_every == 0:
+                self._write(step + i, row, tell=not bad)
             if bad:
                 raise NonFiniteError(self._explain(step + i, row))
         return row
+
+    def _write(self, step: int, row: Numbers, *, tell: bool = True) -> None:
+        """A line of metrics.jsonl, told to the caller's hook too."""
+        if self.log is None:
+            return
+        self.log.write(step, row)
+        if self.on_metrics is not None and tell:
+            with self._saved_on_error():
+                self.on_metrics(step, {name: float(x) for name, x in row.items()})
 
     def _explain(self, step: int, row: Numbers) -> str:
         term = first_bad_term(dict(row)) or "a term"

@@ -17,6 +17,7 @@ from genjax.training import (
     fit,
     init_state,
     make_train_step,
+    progress,
 )
 from genjax.training.record import MetricsLog, read_metrics
 
@@ -92,6 +93,54 @@ def test_evaluation_and_thinned_log(tmp_path):
     assert [line["step"] for line in evaluations] == [3, 6]
     assert [line["eval/step_now"] for line in evaluations] == [3, 6]
     assert evaluations[0]["eval/nan"] is None
+
+
+def test_the_hook_is_given_the_lines(tmp_path):
+    told = []
+    train(tmp_path, log_every=2, evaluate_every=3, evaluate=lambda state: {"step": state.step},
+          on_metrics=lambda step, metrics: told.append({"step": step, **metrics}))  # fmt: skip
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert told == [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    assert {type(x) for row in told for k, x in row.items() if k != "step"} == {float}
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_an_error_of_the_hook_leaves_the_state_that_was_reached(tmp_path, at):
+    """Its numbers are read while the next call runs: that call's state is saved, or the last."""
+
+    def broken(step, metrics):
+        if step == at:
+            raise KeyError("tracker")
+
+    with pytest.raises(KeyError, match="tracker") as error:
+        train(tmp_path / "a", save_every=100, on_metrics=broken)
+    saved = min(at + 2, 7)
+    assert error.value.__notes__ == [f"the state of step {saved} is saved: mend this, then resume"]
+    step, state = Checkpoints(tmp_path / "a" / "checkpoints").restore(start())
+    assert step == saved
+    equal(state, train(tmp_path / "b", num_steps=saved))
+    told = []
+    with pytest.raises(NonFiniteError):
+        train(tmp_path / "c", nan_at(3), on_metrics=lambda step, metrics: told.append(step))
+    assert told == [0, 1, 2]
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, monkeypatch, capsys):
+    now = iter(np.arange(0.0, 1e4, 10.0).tolist())
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    bar = progress.Progress(1000, 100, shown=True)
+    for step in (110, 120, 130, 140, 150, 160):
+        bar.update(step, {"other": 1.0, "loss": np.float32(0.25)} if step > 110 else {})
+    bar.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "step 130 of 1000, 1 steps/s, 14:30 left, loss 0.25",
+        "step 160 of 1000, 1 steps/s, 14:00 left, loss 0.25",
+    ]
+    quiet = progress.Progress(1000, 0, shown=False)
+    for step in range(1, 9):
+        quiet.update(step, {"loss": 1.0})
+    assert capsys.readouterr().err == ""
+    assert progress._clock(3723.4) == "1:02:03"
 
 
 def nan_at(step):
