@@ -1,23 +1,31 @@
 """What every experiment shares: common options, the run's folder, the loop, and the summary."""
 
 import dataclasses
-import difflib
-import fcntl
 import functools
-import json
+import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from experiments._command import USAGE, experiment_of, read, resume_command, runs_of
-from experiments._config import MAY_DIFFER, RunConfig, TrainConfig
+from experiments._command import USAGE, read, resume_command
+from experiments._config import RunConfig, TrainConfig
+from experiments._folder import (
+    RunError,
+    choose_folder,
+    plain,
+    read_config,
+    take_lock,
+    write_config,
+    write_json,
+    write_texts,
+)
+from experiments._machine import machine, start_line
 from genjax import checks
 from genjax.data import NotPreparedError
 from genjax.training import (
@@ -29,9 +37,21 @@ from genjax.training import (
     loop,
 )
 
-
-class RunError(RuntimeError):
-    """A run cannot begin or go on; the message says what to do."""
+__all__ = [
+    "Run",
+    "RunConfig",
+    "RunError",
+    "TrainConfig",
+    "batches",
+    "best_state",
+    "finish",
+    "fit",
+    "launch",
+    "read_config",
+    "start_run",
+    "write_json",
+    "write_texts",
+]
 
 
 @dataclasses.dataclass
@@ -42,6 +62,8 @@ class Run:
     folder: Path
     lock: Any
     begun: float
+    machine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    parameters: int | None = None
     checkpoints: Checkpoints | None = None
     training_seconds: float = 0.0
     first_call_seconds: float = 0.0
@@ -105,7 +127,8 @@ def keep_compiled_programs() -> None:
 
 
 def start_run(config: RunConfig) -> Run:
-    """Make (or with resume: open) the run's folder, lock it and write config.json.
+    """Make (or with resume: open) the run's folder, lock it, write config.json and machine.json,
+    and say where it is and with what it is made.
 
     Use the result in a `with`. Raises RunError where the folder is in use, holds another run, or
     cannot be written.
@@ -119,23 +142,27 @@ def start_run(config: RunConfig) -> Run:
         checks.at_least("max_seconds", config.max_seconds, 0)
     if jax.process_count() > 1 and config.run_dir is None:
         raise RunError("several processes need one --run-dir, a folder that all of them see")
-    folder = _choose_folder(config)
+    folder = choose_folder(config)
+    found = machine(getattr(config, "devices", None))
     if jax.process_index() > 0:  # the first process holds the lock and writes
-        return Run(config, folder, None, time.monotonic())
+        return Run(config, folder, None, time.monotonic(), found)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        lock = take_lock(folder)
     except OSError as error:
         raise RunError(
             f"run folder {folder} cannot be written ({error.strerror}): give another --run-dir"
         ) from error
     try:
-        _write_config(config, folder)
+        write_config(config, folder)
+        write_json(folder / "machine.json", found)
     except BaseException:
         lock.close()
         raise
     print(f"run folder: {folder}", flush=True)
-    return Run(config, folder, lock, time.monotonic())
+    if not (folder.parent / "config.json").exists():  # a run inside a run has said so
+        print(start_line(found), flush=True)
+    return Run(config, folder, lock, time.monotonic(), found)
 
 
 def fit(
@@ -159,8 +186,15 @@ def fit(
     run.checkpoints = Checkpoints(run.folder / "checkpoints", keep=config.keep, best=best)
     if config.resume:
         found = run.checkpoints.restore(state)
-        print(f"resumed at step {found[0]}" if found else "no checkpoint yet: from the start")
+        _say(f"resumed at step {found[0]}" if found else "no checkpoint yet: from the start")
         state = found[1] if found else state
+    run.parameters = sum(math.prod(jax.numpy.shape(x)) for x in jax.tree.leaves(state.params))
+    rest = max(config.steps - int(state.step), 0)
+    _say(
+        f"{run.parameters:,} parameters, {rest:,} steps to go; compiling"
+        if rest
+        else "no step left"
+    )
     begun, timings = time.monotonic(), {}
     profile = Profile(run.folder / "profile", -(-config.profile // config.steps_per_call))
 
@@ -171,6 +205,7 @@ def fit(
         if not run.first_call_seconds:
             jax.block_until_ready(result)
             run.first_call_seconds = time.monotonic() - begun
+            _say(f"the first call took {run.first_call_seconds:.1f} s, compilation included")
         profile.after_call(result)
         return result
 
@@ -205,8 +240,14 @@ def fit(
     if jax.process_index() == 0:
         write_json(run.folder / "training.json", _progress(run))
     if run.ended_by_budget:
-        print(f"max_seconds ended training after {run.steps_done} of {config.steps} steps")
+        _say(f"max_seconds ended training after {run.steps_done} of {config.steps} steps")
     return state
+
+
+def _say(text: str) -> None:
+    """A line of the first process."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 class Profile:
@@ -255,12 +296,14 @@ def finish(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Write summary.json (with seconds and peak memory), say where things are, end the run."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
     device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    counted = {} if run.parameters is None else {"parameters": run.parameters}
     full = {
-        **{key: _plain(value) for key, value in summary.items()},
+        **{key: plain(value) for key, value in {**counted, **summary}.items()},
         "seconds": round(time.monotonic() - run.begun, 3),
         **_progress(run),
         "peak_memory_mb": round(used / (1024 * (1024 if sys.platform == "darwin" else 1)), 1),
         **({} if device is None else {"peak_device_memory_mb": round(device / 2**20, 1)}),
+        "machine": dict(run.machine),
     }
     if jax.process_index() > 0:
         run.close()
@@ -268,6 +311,8 @@ def finish(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
     write_json(run.folder / "summary.json", full)
     run.close()
     for key, value in full.items():
+        if key == "machine":  # said at the start
+            continue
         print(f"  {key}: {value:.4f}" if isinstance(value, float) else f"  {key}: {value}")
     pictures = sorted(path.name for path in run.folder.glob("*.png"))
     print(f"in {run.folder}: {', '.join(['summary.json', 'metrics.jsonl', *pictures])}", flush=True)
@@ -285,103 +330,3 @@ def _progress(run: Run) -> dict[str, Any]:
         "steps_done": run.steps_done,
         "ended_by_budget": run.ended_by_budget,
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is whole or not there."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(value, indent=2) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        # Python's own message does not always say which file.
-        raise OSError(
-            error.errno, f"{error.strerror}; make room, then resume", str(path)
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_texts(path: Path, texts: Sequence[str]) -> None:
-    """Write texts one below the other, with a rule between them."""
-    path.write_text(f"\n{'-' * 80}\n".join(texts) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """Make JSON of numbers, arrays and containers of them; not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _plain(np.asarray(value).tolist())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
-
-
-def _choose_folder(config: RunConfig) -> Path:
-    if config.run_dir is not None:
-        if "://" in config.run_dir:
-            raise RunError(f"--run-dir must be a local folder, got {config.run_dir!r}")
-        return Path(config.run_dir).absolute()
-    above, numbers = runs_of(experiment_of(config))
-    if not getattr(config, "resume", False):
-        return above / str(numbers[-1] + 1 if numbers else 1)
-    if not numbers:
-        raise RunError(f"nothing to resume in {above}: start without --resume")
-    return above / str(numbers[-1])
-
-
-def _lock(folder: Path) -> Any:
-    """Take the folder's lock: it ends with the process, however that ends."""
-    file = open(folder / "lock", "a+")  # noqa: SIM115 (held while the run lasts)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise RunError(
-            f"run folder {folder} is in use by process {holder}: wait, or give another --run-dir"
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
-
-
-def _write_config(config: RunConfig, folder: Path) -> None:
-    """Write config.json, or with resume check that it is the same run."""
-    path = folder / "config.json"
-    now = {"experiment": experiment_of(config), **_plain(dataclasses.asdict(config))}
-    if path.exists():
-        if not getattr(config, "resume", False):
-            again = "go on with --resume, or " if hasattr(config, "resume") else ""
-            raise RunError(f"{folder} already holds a run: {again}give another --run-dir")
-        _check_same(path, now, (*MAY_DIFFER, *type(config).evaluation))
-    write_json(path, now)
-
-
-def read_config(path: Path, remedy: str = "mend it, or start anew") -> dict[str, Any]:
-    """Read a run's config.json; raises RunError where it is no object."""
-    try:
-        stored = json.loads(path.read_text())
-        if not isinstance(stored, dict):
-            raise ValueError("not an object")
-    except (ValueError, OSError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read ({error}): {remedy}") from error
-    return stored
-
-
-def _check_same(path: Path, now: Mapping[str, Any], free: Sequence[str]) -> None:
-    before = read_config(path)
-    for field in before.keys() | now.keys():
-        if field not in now:
-            near = difflib.get_close_matches(field, now, n=1)
-            raise RunError(f"{path} has the unknown field {field!r}; nearest: {near or 'none'}")
-        if field not in free and before.get(field, now[field]) != now[field]:
-            raise RunError(
-                f"{path} has {field} = {before[field]!r}, got {now[field]!r}: "
-                "resume with the options that the run began with"
-            )

@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _data, _run, _system, diffusion
+import genjax
+from experiments import _data, _machine, _run, _system, diffusion
 from experiments._data import load_data
 from genjax.networks import MLP, TarFlow, TimeMLP, UNet, computing_in
+from tests.training import tiny
+from tests.training.problem import make_params
 
 BASE = {"steps": 6, "steps_per_call": 2, "batch_size": 32, "num_samples": 64, "progress": False}
 BASE |= {"width": 16, "depth": 1, "likelihood_steps": 0, "num_steps": 2, "save_every": 2}
@@ -156,6 +160,45 @@ def test_compiled_programs_are_kept_where_the_user_has_a_cache(tmp_path, monkeyp
         assert jax.config.jax_compilation_cache_dir == "elsewhere"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_run_says_where_it_is_made_and_with_what(tmp_path, capsys):
+    given = tiny.Config(run_dir=str(tmp_path / "run"), steps=2, devices=1, progress=False)
+    summary = tiny.main(given)
+    said = capsys.readouterr().out.splitlines()
+    found = json.loads((tmp_path / "run" / "machine.json").read_text())
+    assert summary["machine"] == found
+    assert (found["devices"], found["of_devices"], found["platform"]) == (1, 8, "cpu")
+    assert (found["jax"], found["genjax"]) == (jax.__version__, genjax.__version__)
+    line = f"on 1 of 8 cpu devices, jax {jax.__version__}, genjax {genjax.__version__}"
+    assert said[1].startswith(line)
+    sizes = sum(x.size for x in jax.tree.leaves(make_params()))
+    assert said[2] == f"{sizes} parameters, 2 steps to go; compiling"
+    assert said[3].startswith("the first call took ")
+    assert summary["parameters"] == sizes
+    one = {**found, "devices": 1, "of_devices": 1, "device": "Some GPU", "processes": 2}
+    text = _machine.start_line({**one, "commit": "abc"})
+    assert text.startswith("on 1 cpu device (Some GPU), 2 processes, jax ")
+    assert text.endswith(", commit abc")
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path):
+    def git(*args):
+        own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        line = ["git", "-C", str(tmp_path), *own, *args]
+        return subprocess.run(line, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert _machine.commit(tmp_path) is None
+    _machine.commit.cache_clear()
+    git("init", "-q")
+    (tmp_path / "a").write_text("a")
+    git("add", "a")
+    git("commit", "-qm", "a")
+    assert _machine.commit(tmp_path) == git("rev-parse", "HEAD")[:12]
+    _machine.commit.cache_clear()
+    (tmp_path / "a").write_text("b")
+    assert _machine.commit(tmp_path) == git("rev-parse", "HEAD")[:12] + "-dirty"
+    _machine.commit.cache_clear()
 
 
 @pytest.mark.usefixtures("unchecked")
