@@ -61,7 +61,7 @@ class Config(_run.TrainConfig):
     """AdamW's decay of the matrices."""
     clip: float = 1.0
     """Largest norm of the gradient."""
-    ema: float = 0.998
+    ema: float = 0.99
     steps: int = 2000
     batch_size: int = 64
     steps_per_call: int = 10

@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -79,3 +81,32 @@ def test_every_block_of_the_readme_runs_as_it_stands(block):
 
 def test_the_readme_has_blocks():
     assert len(BLOCKS) >= 3
+
+
+def test_reference_and_gallery_name_everything():
+    """Signatures with types, text that reads as written, a card for each experiment."""
+    reference, gallery = load(ROOT / "docs" / "reference.py"), load(ROOT / "docs" / "gallery.py")
+    page = reference.page("genjax.autoregressive")
+    assert "py:function} next_token(logits_fn: Callable[[Array], Array]" in page
+    assert "losses[b] = 1/divisor sum_t" in page
+    assert r"losses\[b\]" not in page
+    cards = gallery.cards()
+    for path in (ROOT / "experiments").glob("[a-z]*.py"):
+        assert path.stem == "leaderboard" or f"python -m experiments.{path.stem}\n" in cards
+
+
+@pytest.mark.slow
+def test_built_pages_show_their_formulas_and_their_links_resolve(tmp_path):
+    """Without the notebooks' execution, which other tests do."""
+    pytest.importorskip("sphinx_design")
+    pytest.importorskip("latex2mathml")
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-D", "nb_execution_mode=off"]
+    subprocess.run([*command, "-b", "html", ROOT / "docs", tmp_path], check=True, cwd=ROOT)
+    diffusion = (tmp_path / "families" / "diffusion.html").read_text()
+    assert diffusion.count("<math") > 10
+    assert r"\mathbb" not in diffusion
+    reference = (tmp_path / "reference" / "transport.html").read_text()
+    assert 'class="viewcode-link"' in reference
+    for page in tmp_path.rglob("*.html"):
+        for target in re.findall(r'href="([^"#]+?\.html)(?:#[^"]*)?"', page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
