@@ -29,6 +29,7 @@ def plain(x: object) -> str:
         return str(x)
     if inspect.isclass(x) or inspect.isfunction(x):
         return x.__name__
+    x = str(x).replace("jaxlib._jax.Array", "Array").replace("jaxlib._Array", "Array")
     text = re.sub(r"<(?:function|class|object) ?'?([\w.]*)[^>]*>", r"\1", str(x))
     return re.sub(r"(?:jaxtyping|jax|typing|collections\.abc|genjax(?:\.\w+)*)\.(?=\w)", "", text)
 

@@ -86,10 +86,9 @@ def test_the_readme_has_blocks():
 def test_reference_and_gallery_name_everything():
     """Signatures with types, text that reads as written, a card for each experiment."""
     reference, gallery = load(ROOT / "docs" / "reference.py"), load(ROOT / "docs" / "gallery.py")
-    page = reference.page("genjax.autoregressive")
-    assert "py:function} next_token(logits_fn: Callable[[Array], Array]" in page
-    assert "losses[b] = 1/divisor sum_t" in page
-    assert r"losses\[b\]" not in page
+    page = reference.page("genjax.flows")
+    assert "py:function} mean_flow_loss(mean_velocity_fn: " in page
+    assert "```text\n    target = sg[v + (s - t) du/dt]" in page
     cards = gallery.cards()
     for path in (ROOT / "experiments").glob("[a-z]*.py"):
         assert path.stem == "leaderboard" or f"python -m experiments.{path.stem}\n" in cards
