@@ -118,9 +118,6 @@ def build(config: Config, data: Data) -> System:
 
 def networks(config: AdversarialConfig, data: Data) -> Players:
     """Both networks for a data set."""
-    if config.conditional and data.spec.classes is None:
-        name = data.spec.name
-        raise ValueError(f"conditional needs labels, which the data set {name!r} has not")
     if config.network == "dcgan":
         if data.kind == "points":
             name = data.spec.name
@@ -138,10 +135,15 @@ def convolutions(config: AdversarialConfig, data: Data) -> Players:
         "channels": channels,
         "width": max(config.width // 2 ** (int(np.log2(height / base)) - 1), 1),
         "base": base,
-        "classes": data.spec.classes if config.conditional else None,
+        "classes": classes_of(config, data),
     }
     critic = DCGANCritic(condition=config.condition, **sizes)
     generator = DCGANGenerator(**sizes)
+    return players_of(config, data, critic, generator)
+
+
+def players_of(config: AdversarialConfig, data: Data, critic: Any, generator: Any) -> Players:
+    """The players of two modules that take labels beside images, and beside noise."""
     z, x = jnp.zeros((1, config.latent_dim)), jnp.zeros((1, *data.spec.shape))
     label = jnp.zeros(1, jnp.int32) if config.conditional else None
     return Players(
@@ -150,6 +152,13 @@ def convolutions(config: AdversarialConfig, data: Data) -> Players:
         critic.apply,
         generator.apply,
     )
+
+
+def classes_of(config: AdversarialConfig, data: Data) -> int | None:
+    """Classes that the networks take; raises ValueError where the data have no labels."""
+    if config.conditional and data.spec.classes is None:
+        raise ValueError(f"conditional needs labels, which the data set {data.spec.name!r} has not")
+    return data.spec.classes if config.conditional else None
 
 
 def smallest_side(height: int) -> int:
@@ -164,7 +173,7 @@ def perceptrons(config: AdversarialConfig, data: Data) -> Players:
     """Fully connected networks: images in (-1, 1), points on their own scale."""
     plane, event = data.kind == "points", data.spec.shape
     size, spread = math.prod(event), 4.0 if plane else 1.0
-    classes = (data.spec.classes or 0) if config.conditional else 0
+    classes = classes_of(config, data) or 0
     joined = classes if config.condition == "concat" else 0
     # One output for each class: <w_label, features>, the projection critic.
     outputs = 1 + classes - joined
@@ -242,6 +251,20 @@ def saddle(
         fooled = scores(critic, label, power)(fake)
         return objective(fooled, fooled).generator, {}, *(None for _ in power)
 
+    system = two_players(config, data, players, critic_loss, generator_loss)
+    return system._replace(step_options={**system.step_options, "project": project})
+
+
+def two_players(
+    config: AdversarialConfig,
+    data: Data,
+    players: Players,
+    critic_loss: Callable[..., Any],
+    generator_loss: Callable[..., Any],
+) -> System:
+    """The system of two losses: Adam for both players, and samples of noise [n, latent_dim]."""
+    scaling = data.scaling()
+
     def adam(updates: int) -> optax.GradientTransformation:
         rate = optax.cosine_decay_schedule(config.learning_rate, updates, alpha=0.1)
         return optax.adam(rate, b1=config.beta1, b2=config.beta2)
@@ -260,7 +283,7 @@ def saddle(
         (adam(config.steps * config.n_critic), adam(config.steps)),
         sample,
         labels=data.labels() if config.conditional else None,
-        step_options={"n_critic": config.n_critic, "project": project},
+        step_options={"n_critic": config.n_critic},
     )
 
 

@@ -14,6 +14,7 @@ Samples of the averaged generator are judged, see experiments/_judge.py.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -105,26 +106,7 @@ def r3gan(config: Config, data: Data) -> System:
         scores = (players.score(critic, x, label) for x in (real, fake))
         return ga.relativistic(*scores).generator, {}
 
-    def adam(updates: int) -> optax.GradientTransformation:
-        rate = optax.cosine_decay_schedule(config.learning_rate, updates, alpha=0.1)
-        return optax.adam(rate, b1=config.beta1, b2=config.beta2)
-
-    def init(key: jax.Array) -> Any:
-        key_c, key_g = jax.random.split(key)
-        return {"critic": players.init_critic(key_c), "generator": players.init_generator(key_g)}
-
-    def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
-        z = jax.random.normal(key, (n, config.latent_dim))
-        return scaling.to_levels(players.generate(params, z, label))
-
-    return System(
-        init,
-        (critic_loss, generator_loss),
-        (adam(config.steps * config.n_critic), adam(config.steps)),
-        sample,
-        labels=data.labels() if config.conditional else None,
-        step_options={"n_critic": config.n_critic},
-    )
+    return gan.two_players(config, data, players, critic_loss, generator_loss)
 
 
 def stylegan2(config: Config, data: Data) -> System:
@@ -183,17 +165,6 @@ def stylegan2(config: Config, data: Data) -> System:
         seen = {"path": stop_gradient(found[1]) / PATH_EVERY, "w": jnp.mean(first, axis=0)}
         return total, {"path": carry["path"], "path_penalty": found[0]}, stop_gradient(seen)
 
-    def of_critic(carry: Any, params: Any, seen: Any) -> Any:
-        seen_images = jnp.asarray(ADA_EVERY * config.batch_size, jnp.float32)
-        p = ga.ada_update(carry["p"], seen["sure"][None], images=seen_images)
-        return {**carry, "p": jnp.where(carry["step"] % ADA_EVERY == 0, p, carry["p"])}
-
-    def of_generator(carry: Any, params: Any, seen: Any) -> Any:
-        due = carry["step"] % PATH_EVERY == 0
-        path = jnp.where(due, seen["path"], carry["path"])
-        w = ga.mean_style(carry["w"], seen["w"][None])
-        return {**carry, "path": path, "w": w, "step": carry["step"] + 1}
-
     def init(key: jax.Array) -> Any:
         key_c, key_g, key_n = jax.random.split(key, 3)
         x, z = jnp.zeros((critic.group or 1, *data.spec.shape)), jnp.zeros((1, config.latent_dim))
@@ -202,11 +173,6 @@ def stylegan2(config: Config, data: Data) -> System:
             generator.init(key_g, z, None, generator.draw_noise(key_n, 1)),
         )
         return {"critic": start[0], "generator": start[1]}
-
-    def init_carry(key: jax.Array, params: Any) -> Any:
-        zero = jnp.zeros(())
-        w = jnp.zeros(config.latent_dim)
-        return {"step": jnp.zeros((), jnp.int32), "path": zero, "p": zero, "w": w}
 
     def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
         z = jax.random.normal(jax.random.fold_in(key, 0), (n, config.latent_dim))
@@ -221,10 +187,32 @@ def stylegan2(config: Config, data: Data) -> System:
         (lazy_adam(config, R1_EVERY), lazy_adam(config, PATH_EVERY)),
         sample,
         labels=data.labels() if config.conditional else None,
-        init_carry=init_carry,
-        absorb=(of_critic, of_generator),
+        init_carry=lambda key, params: remembered(config),
+        absorb=(partial(after_critic, config), after_generator),
         merge_carry=lambda params, carry: {"network": params, "mean": carry["w"]},
     )
+
+
+def remembered(config: Config) -> dict[str, jax.Array]:
+    """The carry at the start: the step, the mean path length, ADA's p, the mean style."""
+    zero = jnp.zeros(())
+    w = jnp.zeros(config.latent_dim)
+    return {"step": jnp.zeros((), jnp.int32), "path": zero, "p": zero, "w": w}
+
+
+def after_critic(config: Config, carry: Any, params: Any, seen: Any) -> Any:
+    """ADA's controller in every 4th step."""
+    seen_images = jnp.asarray(ADA_EVERY * config.batch_size, jnp.float32)
+    p = ga.ada_update(carry["p"], seen["sure"][None], images=seen_images)
+    return {**carry, "p": jnp.where(carry["step"] % ADA_EVERY == 0, p, carry["p"])}
+
+
+def after_generator(carry: Any, params: Any, seen: Any) -> Any:
+    """The means of path lengths and of styles, and the step."""
+    due = carry["step"] % PATH_EVERY == 0
+    path = jnp.where(due, seen["path"], carry["path"])
+    w = ga.mean_style(carry["w"], seen["w"][None])
+    return {**carry, "path": path, "w": w, "step": carry["step"] + 1}
 
 
 def lazy_adam(config: Config, every: int) -> optax.GradientTransformation:
@@ -236,8 +224,6 @@ def lazy_adam(config: Config, every: int) -> optax.GradientTransformation:
 
 def style_networks(config: Config, data: Data) -> tuple[StyleCritic, StyleGenerator]:
     """StyleGAN2's pair for a data set."""
-    if config.conditional and data.spec.classes is None:
-        raise ValueError(f"conditional needs labels, which {data.spec.name!r} has not")
     if config.n_critic != 1:
         raise ValueError(f"n_critic must be 1 with stylegan2, got {config.n_critic}")
     height, base, widths = sizes(config, data)
@@ -245,7 +231,7 @@ def style_networks(config: Config, data: Data) -> tuple[StyleCritic, StyleGenera
         "size": height,
         "channels": data.spec.shape[-1],
         "base": base,
-        "classes": data.spec.classes if config.conditional else None,
+        "classes": gan.classes_of(config, data),
     }
     generator = StyleGenerator(widths=widths, latent=config.latent_dim, **shared)
     return StyleCritic(widths=widths[::-1], group=4, **shared), generator
@@ -253,8 +239,6 @@ def style_networks(config: Config, data: Data) -> tuple[StyleCritic, StyleGenera
 
 def networks(config: Config, data: Data) -> Players:
     """Both networks for a data set."""
-    if config.conditional and data.spec.classes is None:
-        raise ValueError(f"conditional needs labels, which {data.spec.name!r} has not")
     if config.network == "mlp":
         return gan.perceptrons(config, data)
     height, base, widths = sizes(config, data)
@@ -263,18 +247,11 @@ def networks(config: Config, data: Data) -> Players:
         "channels": data.spec.shape[-1],
         "base": base,
         "groups": config.groups,
-        "classes": data.spec.classes if config.conditional else None,
+        "classes": gan.classes_of(config, data),
     }
     critic = R3GANCritic(widths=widths[::-1], **shared)
     generator = R3GANGenerator(widths=widths, **shared)
-    z, x = jnp.zeros((1, config.latent_dim)), jnp.zeros((1, *data.spec.shape))
-    label = jnp.zeros(1, jnp.int32) if config.conditional else None
-    return Players(
-        lambda key: critic.init(key, x, label),
-        lambda key: generator.init(key, z, label),
-        critic.apply,
-        generator.apply,
-    )
+    return gan.players_of(config, data, critic, generator)
 
 
 def sizes(config: Config, data: Data) -> tuple[int, int, tuple[int, ...]]:
