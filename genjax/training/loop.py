@@ -100,12 +100,10 @@ def fit(
     with checks.extra("train", "fit"):
         from genjax.training.progress import Progress
 
-    for name, value in {"save_every": save_every, "log_every": log_every}.items():
-        checks.integer(name, value, 1)
-    checks.integer("num_steps", num_steps, 0)
-    checks.integer("steps_per_call", steps_per_call, 1)
-    checks.integer("evaluate_every", evaluate_every, 0)
-    checks.integer("prefetch", prefetch, 0)
+    often = {"save_every": save_every, "log_every": log_every, "steps_per_call": steps_per_call}
+    least = {"num_steps": num_steps, "evaluate_every": evaluate_every, "prefetch": prefetch}
+    for name, value in {**often, **least}.items():
+        checks.integer(name, value, int(name in often))
     checks.at_least("max_seconds", max_seconds, 0)
     first = jax.process_index() == 0
     log = MetricsLog(folder, start=int(state.step), tensorboard=tensorboard) if first else None
@@ -123,22 +121,7 @@ def fit(
         bar = Progress(num_steps, run.step, shown=progress and first)
         closing.callback(bar.close)
         signals = closing.enter_context(_noted_signals())
-        while run.step < num_steps:
-            bar.update(run.step, run.advance(block))
-            scores = None
-            if evaluate is not None and run.reached(evaluate_every):
-                scores = run.evaluate(evaluate)
-            over = run.is_over(max_seconds)
-            best = scores is not None and checkpoints is not None and checkpoints.best is not None
-            if best or over or run.step == num_steps or run.reached(save_every):
-                run.save(scores)
-            run.stop_after(signals)
-            if over:
-                break
-        else:
-            # No step was left to do: a state that is on the disk stays as it is.
-            if checkpoints is not None and run.step not in checkpoints.steps():
-                run.save()
+        run.loop(bar, signals, block, evaluate, evaluate_every, save_every, max_seconds)
         run.read_metrics()
         if timings is not None:
             timings["data_wait_seconds"] = run.waited
@@ -167,6 +150,34 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.step = self.before = int(self.state.step)  # after the last call, and before it
+
+    def loop(
+        self,
+        bar: Any,
+        signals: list[str],
+        block: bool,
+        evaluate: Callable[[Any], Numbers] | None,
+        evaluate_every: int,
+        save_every: int,
+        max_seconds: float | int,
+    ) -> None:
+        """Call, evaluate and save until the steps are done or the seconds are up."""
+        best = self.checkpoints is not None and self.checkpoints.best is not None
+        while self.step < self.num_steps:
+            bar.update(self.step, self.advance(block))
+            scores = None
+            if evaluate is not None and self.reached(evaluate_every):
+                scores = self.evaluate(evaluate)
+            over = self.is_over(max_seconds)
+            done = over or self.step == self.num_steps
+            if done or self.reached(save_every) or (best and scores is not None):
+                self.save(scores)
+            self.stop_after(signals)
+            if over:
+                return
+        # Where no step was left to do, a state that is on the disk stays as it is.
+        if self.checkpoints is not None and self.step not in self.checkpoints.steps():
+            self.save()
 
     def advance(self, block: bool) -> Numbers:
         """Make one call, and read the metrics of the call before it."""
