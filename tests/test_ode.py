@@ -125,7 +125,7 @@ def test_narrow_states_move_and_integers_are_refused(unchecked):
         ode.solve(one, None, jnp.arange(3), (0, 1))
 
 
-@pytest.mark.parametrize("method", ["heun", "dopri5"])
+@pytest.mark.parametrize("method", ["heun", pytest.param("dopri5", marks=pytest.mark.slow)])
 def test_float32_states_keep_their_dtype_under_64_bits(method, x64):
     """Times and tolerances of float64 change no carry; the field sees one dtype."""
 

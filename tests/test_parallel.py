@@ -64,7 +64,7 @@ def test_several_steps_over_eight_devices(key):
     close(one[0].params, eight[0].params)
 
 
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("several", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_pmap_equals_vmap_under_the_same_axis(key, several):
     batches = [make_batch(i) for i in range(4 if several else STEPS)]
     step = functools.partial(train_step, noisy_loss, SGD, axis_name="data")

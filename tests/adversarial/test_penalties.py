@@ -170,6 +170,7 @@ def smooth(x):
 smooth.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g / jnp.cosh(x) ** 2,))
 
 
+@pytest.mark.slow
 def test_a_critic_with_a_custom_vjp_has_the_same_penalty_and_derivatives(pairs, key):
     """jax.custom_vjp refuses forward mode: value, gradient, and the gradient of its square."""
     params, real, fake = pairs

@@ -38,7 +38,7 @@ def filled(model, dtype):
 
 
 # Each is of a kind that another one of the table has too.
-SLOW = ("plus", "interleaved")
+SLOW = ("plus", "interleaved", "llama", "pixelcnn")
 NAMES = [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in MODELS]
 
 

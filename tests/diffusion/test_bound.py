@@ -98,7 +98,7 @@ def _expected_bound(x, gain, process, num_steps, levels, mix):
     return prior, kl[1:].sum(), decode
 
 
-@pytest.mark.parametrize("mix", [0.0, (0.3, 1.2)])
+@pytest.mark.parametrize("mix", [pytest.param(0.0, marks=pytest.mark.slow), (0.3, 1.2)])
 def test_bound_is_its_closed_form_for_a_linear_denoiser(mix, x64, key):
     """With a number for the variance, and with one of its own for each of two coordinates."""
     process, num_steps, levels, std = gd.VariancePreserving(), 20, 9, 0.5

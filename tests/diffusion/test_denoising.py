@@ -44,6 +44,7 @@ def test_every_pair_of_predictions_converts(x64):
         np.testing.assert_allclose(value, kinds[target], rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_losses_agree_under_every_pair(x64, key):
     """One mean, stated in five ways, has one loss under each weighting."""
     x = jax.random.normal(key, (16, 2))

@@ -125,6 +125,7 @@ def test_replacement_is_exact_on_the_known_part_and_biased_on_the_rest():
     assert _relative(cov[1:, 1:], expected_cov[1:, 1:]) < 0.25
 
 
+@pytest.mark.slow
 def test_posterior_sampling_moves_to_the_observation():
     """DPS lowers the misfit from the prior's to about the noise; its law is approximate."""
     true = 0.5 * np.eye(3)

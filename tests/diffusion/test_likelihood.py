@@ -148,7 +148,7 @@ def test_bad_input(unchecked):
         gd.log_likelihood(lambda x, t: x, jnp.ones(3), process=gd.EDM())
 
 
-@pytest.mark.parametrize("rtol", [None, 1e-3])
+@pytest.mark.parametrize("rtol", [None, pytest.param(1e-3, marks=pytest.mark.slow)])
 def test_float32_data_stay_float32_where_64_bit_types_are_on(rtol, key):
     """Exact trace and probes: the loops keep the type of the data, and its value."""
     process, x = gd.Cosine(), jnp.array([[0.5, -0.25]], jnp.float32)

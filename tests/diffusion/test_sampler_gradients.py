@@ -5,11 +5,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from genjax import diffusion as gd
 from tests.diffusion.test_samplers import STEPS
 
 
+@pytest.mark.slow
 def test_every_step_to_time_0_has_finite_gradients(key):
     """For schedule, eta and times; under vmap, where both branches of a step are computed."""
     exact = gd.posterior_sampling(lambda x: x, jnp.ones((3, 1)), noise_std=0.0)

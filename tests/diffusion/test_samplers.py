@@ -139,7 +139,12 @@ def test_adaptive_flow_ends_where_the_flow_does(x64):
     np.testing.assert_allclose(x, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", STEPS)
+# The others are variants of these: their laws are slow tests.
+QUICK = ("euler", "heun", "ddim", "euler_maruyama")
+LAWS = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in STEPS]
+
+
+@pytest.mark.parametrize("name", LAWS)
 def test_laws_of_the_samplers(name):
     """Mean and covariance of the mixture, within Monte Carlo error and the method's own bias."""
     num, oracle = 4096, fixture_mixture()

@@ -89,6 +89,7 @@ def test_f_gan_on_digits(tmp_path):
     check_folder(tmp_path, summary)
 
 
+@pytest.mark.slow
 def test_direct_fits_are_the_papers():
     """f-GAN's table of best fits, from which the mixture was recovered."""
     paper = {

@@ -28,6 +28,7 @@ def few(tmp_path_factory):
     return folder, preferences.main(dataclasses.replace(FEW, run_dir=str(folder)))
 
 
+@pytest.mark.slow
 def test_preferences(few):
     folder, summary = few
     assert json.loads((folder / "summary.json").read_text()) == summary

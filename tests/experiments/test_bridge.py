@@ -24,6 +24,7 @@ def test_a_short_run_leaves_its_files(tmp_path):
     assert _system.reopen(folder)[2].pairs == "fitting"
 
 
+@pytest.mark.slow
 def test_the_coupling_is_the_entropic_plan_of_half_the_cost():
     """p_ij ~ exp((f_i + g_j - c_ij / 2) / sigma^2): log-ratios around a square are those of c."""
     cost = jax.random.uniform(jax.random.key(0), (3, 3))

@@ -39,6 +39,7 @@ def short_run(tmp_path_factory):
     return folder, diffusion.main(dataclasses.replace(SHORT, run_dir=str(folder)))
 
 
+@pytest.mark.slow
 def test_summary_and_files(short_run):
     folder, summary = short_run
     assert json.loads((folder / "summary.json").read_text()) == summary
@@ -132,6 +133,7 @@ def _kernel_model(data, width):
 
 @pytest.mark.parametrize("task", ["inpaint", pytest.param("deblur", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["pigdm", pytest.param("dps", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_guided_digits_are_nearer_the_truth_than_the_mean_image(task, method, monkeypatch):
     """At the defaults: an exact denoiser leaves the guidance alone to answer for the error."""
     scaling = Scaling(17)
@@ -157,6 +159,7 @@ def test_guided_digits_are_nearer_the_truth_than_the_mean_image(task, method, mo
 
 
 @pytest.mark.parametrize("task", [("inpaint", "replacement"), ("deblur", "pigdm")])
+@pytest.mark.slow
 def test_inverse(short_run, tmp_path, task):
     folder, _ = short_run
     config = inverse.Config(

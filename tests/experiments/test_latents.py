@@ -110,7 +110,7 @@ def test_codebooks_follow_their_latents(data):
     assert perplexity(coded[0].codes, 8) > 4
 
 
-@pytest.mark.parametrize("prior", ["vamp", "mixture", "flow"])
+@pytest.mark.parametrize("prior", ["vamp", "mixture", pytest.param("flow", marks=pytest.mark.slow)])
 def test_priors_of_a_vae(prior, data, key):
     """A density that its samples have, with gradients in the model's loss."""
     config = vae.Config(**COMMON, latent_dim=2, width=16, depth=1, prior=prior, prior_components=4)

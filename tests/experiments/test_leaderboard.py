@@ -80,6 +80,7 @@ def test_two_families_and_one_that_fails(tmp_path, monkeypatch):
     assert (tmp_path / "wide/seed0/summary.json").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_metrics(digits):
     """Blocks of as many samples as the test split has, each against the whole training split."""
     samples = load("digits", "train")[0]["x"][:800]

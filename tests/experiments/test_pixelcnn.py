@@ -43,6 +43,7 @@ def test_a_conditional_run_leaves_its_files(tmp_path):
 
 
 @pytest.mark.parametrize("colours", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
 def test_drawing_is_that_of_recomputation(colours):
     """Levels of images drawn with the cache, bit for bit, of a small mixture too."""
     spec = DIGITS._replace(shape=(4, 3, colours), levels=5)

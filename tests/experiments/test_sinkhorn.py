@@ -78,6 +78,7 @@ def test_features_go_up_once_in_several_steps():
     np.testing.assert_allclose(critic, [1.0, 1.0, 1.0, 1.1], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_one_particle_moves_as_computed():
     # S of two points is |x - y|^2, so a step keeps 1 - 2 step_size of the way.
     config = gradient_flow.Config(steps=5, step_size=0.1)

@@ -82,6 +82,7 @@ def test_loss_is_the_residual_and_without_noise_flow_matching():
     assert np.isfinite(slope)
 
 
+@pytest.mark.slow
 def test_iterated_fitting_converges_to_schroedingers_bridge():
     """From pairs of opposite sign, by the exact drift of the pairs before, both ways in turn."""
     n = 20_000

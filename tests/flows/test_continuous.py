@@ -77,7 +77,9 @@ def test_methods_converge_at_their_order(method, order, x64):
     )
 
 
-@pytest.mark.parametrize("hutchinson", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "hutchinson", [pytest.param(h, marks=pytest.mark.slow) for h in (False, True)]
+)
 def test_gradients_agree(hutchinson, x64):
     """Back-propagation equals differences; the adjoint equals it to the order of the solver."""
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), dense(KEY, (3, 6, 2)))

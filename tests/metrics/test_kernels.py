@@ -63,6 +63,7 @@ def test_mmd_equals_the_double_sum():
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_biased_mmd_counts_each_point_with_itself_exactly():
     """In float32 too, where a distance of 0 comes out as its rounding and the kernel has a cusp."""
     x, y = features(n=200, m=150, d=32)

@@ -38,7 +38,9 @@ def flat(z):
     return jnp.concatenate(parts, axis=1)
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "spline" else []) for n in FLOWS]
+)
 def test_flow_laws(name):
     module, shape = FLOWS[name]
     x = jax.random.uniform(KEY, (4, *shape), minval=0.05, maxval=0.95)

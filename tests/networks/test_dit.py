@@ -68,6 +68,7 @@ def test_without_positions_patches_have_no_order_and_every_condition_is_read(opt
     np.testing.assert_array_equal(*null)
 
 
+@pytest.mark.slow
 def test_long_skips_join_the_first_half_to_the_second():
     """Joints of (0, I) pass the skip alone: the last block then reads what the first one wrote."""
     network = DiT(**SMALL, long_skips=True)

@@ -215,6 +215,7 @@ def test_lipschitz_over_random_pairs(critic, key):
     assert ratio.max() > 0.3  # and not by being flat
 
 
+@pytest.mark.slow
 def test_gradient_norm_is_one_at_the_start(key):
     module = LipschitzMLP((16, 16, 16), group=4)
     x = jax.random.normal(key, (20, 5))

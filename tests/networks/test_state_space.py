@@ -10,7 +10,7 @@ from tests.state_space import oracles
 
 KINDS = ["s4", "s4d", "mamba", "mamba2"]
 # The laws of all four in test-all; of mamba also in tests/autoregressive/table.py.
-TWO = [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("s4d", "mamba")), "s4", "mamba2"]
+TWO = [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("s4d", "mamba", "mamba2")), "s4"]
 KEY = jax.random.key(0)
 SIZES = {"states": 4, "head": 8, "chunk": 4}
 VOCABULARY, LENGTH, BATCH = 5, 7, 2

@@ -122,6 +122,7 @@ def test_at_the_start_noise_has_no_strength_and_weights_are_standard_normal():
 
 
 @pytest.mark.parametrize("dtype", [None, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_second_derivatives_are_finite(dtype, filled):
     """The critic's penalty and the generator's path lengths, for their parameters."""
     critic = StyleCritic(size=8, widths=(4, 4), group=2, dtype=dtype)

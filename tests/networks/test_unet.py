@@ -76,6 +76,7 @@ def test_time_label_and_rows(small):
     assert np.abs(later[1] - free[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32(small):
     params, apply = small
     full = apply(params, X, T, jnp.array([3, 3]))

@@ -137,7 +137,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_gradients_agree_with_differences(double):
     """Of every input; in float32 against those of float64."""
     for name, (make, run) in RUNS.items():

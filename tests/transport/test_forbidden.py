@@ -39,7 +39,11 @@ def solver(**options):
     )
 
 
-@pytest.mark.parametrize("options", [{"tolerance": 1e-9}, {"num_iterations": 1000}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"tolerance": 1e-9}, pytest.param({"num_iterations": 1000}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_against_float64(x64, options):
     cost = problem()
     a, b = np.full(9, 1 / 9), np.full(8, 1 / 8)

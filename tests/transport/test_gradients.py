@@ -89,6 +89,7 @@ def test_unroll_is_the_gradient_of_five_iterations(x64):
         np.testing.assert_allclose(mine[name], expected, rtol=1e-5, atol=1e-8, err_msg=name)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_cost(x64):
     case = load("sinkhorn_gradients")
     x, y = (jnp.asarray(case["inputs"][k]) for k in "XY")

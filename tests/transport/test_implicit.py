@@ -62,6 +62,7 @@ def test_potentials_and_plan_have_the_unrolled_derivative(x64, options):
         np.testing.assert_allclose(mine[name], want, atol=1e-7 * jnp.abs(want).max(), err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_cost_of_the_plan_and_the_cost_cut_off(x64):
     args = problem()
 
@@ -76,6 +77,7 @@ def test_the_cost_of_the_plan_and_the_cost_cut_off(x64):
     assert np.abs(cut - unrolled).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_cost_matrix_and_forward_mode(x64):
     args = problem()
     cost = jnp.sum(jnp.square(args["x"][:, None] - args["y"][None]), axis=-1)
@@ -111,7 +113,7 @@ def test_a_learned_cost_and_a_result_that_crosses_jit(x64):
     np.testing.assert_allclose(outside, inside(args["x"]), atol=1e-9)
 
 
-@pytest.mark.parametrize("relative", [1.0, pytest.param(0.01, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("relative", [pytest.param(1.0, marks=pytest.mark.slow), 0.01])
 def test_float32_meets_float64(relative):
     x, y = clouds(30, 30, 2)
     weights = jnp.asarray(np.random.default_rng(0).standard_normal((30, 30)), jnp.float32)
@@ -129,6 +131,7 @@ def test_float32_meets_float64(relative):
 
 
 @pytest.mark.parametrize("name", ["value", pytest.param("divergence", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_second_derivatives(x64, name):
     args = problem()
     x, y, b = args["x"], args["y"], args["b"]

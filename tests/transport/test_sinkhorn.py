@@ -83,6 +83,7 @@ def test_float64_reaches_float64(x64):
     np.testing.assert_allclose(f, row["f"], atol=1e-9)
 
 
+@pytest.mark.slow
 def test_iterates_of_the_notes(x64):
     case = load("sinkhorn_iterates")
     inputs = {k: jnp.asarray(v) for k, v in case["inputs"].items()}

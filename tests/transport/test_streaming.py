@@ -143,7 +143,7 @@ def test_large_clouds_in_the_default_blocks():
     [
         pytest.param("sorted", marks=pytest.mark.slow),
         pytest.param("weighted", marks=pytest.mark.slow),
-        "no weight in the sample",
+        pytest.param("no weight in the sample", marks=pytest.mark.slow),
     ],
 )
 def test_large_clouds_are_annealed_on_a_sample_of_blocks(case):

@@ -143,6 +143,7 @@ PARAMS = {
 }
 
 
+@pytest.mark.slow
 def test_gradients_by_finite_differences(x64, key):
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), PARAMS)
     x = jax.random.normal(key, (4, 3), jnp.float64)
