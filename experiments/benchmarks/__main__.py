@@ -55,6 +55,7 @@ JOBS: dict[str, Job] = {
     "sinkhorn_1024": Job("sinkhorn", {"n": (1024,), **PEERS_OF_OT}, SMALL | {"d": (2,)}),
     "sinkhorn_4096": Job("sinkhorn", LARGE, SMALL | {"n": (2048,), "d": (2,)}),
     "sinkhorn_divergence": Job("sinkhorn", {"problem": "divergence", **TWO}, SMALL),
+    "unbalanced": Job("unbalanced", {}, {"n": (256,), "rounds": 2}),
     "sinkhorn_compile": Job("sinkhorn", COMPILE, {"n": (256,), "rounds": 2}),
     "vae": Job("vae", {"workloads": ("vae",)}, {"rounds": 3, "steps": 20}),
     "wgan_gp": Job("wgan_gp", {}, {"rounds": 3, "width": 16}),

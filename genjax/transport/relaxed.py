@@ -8,6 +8,7 @@ What moves is g alone: the best f for it is known, and gives a plan whose rows a
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -166,6 +167,7 @@ class Ascent(NamedTuple):
     steps: Array  # sweeps at this rung
     omega: Array  # relaxation: updates are taken that many times
     mark: Array  # the error when the rate was last looked at
+    near: Array  # potentials are within REACH epsilon of where the stage began
     done: Array
 
 
@@ -173,49 +175,76 @@ def solve(
     p: Relaxed, tolerance: Any, max_iterations: int, guess: Array | None = None
 ) -> tuple[Array, Array]:
     """g, and the number of sweeps; a guess that is good enough is returned as it is."""
-    t = p.exchanged()
     height = jnp.log(jnp.maximum(p.spread / 4 / p.epsilon, 1))
-    top = jnp.ceil(height / math.log(FACTOR))
+    top = jnp.where(height > 0, jnp.ceil(height / math.log(FACTOR)), 0)  # 0 where it is NaN
     step = height / jnp.maximum(top, 1)
 
-    def body(s: Ascent) -> Ascent:
-        level = p.epsilon * jnp.exp(s.rung * step)
-        here, there = p._replace(epsilon=level), t._replace(epsilon=level)
-        new_f, _ = row_update(here, s.g)
-        row_error, row_rounding = column_error(there, s.f, new_f)
-        f = s.f + s.omega * (new_f - s.f)
-        new_g, _ = row_update(there, f)
-        error, rounding = column_error(here, s.g, new_g)
-        error, rounding = error + row_error, rounding + row_rounding
-        # The update of the columns for f + moved.
-        moved = jnp.where(imposed(p), 0, shift(here, f, new_g))
-        new_g = new_g - moved / (1 + level * p.pull[1])
-        reached = error <= jnp.where(s.rung > 0, LOOSE, 0.9 * tolerance + rounding)
-        look = s.steps % solver.CHECK == 0
-        better = solver.faster(s.omega, error / s.mark, s.steps <= solver.CHECK)
-        return Ascent(
-            f=f + moved,
-            g=s.g + s.omega * (new_g - s.g),
-            rung=jnp.where(reached, s.rung - 1, s.rung),
-            count=s.count + 1,
-            steps=jnp.where(reached, 0, s.steps + 1),
-            omega=jnp.where(look & (s.steps > 0), better, s.omega),
-            mark=jnp.where(look, error, s.mark),
-            done=(reached & (s.rung == 0)) | ~jnp.isfinite(error),
-        )
-
-    def going(state):
+    def going(state: Ascent) -> Array:
         return ~state.done & (state.count < max_iterations)
+
+    def stage(s: Ascent) -> Ascent:
+        sweep = _sweep(p._replace(epsilon=p.epsilon * jnp.exp(s.rung * step)), s, tolerance)
+
+        def near(z: Ascent) -> Array:
+            return going(z) & z.near & (z.rung == s.rung)
+
+        return jax.lax.while_loop(near, sweep, s._replace(near=jnp.full_like(s.near, True)))
 
     none, one = jnp.zeros((), jnp.int32), jnp.ones_like(p.epsilon)
     done, served = none > 0, none > 0
     if guess is not None:
         f, _ = row_update(p, guess)
-        error, rounding = column_error(p, guess, row_update(t, f)[0])
+        error, rounding = column_error(p, guess, row_update(p.exchanged(), f)[0])
         done = served = error <= 0.9 * tolerance + rounding
-    start = Ascent(jnp.zeros_like(p.a), jnp.zeros_like(p.b), top, none, none, one, one, done)
-    last = jax.lax.while_loop(going, body, start)
+    f, g = jnp.zeros_like(p.a), jnp.zeros_like(p.b)
+    start = Ascent(f, g, top, none, none, one, one, ~done, done)
+    last = jax.lax.while_loop(going, stage, start)
     return last.g if guess is None else jnp.where(served, guess, last.g), last.count
+
+
+def _sweep(here: Relaxed, s: Ascent, tolerance: Any) -> Callable[[Ascent], Ascent]:
+    """One update of f and g at this rung, from the shares of where its stage began.
+
+    Those are exact, and the sums of a later update are theirs times the gains since: products of
+    matrices and no exponentials, while the potentials are near.
+    """
+    there, level = here.exchanged(), here.epsilon
+    base_f, shares = row_update(here, s.g)
+    base_g, shares_of_columns = row_update(there, base_f)
+
+    def updated(side: Relaxed, base: Array, shares: Array, moved: Array) -> Array:
+        gains = jnp.exp(jnp.clip(moved / level, -blocks.CEILING, blocks.CEILING))
+        total = jnp.matmul(shares, gains, precision=HIGHEST)
+        return base - level / (1 + level * side.pull[0]) * jnp.log(total)
+
+    def sweep(z: Ascent) -> Ascent:
+        new_f = updated(here, base_f, shares, z.g - s.g)
+        row_error, row_rounding = column_error(there, z.f, new_f)
+        f = z.f + z.omega * (new_f - z.f)
+        new_g = updated(there, base_g, shares_of_columns, f - base_f)
+        error, rounding = column_error(here, z.g, new_g)
+        error, rounding = jnp.maximum(error, row_error), rounding + row_rounding
+        # The update of the columns for f + moved.
+        moved = jnp.where(imposed(here), 0, shift(here, f, new_g))
+        new_g = new_g - moved / (1 + level * here.pull[1])
+        reached = error <= jnp.where(z.rung > 0, LOOSE, 0.9 * tolerance + rounding)
+        look = z.steps % solver.CHECK == 0
+        better = solver.faster(z.omega, error / z.mark, z.steps <= solver.CHECK)
+        f, g = f + moved, z.g + z.omega * (new_g - z.g)
+        far = jnp.maximum(jnp.max(jnp.abs(f - base_f)), jnp.max(jnp.abs(g - s.g)))
+        return Ascent(
+            f=f,
+            g=g,
+            rung=jnp.where(reached, z.rung - 1, z.rung),
+            count=z.count + 1,
+            steps=jnp.where(reached, 0, z.steps + 1),
+            omega=jnp.where(look & (z.steps > 0), better, z.omega),
+            mark=jnp.where(look, error, z.mark),
+            near=far < solver.REACH * level,
+            done=(reached & (z.rung == 0)) | ~jnp.isfinite(error),
+        )
+
+    return sweep
 
 
 def solve_symmetric(p: Relaxed, tolerance: Any, max_iterations: int) -> tuple[Array, Array]:

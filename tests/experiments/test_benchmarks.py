@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import _ceilings, _table, _timing, _workload, paired, scaling
+from experiments.benchmarks import (
+    _ceilings,
+    _table,
+    _timing,
+    _workload,
+    paired,
+    scaling,
+    unbalanced,
+)
 
 
 @pytest.fixture
@@ -176,6 +184,12 @@ def test_every_job_has_its_options_and_the_names_of_earlier_rows_stay():
     path = Path(benchmarks.__file__).parent / "results" / "cpu-2-cores.json"
     earlier = json.loads(path.read_text())["workloads"]
     assert {name for name in earlier if not name.startswith("startup")} <= set(benchmarks.JOBS)
+
+
+def test_sides_of_unbalanced_transport_agree():
+    own, pot = unbalanced.main(unbalanced.Config(n=(24,), eps=(0.1,), rounds=2))
+    assert own.checks["value"] == pytest.approx(pot.checks["value"], rel=1e-4)
+    assert max(own.checks["marginal_error"], pot.checks["marginal_error"]) <= 1e-3
 
 
 def test_two_checkouts_are_compared(monkeypatch, tmp_path, capsys):
