@@ -29,7 +29,8 @@ from experiments.__main__ import experiments
 from experiments.benchmarks import _table
 
 PEERS = ("jax", "torch", "ott-jax", "POT", "geomloss", "flowjax", "distrax", "zuko", "nflows",
-         "torchcfm", "torchdiffeq", "diffrax", "diffusers", "vector-quantize-pytorch")  # fmt: skip
+         "torchcfm", "torchdiffeq", "diffrax", "diffusers", "transformers",
+         "vector-quantize-pytorch")  # fmt: skip
 UNITS = {"flops": "GFLOP/s", "bytes": "GB/s", "exps": "Gexp/s"}
 
 

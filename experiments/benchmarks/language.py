@@ -5,6 +5,7 @@ gpt_step     forward, backward and AdamW of a GPT-2 of 4 layers of 256, 8 x 128 
   torch_compiled  the same, by torch.compile, where it works
 generate_1, generate_8   128 tokens after a prompt of one, greedily, batch 1 and 8
   torch      keys and values kept in tensors of fixed size, a Python loop over tokens
+      torch_transformers  generate of transformers' GPT2LMHeadModel
 dit_step     forward, backward and AdamW of DiT, 6 blocks of 192 on 16 x 16 x 4, batch 16
   torch      the same blocks, eager
 pixels       cached sampling of a PixelCNN++ of 8 x 8 images beside running it whole each time
@@ -199,7 +200,26 @@ def generation(config: Config, batch: int) -> tuple[Makers, str, dict[str, Any]]
 
         return run
 
-    return {OURS: ours, "torch": theirs}, f"batch={batch}", {}
+    def hugging_face() -> Side:
+        import torch
+        import transformers
+
+        sizes = {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": HEADS, "n_positions": LENGTH + 1}
+        net = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=VOCABULARY, eos_token_id=None, **sizes)
+        ).eval()
+        prompt = torch.zeros((batch, 1), dtype=torch.long)
+        options = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
+
+        def run() -> Any:
+            seen = torch.ones_like(prompt)
+            num = config.tokens
+            return net.generate(prompt, attention_mask=seen, max_new_tokens=num, **options)
+
+        return run
+
+    makers = {OURS: ours, "torch": theirs, "torch_transformers": hugging_face}
+    return makers, f"batch={batch}", {}
 
 
 def dit_step(config: Config) -> tuple[Makers, str, dict[str, Any]]:
