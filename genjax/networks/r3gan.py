@@ -121,6 +121,37 @@ def doublings(size: int, base: int) -> int:
     return count
 
 
+class ImageNetwork(nn.Module):
+    """Fields of all generators and critics of square images of `size` = base * 2^k pixels.
+
+    channels: of an image. base: side of the smallest feature map. classes: number of labels.
+    dtype: of the computation; parameters are float32.
+    """
+
+    size: int = 32
+    channels: int = 1
+    base: int = 4
+    classes: int | None = None
+    dtype: Any = None
+
+    def check_widths(self, widths: Sequence[int]) -> None:
+        """Raise ValueError unless there is one width for each size from base up."""
+        stages = doublings(self.size, self.base)
+        if len(widths) != stages + 1:
+            raise ValueError(
+                f"widths must have one entry for each of the {stages + 1} sizes, "
+                f"got {tuple(widths)}"
+            )
+
+    def score(self, out: Float[Array, "batch features"], label: Any) -> Float[Array, " batch"]:
+        """The only feature; with classes the inner product with the label's embedding, over the
+        root of their number (Miyato & Koyama 2018). Call it within a compact method."""
+        if self.classes is None:
+            return at_least_float32(out[:, 0])
+        rows = nn.Embed(self.classes + 1, out.shape[-1], name="label")(label)
+        return at_least_float32(jnp.sum(out * rows, axis=-1)) / out.shape[-1] ** 0.5
+
+
 class Branch(nn.Module):
     """x + W3 leaky(group W2 leaky(W1 x)): 1x1 to `expansion` times as many channels, 3x3, 1x1.
 
@@ -159,7 +190,7 @@ def scaled(init: Callable[..., Array], size: float) -> Callable[..., Array]:
     return lambda key, shape, dtype=jnp.float32: size * init(key, shape, dtype)
 
 
-class R3GANGenerator(nn.Module):
+class R3GANGenerator(ImageNetwork):
     """Noise [batch, latent] (and labels) -> images [batch, size, size, channels], not bounded.
 
     A learnt map of base x base pixels times a vector of the noise, then at every size `num_blocks`
@@ -167,20 +198,15 @@ class R3GANGenerator(nn.Module):
     multiples of groups / 2. classes: number of labels, joined to the noise by an embedding.
     """
 
-    size: int = 32
-    channels: int = 1
     widths: Sequence[int] = (128, 96, 64, 32)
-    base: int = 4
     num_blocks: int = 1
     groups: int = 16
-    classes: int | None = None
-    dtype: Any = None
 
     @nn.compact
     def __call__(
         self, z: Float[Array, "batch latent"], label: Int[Array, " batch"] | None = None
     ) -> Float[Array, "batch size size channels"]:
-        _check_widths(self.widths, doublings(self.size, self.base))
+        self.check_widths(self.widths)
         depth, dense = self.num_blocks * len(self.widths), partial(nn.Dense, dtype=self.dtype)
         label = labels_or_null(self.classes, label, len(z))
         if self.classes is not None:
@@ -199,7 +225,7 @@ class R3GANGenerator(nn.Module):
         return on_flat(dense(self.channels, use_bias=False, name="out"), h)
 
 
-class R3GANCritic(nn.Module):
+class R3GANCritic(ImageNetwork):
     """Images (and labels) -> scores [batch]: the generator the other way round.
 
     widths: channels at each size, from `size` down to base. With classes, the inner product of the
@@ -207,14 +233,9 @@ class R3GANCritic(nn.Module):
     by itself.
     """
 
-    size: int = 32
-    channels: int = 1
     widths: Sequence[int] = (32, 64, 96, 128)
-    base: int = 4
     num_blocks: int = 1
     groups: int = 16
-    classes: int | None = None
-    dtype: Any = None
 
     @nn.compact
     def __call__(
@@ -223,7 +244,7 @@ class R3GANCritic(nn.Module):
         label: Int[Array, " batch"] | None = None,
     ) -> Float[Array, " batch"]:
         checks.shape("x", x, (None, self.size, self.size, self.channels))
-        _check_widths(self.widths, doublings(self.size, self.base))
+        self.check_widths(self.widths)
         depth, dense = self.num_blocks * len(self.widths), partial(nn.Dense, dtype=self.dtype)
         label = labels_or_null(self.classes, label, len(x))
         h = x
@@ -238,14 +259,4 @@ class R3GANCritic(nn.Module):
         basis = self.param("basis", nn.initializers.normal(1 / self.base), h.shape[1:])
         h = jnp.sum(h * basis.astype(h.dtype)[None], axis=(1, 2))
         out = dense(1 if self.classes is None else h.shape[-1], use_bias=False, name="out")(h)
-        if self.classes is not None:
-            rows = nn.Embed(self.classes + 1, out.shape[-1], name="label")(label)
-            return at_least_float32(jnp.sum(out * rows, axis=-1)) / out.shape[-1] ** 0.5
-        return at_least_float32(out[:, 0])
-
-
-def _check_widths(widths: Sequence[int], stages: int) -> None:
-    if len(widths) != stages + 1:
-        raise ValueError(
-            f"widths must have one entry for each of the {stages + 1} sizes, got {tuple(widths)}"
-        )
+        return self.score(out, label)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from genjax import checks
 from genjax.networks.convolution import convolve
 from genjax.networks.layers import labels_or_null, on_flat
-from genjax.networks.r3gan import doublings, resample
+from genjax.networks.r3gan import ImageNetwork, doublings, resample
 from genjax.numerics import at_least_float32
 from genjax.typing import PRNGKey
 
@@ -169,7 +169,7 @@ class ToImage(nn.Module):
         return at_least_float32(y) + bias.reshape(1, 1, 1, -1)
 
 
-class StyleGenerator(nn.Module):
+class StyleGenerator(ImageNetwork):
     """z -> w by `mapping`, w (of every layer) and noise -> image by `synthesis`; a call is both.
 
     widths: channels at each size, from base up: log2(size / base) + 1 of them. An image is the sum
@@ -178,22 +178,12 @@ class StyleGenerator(nn.Module):
     none. classes: number of labels, joined to z by an embedding. Images are not bounded.
     """
 
-    size: int = 32
-    channels: int = 1
     widths: Sequence[int] = (128, 128, 64, 32)
-    base: int = 4
     latent: int = 64
     depth: int = 8
-    classes: int | None = None
-    dtype: Any = None
 
     def setup(self) -> None:
-        stages = doublings(self.size, self.base)
-        if len(self.widths) != stages + 1:
-            raise ValueError(
-                f"widths must have one entry for each of the {stages + 1} sizes, "
-                f"got {tuple(self.widths)}"
-            )
+        self.check_widths(self.widths)
         self.maps = [EqualDense(self.latent, rate=0.01) for _ in range(self.depth)]
         if self.classes is not None:
             self.label = nn.Embed(self.classes + 1, self.latent)
@@ -263,7 +253,7 @@ class StyleGenerator(nn.Module):
         ]
 
 
-class StyleCritic(nn.Module):
+class StyleCritic(ImageNetwork):
     """Images (and labels) -> scores [batch] by residual blocks, (skip + branch) / sqrt 2.
 
     widths: channels at each size, from `size` down to base. group: of `minibatch_stddev` (0: none,
@@ -271,13 +261,8 @@ class StyleCritic(nn.Module):
     label's embedding is the score (Miyato & Koyama 2018).
     """
 
-    size: int = 32
-    channels: int = 1
     widths: Sequence[int] = (32, 64, 128, 128)
-    base: int = 4
     group: int = 4
-    classes: int | None = None
-    dtype: Any = None
 
     @nn.compact
     def __call__(
@@ -286,12 +271,7 @@ class StyleCritic(nn.Module):
         label: Int[Array, " batch"] | None = None,
     ) -> Float[Array, " batch"]:
         checks.shape("x", x, (None, self.size, self.size, self.channels))
-        stages = doublings(self.size, self.base)
-        if len(self.widths) != stages + 1:
-            raise ValueError(
-                f"widths must have one entry for each of the {stages + 1} sizes, "
-                f"got {tuple(self.widths)}"
-            )
+        self.check_widths(self.widths)
         label = labels_or_null(self.classes, label, len(x))
         h = leaky(EqualConv(self.widths[0], 1, dtype=self.dtype, name="from_image")(x))
         for i, width in enumerate(self.widths[1:]):
@@ -304,7 +284,4 @@ class StyleCritic(nn.Module):
         h = leaky(EqualConv(self.widths[-1], dtype=self.dtype, name="last")(h))
         h = leaky(EqualDense(self.widths[-1], name="features")(h.reshape(len(x), -1)))
         out = EqualDense(1 if self.classes is None else self.widths[-1], name="out")(h)
-        if self.classes is None:
-            return at_least_float32(out[:, 0])
-        rows = nn.Embed(self.classes + 1, self.widths[-1], name="label")(label)
-        return at_least_float32(jnp.sum(out * rows, axis=-1)) / self.widths[-1] ** 0.5
+        return self.score(out, label)
