@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 # A resumed run may differ in these; what the numbers depend on must be as it was.
 MAY_DIFFER = ("run_dir", "resume", "steps", "max_seconds", "data_dir", "devices", "sharding",
-              "remat", "prefetch", "profile", "save_every",
-              "keep", "log_every", "evaluate_every", "tensorboard", "progress", "coordinator",
-              "processes", "process")  # fmt: skip
+              "remat", "prefetch", "profile", "save_every", "keep", "log_every", "evaluate_every",
+              "tensorboard", "progress", "curves", "coordinator", "processes",
+              "process")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,9 @@ class TrainConfig(RunConfig):
     tensorboard: bool = False
     """Write TensorBoard files too (needs tensorboardX)."""
     progress: bool = True
-    """Show a progress bar where standard error is a terminal."""
+    """Show a progress bar, or where standard error is no terminal a line every 30 seconds."""
+    curves: bool = True
+    """Draw curves.png, every logged term by the step, when the run ends."""
     coordinator: str | None = None
     """Several processes: "host:port" of the first one (default: JAX_COORDINATOR_ADDRESS)."""
     processes: int | None = None

@@ -115,6 +115,7 @@ def picture(path: Path, rows: Sequence[Mapping[str, Any]], shown: Mapping[str, A
         text = str(numbers[row["title"]])
         axis.annotate(text, place, (4, 3), textcoords="offset points", fontsize=8, color=color)
     axis.set(xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    figure.suptitle(f"samples of every row, precision against recall: {path.parent.name}", size=8)
     figure.savefig(path, dpi=100)
     return path
 

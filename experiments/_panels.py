@@ -62,6 +62,41 @@ def show_run(axis: Any, folder: Path) -> None:
         show_text(axis, ["no samples yet"])
 
 
+def show_term(
+    axis: Any, term: str, lines: Mapping[str, tuple[Any, Any, Mapping[str, str]]]
+) -> None:
+    """A logged term by the step: {label: (steps, values, look)}."""
+    for label, (steps, values, look) in lines.items():
+        axis.plot(steps, values, label=label, linewidth=1, **look)
+    axis.set_title(term, fontsize=9)
+    axis.set_xlabel("step", fontsize=8)
+    axis.tick_params(labelsize=7)
+    if any(lines):
+        axis.legend(fontsize=7)
+
+
+def save_log(folder: Path) -> Path | None:
+    """Write curves.png, a panel for each logged term of a run; None where nothing was logged."""
+    from matplotlib.figure import Figure
+
+    terms = curves(folder)
+    if not terms:
+        return None
+    columns = min(4, len(terms))
+    rows = -(-len(terms) // columns)
+    # Laid out by hand, in inches: matplotlib's own layout would double the time.
+    width, height = 4.0 * columns, 2.4 * rows + 0.8
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(0.6 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.8 / height, 0.2, 0.5)
+    for i, (term, parts) in enumerate(terms.items()):
+        lines = {part: (*curve, {}) for part, curve in parts.items()}
+        show_term(figure.add_subplot(rows, columns, i + 1), term, lines)
+    path = folder / "curves.png"
+    figure.suptitle(f"what was logged by the step\n{_pictures.caption(path)}", fontsize=9)
+    figure.savefig(path, dpi=80)
+    return path
+
+
 def curves(folder: Path) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
     """Every logged term of a run: {term: {part: (steps, values)}}. part: the folder of a training
     inside the run's, "" for the run's own."""
@@ -69,7 +104,7 @@ def curves(folder: Path) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
     for path in [folder / "metrics.jsonl", *sorted(folder.glob("*/metrics.jsonl"))]:
         part = "" if path.parent == folder else path.parent.name
         for row in read_metrics(path):
-            for term, value in row.items():
+            for term, value in row.items():  # null stands for what was not finite
                 if term not in ("step", "seconds") and isinstance(value, int | float):
                     steps, values = found.setdefault(term, {}).setdefault(part, ([], []))
                     steps.append(row["step"])

@@ -1,5 +1,6 @@
 """Pictures that the experiments draw. matplotlib is loaded when the first one is."""
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -8,11 +9,27 @@ from typing import Any
 
 import numpy as np
 
+RECONSTRUCTIONS = "test images, each row above its reconstructions"
+
+
+def caption(path: str | os.PathLike) -> str:
+    """Of which run and step a picture is, by its place in the run's folder: "vae/3, step 2000"."""
+    folder = Path(path).absolute().parent
+    whole = folder.parent if (folder.parent / "config.json").exists() else folder
+    name = "/".join([*whole.parts[-2:], *folder.relative_to(whole).parts])
+    steps = []
+    for file in (folder / "training.json", *folder.glob("*/training.json")):
+        if file.exists():
+            found = json.loads(file.read_text())
+            steps.append(found.get("best_step") or found.get("steps_done") or 0)
+    return f"{name}, step {max(steps)}" if steps else name
+
 
 def save_grid(
     path: str | os.PathLike,
     images: Any,
     *,
+    title: str,
     columns: int | None = None,
     low: float = 0.0,
     high: float = 1.0,
@@ -20,14 +37,33 @@ def save_grid(
 ) -> Path:
     """Write images [n, height, width, channels 1 or 3] side by side; low is black, high is white.
 
-    Integers from load() have low=0, high=levels-1. Each pixel becomes `pixel` pixels square.
+    Integers from load() have low=0, high=levels-1. Each pixel becomes `pixel` pixels square. Above
+    them stands the title, with the run and its step.
     """
     from matplotlib import image as png
 
     sheet = tiled(images, columns=columns, low=low, high=high)
     sheet = np.kron(sheet, np.ones((pixel, pixel, 1)))
-    png.imsave(Path(path), sheet)
+    strip = lettered(f"{title}\n{caption(path)}")
+    width = max(sheet.shape[1], strip.shape[1])
+    parts = [np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=1.0)
+             for x in (strip, sheet)]  # fmt: skip
+    png.imsave(Path(path), np.concatenate(parts))
     return Path(path)
+
+
+def lettered(text: str, size: float = 8.0) -> np.ndarray:
+    """A text as pixels [height, width, 3] in [0, 1], black on white."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(20, 0.2 * (1 + text.count("\n")) + 0.05), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    figure.text(0.002, 0.5, text, size=size, va="center")
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3] / 255
+    inked = np.flatnonzero(pixels.min(axis=(0, 2)) < 1)
+    return pixels[:, : inked[-1] + 5] if len(inked) else pixels[:, :1]
 
 
 def tiled(
@@ -48,35 +84,52 @@ def tiled(
     return np.nan_to_num(np.repeat(sheet, 3 // channels, axis=-1))
 
 
-def save_figure(path: str | os.PathLike, plot: Any, *, panels: int = 1, size: float = 4.0) -> Path:
-    """Write a figure of `panels` axes in a row: plot(axes) plots on the list of them."""
+def save_figure(
+    path: str | os.PathLike,
+    plot: Any,
+    *,
+    title: str,
+    panels: int = 1,
+    size: float = 4.0,
+    of: str | None = None,
+) -> Path:
+    """Write a figure of `panels` axes in a row: plot(axes) plots on the list of them.
+
+    Above them stands the title, with the run and its step (`of`: what stands there instead).
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(size * panels, size), layout="constrained")
+    figure = Figure(figsize=(size * panels, size + 0.4), layout="constrained")
     plot([figure.add_subplot(1, panels, i + 1) for i in range(panels)])
+    figure.suptitle(f"{title}\n{caption(path) if of is None else of}", fontsize=9)
     figure.savefig(Path(path), dpi=120)
     return Path(path)
 
 
-def save_points(path: str | os.PathLike, sets: Mapping[str, Any], *, limit: float = 0.0) -> Path:
+def save_points(
+    path: str | os.PathLike, sets: Mapping[str, Any], *, title: str, limit: float = 0.0
+) -> Path:
     """Write 2-D point sets {title: [n, 2]} beside each other on the same scale."""
-    arrays = {title: np.asarray(points) for title, points in sets.items()}
+    arrays = {name: np.asarray(points) for name, points in sets.items()}
     limit = limit or 1.05 * max(float(np.abs(points).max()) for points in arrays.values())
 
     def plot(axes: Sequence[Any]) -> None:
-        for axis, (title, points) in zip(axes, arrays.items(), strict=True):
+        for axis, (name, points) in zip(axes, arrays.items(), strict=True):
             axis.plot(points[:, 0], points[:, 1], ".", markersize=2, alpha=0.5)
-            axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+            axis.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
-    return save_figure(path, plot, panels=len(arrays))
+    return save_figure(path, plot, title=title, panels=len(arrays))
 
 
 def save_samples(path: str | os.PathLike, data: Any, samples: Any, labels: Any = None) -> None:
     """Write points beside the data, or a hundred images, of ten classes one to a column."""
+    title = f"samples, {data.spec.name}"
     if data.kind == "points":
-        save_points(path, {"data": data.test["x"][:2000], "samples": samples[:2000]})
+        sets = {"data": data.test["x"][:2000], "samples": samples[:2000]}
+        save_points(path, sets, title=title)
     elif data.kind == "images":
-        save_grid(path, samples[hundred(samples, labels)], high=data.spec.levels - 1, columns=10)
+        shown, high = samples[hundred(samples, labels)], data.spec.levels - 1
+        save_grid(path, shown, title=title, high=high, columns=10)
 
 
 def hundred(samples: Any, labels: Any = None) -> np.ndarray:
@@ -111,7 +164,8 @@ def density_report(system: Any, data: Any) -> Any:
                 axis.plot(*x.T, ".", markersize=1)
                 axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
-        save_figure(run.folder / "density.png", plot, panels=3)
+        title = f"density, samples and data, {data.spec.name}"
+        save_figure(run.folder / "density.png", plot, title=title, panels=3)
         return {}
 
     return report
@@ -121,6 +175,7 @@ def save_curves(
     path: str | os.PathLike,
     curves: Mapping[str, tuple[Any, Any]],
     *,
+    title: str,
     x_label: str = "step",
     y_label: str = "",
     log_y: bool = False,
@@ -133,4 +188,4 @@ def save_curves(
         axes[0].set(xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
         axes[0].legend()
 
-    return save_figure(path, plot)
+    return save_figure(path, plot, title=title)

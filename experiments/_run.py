@@ -26,6 +26,7 @@ from experiments._folder import (
     write_texts,
 )
 from experiments._machine import machine, start_line
+from experiments._panels import save_log
 from genjax import checks
 from genjax.data import NotPreparedError
 from genjax.training import (
@@ -70,6 +71,7 @@ class Run:
     data_wait_seconds: float = 0.0
     steps_done: int | None = None
     ended_by_budget: bool = False
+    best_step: int | None = None  # of the state that is reported, where that is not the last
 
     def __enter__(self) -> "Run":
         return self
@@ -275,7 +277,12 @@ class Profile:
 def best_state(run: Run, like: Any) -> Any:
     """Read the state with the best evaluation; `like` itself where none was saved."""
     found = run.checkpoints.restore_best(like) if run.checkpoints is not None else None
-    return like if found is None else found[1]
+    if found is None:
+        return like
+    run.best_step = found[0]
+    if jax.process_index() == 0:
+        write_json(run.folder / "training.json", _progress(run))
+    return found[1]
 
 
 def batches(config: TrainConfig, arrays: Any) -> Callable[[int], Any]:
@@ -309,6 +316,8 @@ def finish(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
         run.close()
         return full
     write_json(run.folder / "summary.json", full)
+    if getattr(run.config, "curves", True):
+        save_log(run.folder)
     run.close()
     for key, value in full.items():
         if key == "machine":  # said at the start
@@ -329,4 +338,5 @@ def _progress(run: Run) -> dict[str, Any]:
         "data_wait_seconds": round(run.data_wait_seconds, 3),
         "steps_done": run.steps_done,
         "ended_by_budget": run.ended_by_budget,
+        **({} if run.best_step is None else {"best_step": run.best_step}),
     }

@@ -170,7 +170,8 @@ def report(config: Config, data: Data, run: Any, params: Any, samples: Any) -> d
                 axes[0].plot(x[:, 0], x[:, 1], ".", markersize=2)
             axes[0].set(aspect="equal")
 
-        _pictures.save_figure(run.folder / "paths.png", plot)
+        title = f"ends of paths from {config.source} to {config.dataset}"
+        _pictures.save_figure(run.folder / "paths.png", plot, title=title)
     return found
 
 

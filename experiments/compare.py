@@ -114,23 +114,25 @@ def picture(
         axis.set_title(f"{label}, {reached(folder)}", fontsize=9)
     for i, term in enumerate(shown):
         axis = figure.add_subplot(grid[above + i // columns, i % columns])
+        lines = {}
         for number, (run, label) in enumerate(zip(found, labels, strict=True)):
             for style, (part, curve) in enumerate(run.get(term, {}).items()):
                 look = {"color": f"C{number}", "linestyle": STYLES[style % len(STYLES)]}
-                axis.plot(*curve, label=f"{label} {part}".strip(), linewidth=1, **look)
-        axis.set_title(term, fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.legend(fontsize=7)
+                lines[f"{label} {part}".strip()] = (*curve, look)
+        _panels.show_term(axis, term, lines)
+    figure.suptitle(f"samples and logged terms of {', '.join(labels)}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
 def reached(folder: Path) -> str:
-    """How far a run is: "step 6000", "not ended" too where it has no summary."""
-    ended = _panels.summary(folder)
-    last = [steps[-1] for part in _panels.curves(folder).values() for steps, _ in part.values()]
-    done = ended.get("steps_done") or (max(last) + 1 if last else 0)
-    return (f"step {done}" if done else "no steps") + ("" if ended else ", not ended")
+    """How far a run is: "step 6000", or up to where an unfinished one is logged."""
+    done = _panels.summary(folder).get("steps_done")
+    if done:
+        return f"step {done}"
+    found = _panels.curves(folder).values()
+    last = max((steps[-1] for parts in found for steps, _ in parts.values()), default=None)
+    return "nothing logged" if last is None else f"logged to step {last}"
 
 
 if __name__ == "__main__":

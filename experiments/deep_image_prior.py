@@ -71,9 +71,11 @@ def main(config: Config) -> dict[str, Any]:
         output = np.asarray(jax.jit(system.sample, static_argnums=2)(params, None, 1))[0]
         curves = {"to the noisy image": (steps, to_noisy), "to the clean image": (steps, to_clean)}
         path = run.folder / "errors.png"
-        _pictures.save_curves(path, curves, y_label="mean squared error", log_y=True)
+        title = "error of the output"
+        _pictures.save_curves(path, curves, title=title, y_label="mean squared error", log_y=True)
         images = np.stack([noisy, output, clean])
-        _pictures.save_grid(run.folder / "images.png", images, columns=3, pixel=2)
+        title = "noisy, fitted and clean photograph"
+        _pictures.save_grid(run.folder / "images.png", images, title=title, columns=3, pixel=2)
         best = int(to_clean.argmin())
         return _run.finish(
             run,

@@ -77,7 +77,10 @@ def main(config: Config) -> dict[str, Any]:
         largest = max(found["error"] for found in summary.values())
         by_mean = sorted(summary, key=lambda name: summary[name]["mean"])
         directly = sorted(summary, key=lambda name: summary[name]["direct_mean"])
-        _pictures.save_curves(run.folder / "fits.png", curves, x_label="x", y_label="density")
+        title = "the mixture and the Gaussians nearest to it"
+        _pictures.save_curves(
+            run.folder / "fits.png", curves, title=title, x_label="x", y_label="density"
+        )
         order = {"order": by_mean, "same_order": by_mean == directly}
         return _run.finish(run, {**summary, "largest_error": largest, **order})
 

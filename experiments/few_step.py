@@ -217,10 +217,12 @@ def report(
     path = run.folder / "steps.png"
     if data.kind == "points":
         titles = [f"{steps} steps" for steps in SHOWN]
-        _pictures.save_points(path, dict(zip(titles, shown, strict=True)))
+        sets = dict(zip(titles, shown, strict=True))
+        _pictures.save_points(path, sets, title="samples by steps of the sampler")
     else:
         rows = np.concatenate([x[:10] for x in shown])
-        _pictures.save_grid(path, rows, columns=10, high=(data.spec.levels or 256) - 1)
+        title, high = f"samples after {SHOWN} steps, by row", (data.spec.levels or 256) - 1
+        _pictures.save_grid(path, rows, title=title, columns=10, high=high)
     return found
 
 

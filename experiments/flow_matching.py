@@ -297,10 +297,12 @@ class Comparison:
         """Write samples of every method beside the data."""
         if self.data.kind == "points":
             sets = {self.config.dataset: self.real[0], **self.samples}
-            _pictures.save_points(folder / "methods.png", sets)
+            title = "data, and samples by method and steps"
+            _pictures.save_points(folder / "methods.png", sets, title=title)
         else:
             rows = np.concatenate([x[:10] for x in (self.real[0], *self.samples.values())])
-            _pictures.save_grid(folder / "methods.png", rows, columns=10, low=-1)
+            title = f"by row: data; {'; '.join(self.samples)}"
+            _pictures.save_grid(folder / "methods.png", rows, title=title, columns=10, low=-1)
 
 
 if __name__ == "__main__":

@@ -118,13 +118,14 @@ def plot(folder: Any, path: np.ndarray, target: np.ndarray, data: Data, config: 
     # Most of the way is covered early: times 0, 1, ... in equal ratios.
     shown = np.geomspace(1, config.steps, config.frames - 1).round().astype(int)
     shown = np.concatenate([[0], shown])
+    title = f"particles at steps {', '.join(map(str, shown))}"
     if data.kind == "images":
         columns = min(12, len(target))
         rows = path[shown, :columns].reshape(-1, *data.spec.shape)
-        _pictures.save_grid(folder / "flow.png", rows, columns=columns, low=-1, high=1)
+        _pictures.save_grid(folder / "flow.png", rows, title=title, columns=columns, low=-1, high=1)
         return
     titles = {f"step {n}": path[n] for n in shown}
-    _pictures.save_points(folder / "flow.png", {**titles, "data": target})
+    _pictures.save_points(folder / "flow.png", {**titles, "data": target}, title=title)
 
 
 if __name__ == "__main__":

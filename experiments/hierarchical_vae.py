@@ -244,7 +244,8 @@ def plot_levels(folder: Any, model: Model, params: Any, data: Data, key: jax.Arr
         rows.append(model.draw(key_pixels, raw))
     sheet = np.concatenate([np.asarray(row) for row in rows])
     high = (data.spec.levels or 2) - 1
-    _pictures.save_grid(folder / "levels.png", sheet, high=high, columns=10)
+    title = "test images; samples given 0, 1, ... of their levels"
+    _pictures.save_grid(folder / "levels.png", sheet, title=title, high=high, columns=10)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ def main(config: Config) -> dict[str, Any]:
         _pictures.save_grid(
             run.folder / "restored.png",
             np.concatenate([row[:columns] for row in rows]),
+            title=f"{config.task}: observed, restored by {config.method}, true",
             low=-1.0,
             high=1.0,
             columns=columns,

@@ -290,7 +290,9 @@ def plot_losses(folder: Any, bytes_per_token: float) -> None:
     steps, nats = zip(*[(r["step"], r["loss"]) for r in rows if "loss" in r], strict=True)
     bits = np.asarray(nats) / (bytes_per_token * math.log(2))
     curve = {"training, with dropout": (steps, bits)}
-    _pictures.save_curves(folder / "loss.png", curve, y_label="bits per byte", log_y=True)
+    _pictures.save_curves(
+        folder / "loss.png", curve, title="training loss", y_label="bits per byte", log_y=True
+    )
 
 
 def _load(config: Config) -> tuple[text_data.Text, text_data.Tokeniser]:

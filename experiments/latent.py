@@ -284,7 +284,8 @@ def report(
     rows = np.stack([np.asarray(z[:40]).reshape(4, 10, *data.spec.shape) for z in (x, y)])
     high = (data.spec.levels or 2) - 1
     sheet = rows.swapaxes(0, 1).reshape(-1, *data.spec.shape)
-    _pictures.save_grid(run.folder / "reconstructions.png", sheet, high=high, columns=10)
+    path, title = run.folder / "reconstructions.png", _pictures.RECONSTRUCTIONS
+    _pictures.save_grid(path, sheet, title=title, high=high, columns=10)
     gap = np.abs(y.astype(np.float32) - np.asarray(x))
     return {"reconstruction_error": float(gap.mean() / high)}
 

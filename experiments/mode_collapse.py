@@ -102,7 +102,9 @@ def main(config: Config) -> dict[str, Any]:
             summary[name]["seconds"] = round(time.monotonic() - begun, 1)
             print(f"{name}: {summary[name]}")
         np.savez(run.folder / "samples.npz", **{n: x[:8] for n, x in kept.items()})
-        _pictures.save_points(run.folder / "samples.png", {n: x[0] for n, x in kept.items()})
+        shown = {n: x[0] for n, x in kept.items()}
+        title = f"samples of the first seed, {config.dataset}"
+        _pictures.save_points(run.folder / "samples.png", shown, title=title)
         plot(run.folder / "modes.png", counts, len(density.means))
         return _run.finish(run, summary)
 
@@ -195,7 +197,8 @@ def plot(path: Any, counts: dict[str, np.ndarray], modes: int) -> None:
             axis.hist(covered, bins=np.arange(modes + 2) - 0.5)
             axis.set(title=name, xlabel="modes covered", ylabel="seeds", xlim=(-0.5, modes + 0.5))
 
-    _pictures.save_figure(path, bars, panels=len(counts))
+    title = "modes that the generators cover"
+    _pictures.save_figure(path, bars, title=title, panels=len(counts))
 
 
 if __name__ == "__main__":

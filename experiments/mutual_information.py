@@ -161,7 +161,12 @@ def plot(run: _run.Run, truth: float) -> None:
         rows = [line for line in lines if line.get(name) is not None]
         curves[title] = [line["step"] for line in rows], [line[name] for line in rows]
     curves["truth"] = [0, lines[-1]["step"]], [truth, truth]
-    _pictures.save_curves(run.folder / "estimate.png", curves, y_label="nats")
+    _pictures.save_curves(
+        run.folder / "estimate.png",
+        curves,
+        title="mutual information, estimated and true",
+        y_label="nats",
+    )
 
 
 if __name__ == "__main__":

@@ -194,7 +194,8 @@ def plot_bits(folder: Any, x: np.ndarray, bits: np.ndarray, high: int) -> None:
         for axis in axes:
             axis.set(xticks=[], yticks=[])
 
-    _pictures.save_figure(folder / "pixel_bits.png", plot, panels=7, size=2.0)
+    title = "bits of each pixel, three test images"
+    _pictures.save_figure(folder / "pixel_bits.png", plot, title=title, panels=7, size=2.0)
 
 
 if __name__ == "__main__":

@@ -270,7 +270,8 @@ def plot(run: Any, problem: Problem, found: dict[str, Any]) -> None:
         axes[0].set(xlabel="KL to the reference, nats", ylabel="mean reward")
         axes[0].legend(fontsize=6)
 
-    _pictures.save_figure(run.folder / "preferences.png", draw, size=5.0)
+    title = "reward against KL, of objectives and the optimum"
+    _pictures.save_figure(run.folder / "preferences.png", draw, title=title, size=5.0)
 
 
 if __name__ == "__main__":

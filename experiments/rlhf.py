@@ -295,7 +295,9 @@ def report(config: Config, run: _run.Run, params: Any, samples: np.ndarray) -> d
     rows = read_metrics(run.folder / "metrics.jsonl")
     steps = [row["step"] for row in rows]
     curves = {name: (steps, [row[name] for row in rows]) for name in ("right", "kl")}
-    _pictures.save_curves(run.folder / "rlhf.png", curves)
+    _pictures.save_curves(
+        run.folder / "rlhf.png", curves, title="share of right answers, KL in nats"
+    )
     return {name: float(value) for name, value in found(params).items()}
 
 

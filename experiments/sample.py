@@ -105,9 +105,9 @@ def main(config: Config) -> dict[str, Any]:
         else:
             high = float((data.spec.levels or 2) - 1) if samples.dtype.kind in "iu" else 1.0
             _panels.show_samples(axes[0], samples, labels, high=high)
-        axes[0].set_title(title, fontsize=8)
 
-    _pictures.save_figure(place.with_suffix(".png"), plot, size=5.0)
+    what, _, how = title.partition("\n")
+    _pictures.save_figure(place.with_suffix(".png"), plot, title=what, of=how, size=5.0)
     print("\n".join([*texts[:8], title]), f"in {place.with_suffix('')}.npy and .png", sep="\n")
     return {"samples": place.with_suffix(".npy"), "title": title, "texts": texts}
 

@@ -290,21 +290,23 @@ def plot_latents(folder: Any, model: Model, params: Any, data: Data, key: jax.Ar
         return np.tensordot(np.arange(levels), np.exp(log_probs(z)), axes=1)
 
     encode = jax.jit(lambda x: model.encode(params, x))
-    save = lambda name, images, columns: _pictures.save_grid(  # noqa: E731
-        folder / f"{name}.png", images, high=levels - 1, columns=columns
+    save = lambda name, images, title: _pictures.save_grid(  # noqa: E731
+        folder / f"{name}.png", images, title=title, high=levels - 1, columns=10
     )
     x, latent = test["x"], encode(test["x"][:1])[0].shape[1]
 
     # Rows of images above rows of what is expected from one sample of their codes.
     z = gaussian_sample(key, *encode(x[:40]))
     rows = np.stack([x[:40].reshape(4, 10, *spec.shape), expected(z).reshape(4, 10, *spec.shape)])
-    save("reconstructions", rows.swapaxes(0, 1).reshape(-1, *spec.shape), 10)
+    sheet = rows.swapaxes(0, 1).reshape(-1, *spec.shape)
+    save("reconstructions", sheet, _pictures.RECONSTRUCTIONS)
 
     # Straight lines between the codes of pairs of test images.
     mean, _ = encode(x[:20])
     share = jnp.linspace(0, 1, 10)[None, :, None]
     line = (1 - share) * mean[:10, None] + share * mean[10:, None]
-    save("interpolation", expected(line.reshape(-1, latent)), 10)
+    sheet = expected(line.reshape(-1, latent))
+    save("interpolation", sheet, "between the codes of two test images, by row")
 
     # Codes of the test images: two dimensions as they are, more by their two main directions.
     codes, _ = encode(x)
@@ -314,11 +316,11 @@ def plot_latents(folder: Any, model: Model, params: Any, data: Data, key: jax.Ar
     def plot(axes: Any) -> None:
         labels = test.get("label")
         points = axes[0].scatter(*np.asarray(codes).T, s=6, c=labels, cmap="tab10")
-        axes[0].set(title="codes of the test images", aspect="equal")
+        axes[0].set(aspect="equal")
         if labels is not None:
             axes[0].legend(*points.legend_elements(), fontsize="x-small", loc="upper right")
 
-    _pictures.save_figure(folder / "latent_map.png", plot, size=5)
+    _pictures.save_figure(folder / "latent_map.png", plot, title="codes of the test images", size=5)
 
 
 if __name__ == "__main__":

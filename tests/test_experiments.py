@@ -226,15 +226,18 @@ def test_pictures(tmp_path):
     pixels = np.zeros((3, 4, 5, 1))
     pixels[0] = 16
     pixels[1, 1, 2] = 8
-    path = _pictures.save_grid(tmp_path / "a.png", pixels, columns=2, high=16, pixel=1)
-    sheet = image.imread(path)
-    assert sheet.shape[:2] == (9, 11)
+    path = _pictures.save_grid(tmp_path / "a.png", pixels, columns=2, high=16, pixel=1, title="a")
+    above, sheet = np.split(image.imread(path), [-9])  # the title, then the images
+    assert sheet.shape[1] == above.shape[1] > 11
+    assert 0.01 < np.mean(above[..., :3] < 0.5) < 0.5
+    np.testing.assert_allclose(sheet[:, 11:, :3], 1)
     np.testing.assert_allclose(sheet[:4, :5, :3], 1)
     np.testing.assert_allclose(sheet[1, 8, :3], 0.5, atol=0.01)
     np.testing.assert_allclose(sheet[5:, :5, :3], 0)
     points = np.random.default_rng(0).normal(size=(20, 2))
-    assert _pictures.save_points(tmp_path / "b.png", {"data": points, "model": points}).exists()
+    sets = {"data": points, "model": points}
+    assert _pictures.save_points(tmp_path / "b.png", sets, title="b").exists()
     curve = {"loss": (np.arange(3), np.ones(3))}
-    assert _pictures.save_curves(tmp_path / "c.png", curve, log_y=True).exists()
+    assert _pictures.save_curves(tmp_path / "c.png", curve, title="c", log_y=True).exists()
     with pytest.raises(ValueError, match=r"images must be \[n, height, width, 1 or 3\]"):
-        _pictures.save_grid(tmp_path / "d.png", np.zeros((4, 5)))
+        _pictures.save_grid(tmp_path / "d.png", np.zeros((4, 5)), title="d")

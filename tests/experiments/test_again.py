@@ -84,6 +84,8 @@ def test_samples_of_a_run_are_its_own_unless_an_option_says_otherwise(points, tm
     samples, found = again(points)
     np.testing.assert_array_equal(samples, own)
     assert found["title"] == "2000 samples of stub/1, step 4\nseed 0"
+    assert _pictures.caption(points / "samples.png") == "stub/1, step 4"
+    assert (points / "curves.png").stat().st_size > 5000
     assert (points / "again.png").stat().st_size > 1000
     assert "stub/1, step 4" in capsys.readouterr().out
     # The same noise about another mean.
@@ -130,6 +132,15 @@ def test_of_trainings_inside_a_run_the_last_one_is_sampled(tmp_path):
     (tmp_path / "ot" / "metrics.jsonl").write_text('{"step": 3, "loss": null}\n{"step": 4, "x": 2}')
     assert sample.trained_in(tmp_path) == tmp_path / "ot"
     assert sample.trained_in(tmp_path / "flow") == tmp_path / "flow"
+    for folder, steps in ((tmp_path / "flow", 30), (tmp_path / "ot", 20)):
+        (folder / "training.json").write_text(json.dumps({"steps_done": steps, "best_step": 10}))
+    name = tmp_path.name
+    (tmp_path / "config.json").write_text("{}")
+    inside = _pictures.caption(tmp_path / "ot" / "a.png")
+    assert inside.endswith(f"{name}/ot, step 10")
+    (tmp_path / "flow" / "training.json").write_text('{"steps_done": 30}')
+    assert _pictures.caption(tmp_path / "a.png").endswith(f"{name}, step 30")
+    assert _pictures.caption(tmp_path.parent / "none" / "a.png").endswith("/none")
     assert _panels.curves(tmp_path) == {"loss": {"": ([0], [1.0])}, "x": {"ot": ([4], [2])}}
 
 

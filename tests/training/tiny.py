@@ -25,6 +25,7 @@ class Config(_run.TrainConfig):
     save_every: int = 10
     log_every: int = 1
     devices: int | None = 1
+    curves: bool = False  # matplotlib takes a second to load
     prefetch: int = 0  # what a drill does to a batch happens at its step
 
 
