@@ -23,9 +23,10 @@ def convolve(
     On CPU as a matrix product: XLA's convolutions, and above all their gradients and those in
     loops, take up to several times as long there. Summed in float32 at least, rounded once.
     """
+    dtype = jnp.result_type(x, kernel)
     return jax.lax.platform_dependent(
-        x,
-        kernel,
+        x.astype(dtype),
+        kernel.astype(dtype),
         cpu=partial(_by_product, stride=stride),
         default=partial(_by_convolution, stride=stride),
     )

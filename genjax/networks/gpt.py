@@ -4,6 +4,7 @@ Radford et al. 2019 (GPT-2) with learned positions, layer norm, GELU and tied em
 positions, RMS norm, SwiGLU and grouped heads make it a network of the Llama kind.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -192,6 +193,7 @@ class GPT(nn.Module):
             last = min(last, self.max_length - 1)
         end = start + tokens.shape[1] - 1
         checks.between("position", end, 0, last)
+        starts = jnp.broadcast_to(jnp.asarray(start), tokens.shape[:1])
         places = jnp.reshape(start, (-1, 1)) + jnp.arange(tokens.shape[1])[None]
         h = self._embed(tokens, places)
 
@@ -200,9 +202,18 @@ class GPT(nn.Module):
             params, i = scanned
             mine = jax.tree.map(lambda z: jax.lax.dynamic_index_in_dim(z, i, 1, False), cache)
             h, mine = self.block().apply({"params": params}, h, cache=mine, start=start)
-            put = lambda z, new: jax.lax.dynamic_update_index_in_dim(z, new, i, 1)  # noqa: E731
+            # What is new alone goes back: the whole layer would be copied for every token.
+            one = partial(_put_rows, layer=i, num=tokens.shape[1])
+            put = lambda z, new: jax.vmap(one)(z, new, starts)  # noqa: E731
             return (h, jax.tree.map(put, cache, mine)), None
 
         scanned = (self.blocks, jnp.arange(self.depth))
         (h, cache), _ = jax.lax.scan(block, (h, cache), scanned)
         return self._logits(h), cache
+
+
+def _put_rows(old: Array, layer_now: Array, start: Array, *, layer: Array, num: int) -> Array:
+    """Copy `num` places from `start` on of a row's layer [length, ...] to [depth, length, ...]."""
+    new = jax.lax.dynamic_slice_in_dim(layer_now, start, num)
+    zeros = (0,) * (old.ndim - 2)
+    return jax.lax.dynamic_update_slice(old, new[None], (layer, start, *zeros))

@@ -312,7 +312,7 @@ class GatedPixelCNN(nn.Module):
         width = cache.row.shape[1]
         column, begins = position % width, position % width == 0
         value = with_ones(pixel[:, None, None], self.levels)[:, 0, 0]
-        value = jnp.where(position > 0, value, 0)
+        value = jnp.where(position > 0, value, 0).astype(cache.row.dtype)
         row = jax.lax.dynamic_update_index_in_dim(cache.row, value, (position - 1) % width, 1)
         cache = cache._replace(row=row)
         cache = jax.lax.cond(begins, lambda c: self._begin_row(c, label), lambda c: c, cache)
