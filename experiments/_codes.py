@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from genjax import checks
+from genjax.networks import GPT
 from genjax.variational import (
+    categorical_log_likelihood,
     code_totals,
     codebook_state,
     ema_absorb,
@@ -150,3 +152,42 @@ def _nothing(*given: Any) -> None:
 
 def _places(index: jax.Array, stages: int) -> jax.Array:
     return index.reshape(len(index), -1, stages)
+
+
+def code_prior(
+    prior: GPT, num_codes: int, total: int, null: int | None
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """(params, tokens, label, key) -> nats, and (params, key, label, n) -> tokens [n, total].
+
+    null: the label that stands for none, where labels go before the codes.
+    """
+
+    def labelled(tokens: jax.Array, label: Any) -> jax.Array:
+        """With the label before them, where the prior takes one; its number is above the codes'."""
+        if null is None:
+            return tokens
+        first = num_codes + (jnp.full(len(tokens), null) if label is None else label)
+        return jnp.concatenate([first[:, None], tokens], axis=1)
+
+    def log_codes(params: Any, tokens: jax.Array, label: Any, key: Any) -> jax.Array:
+        logits: Any = prior.apply(params, labelled(tokens, label), dropout_key=key)
+        return categorical_log_likelihood(tokens, logits[:, -tokens.shape[1] :, :num_codes])
+
+    def draw_codes(params: Any, key: jax.Array, label: Any, n: int) -> jax.Array:
+        given = labelled(jnp.zeros((n, 0), int), label)
+        first = given.shape[1]
+
+        def step(state: Any, position: jax.Array) -> Any:
+            cache, token = state
+            places = jnp.full(n, position)
+            logits, cache = prior.apply(params, cache, token, places, method="step")
+            drawn = jax.random.fold_in(key, position)
+            token = jax.random.categorical(drawn, logits[:, :num_codes])
+            token = jnp.where(position < first, given[:, 0], token) if first else token
+            return (cache, token), token
+
+        length = first + total
+        begin = prior.empty_cache(n, length), jnp.zeros(n, int)
+        return jax.lax.scan(step, begin, jnp.arange(length))[1].T[:, first:]
+
+    return log_codes, draw_codes

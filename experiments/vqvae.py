@@ -20,6 +20,7 @@ reconstructions.png.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -28,14 +29,14 @@ import numpy as np
 import optax
 
 from experiments import _pictures, _run
-from experiments._codes import Coded, Quantiser, make_quantiser
+from experiments._codes import Coded, Quantiser, code_prior, make_quantiser
 from experiments._data import Data, load_data
 from experiments._pixels import in_hundreds, pixel_law
 from experiments._system import Row, System, adamw, train
 from genjax import checks
 from genjax.networks import GPT, GridDecoder, GridEncoder
 from genjax.networks.layers import Norm
-from genjax.variational import categorical_log_likelihood, perplexity
+from genjax.variational import perplexity
 
 ROWS = (Row("vqvae", "VQ-VAE with its prior", images={}),)
 
@@ -218,37 +219,18 @@ def make_model(config: Config, data: Data) -> Model:
     """Encoders, quantiser, decoder, likelihood and prior for images of the data set."""
     event, scaling = tuple(data.spec.shape), data.scaling()
     law = pixel_law(config.likelihood, config.components, data.spec)
-    quantiser = make_quantiser(
-        config.quantiser,
-        num_codes=config.codes,
-        dim=config.code_dim,
-        stages=config.stages,
-        levels=config.fsq_levels,
-        decay=config.decay,
-        commitment=config.commitment,
-        reset=config.reset,
-    )
+    quantiser = _quantiser(config)
     grids = _grids(config, event)
     nets = _networks(config, event[2] * law.numbers, quantiser, grids, data.spec.classes)
     prior, sizes = nets["prior"], [a * b * quantiser.stages for a, b in grids]
     cuts = np.cumsum(sizes)[:-1]
 
-    def init(key: jax.Array) -> Any:
-        keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(nets)}
-        (rows, columns), dim = grids[-1], quantiser.dim
-        shapes = {
-            "encoder": (1, *event),
-            "top": (1, rows, columns, config.channels[-1]),
-            "up": (1, *grids[0], dim),
-            "bottom": (1, rows, columns, len(grids) * config.channels[-1]),
-            "decoder": (1, rows, columns, dim + (len(grids) - 1) * config.channels[-1]),
-        }
-        found = {n: nets[n].init(keys[n], jnp.zeros(s)) for n, s in shapes.items() if n in nets}
-        return {**found, "prior": prior.init(keys["prior"], jnp.zeros((1, sum(sizes)), int))}
+    def of(name: str, key: Any) -> Any:
+        """The network's own key of dropout."""
+        return None if key is None else jax.random.fold_in(key, list(nets).index(name))
 
     def apply(params: Any, name: str, x: jax.Array, key: Any) -> jax.Array:
-        drop = None if key is None else jax.random.fold_in(key, list(nets).index(name))
-        return nets[name].apply(params[name], x, dropout_key=drop)
+        return nets[name].apply(params[name], x, dropout_key=of(name, key))
 
     def normed(z: jax.Array) -> jax.Array:
         # Of one size, so that the commitment's weight means the same throughout.
@@ -291,47 +273,56 @@ def make_model(config: Config, data: Data) -> Model:
         raw = apply(params, "decoder", x, key)
         return raw.reshape(len(x), *event, law.numbers)
 
-    def labelled(tokens: jax.Array, label: Any) -> jax.Array:
-        """With the label before them, where the prior takes one; its number is above the codes'."""
-        if not config.conditional:
-            return tokens
-        null = jnp.full(len(tokens), data.spec.classes or 0)
-        first = quantiser.num_codes + (null if label is None else label)
-        return jnp.concatenate([first[:, None], tokens], axis=1)
+    null = (data.spec.classes or 0) if config.conditional else None
+    nats_of, draw_codes = code_prior(prior, quantiser.num_codes, sum(sizes), null)
 
     def log_codes(params: Any, tokens: jax.Array, label: Any, key: Any) -> jax.Array:
-        drop = None if key is None else jax.random.fold_in(key, list(nets).index("prior"))
-        logits = prior.apply(params["prior"], labelled(tokens, label), dropout_key=drop)
-        logits = logits[:, -tokens.shape[1] :, : quantiser.num_codes]
-        return categorical_log_likelihood(tokens, logits)
+        return nats_of(params["prior"], tokens, label, of("prior", key))
 
     def sample(params: Any, carried: Any, key: jax.Array, label: Any, n: int) -> jax.Array:
-        given = labelled(jnp.zeros((n, 0), int), label)
-        first = given.shape[1]
-
-        def step(state: Any, position: jax.Array) -> Any:
-            cache, token = state
-            places = jnp.full(n, position)
-            logits, cache = prior.apply(params["prior"], cache, token, places, method="step")
-            drawn = jax.random.fold_in(key, position)
-            token = jax.random.categorical(drawn, logits[:, : quantiser.num_codes])
-            token = jnp.where(position < first, given[:, 0], token) if first else token
-            return (cache, token), token
-
-        length = first + sum(sizes)
-        begin = prior.empty_cache(n, length), jnp.zeros(n, int)
-        tokens = jax.lax.scan(step, begin, jnp.arange(length))[1].T[:, first:]
+        tokens = draw_codes(params["prior"], key, label, n)
         parts = zip(jnp.split(tokens, cuts, axis=1), grids, strict=True)
         values = []
         for i, (part, grid) in enumerate(parts):
             codes = part.reshape(n, -1, quantiser.stages)
             held = None if carried is None else carried[i]
             values.append(quantiser.values(codes, held).reshape(n, *grid, quantiser.dim))
-        return law.sample(jax.random.fold_in(key, length), decode(params, values, None))
+        drawn = jax.random.fold_in(key, config.conditional + sum(sizes))
+        return law.sample(drawn, decode(params, values, None))
 
+    begin = partial(_init, config, event, nets, grids, quantiser)
     return Model(
-        init, start, encode, decode, law.log_likelihood, log_codes, sample, law.sample, quantiser
+        begin, start, encode, decode, law.log_likelihood, log_codes, sample, law.sample, quantiser
     )
+
+
+def _quantiser(config: Config) -> Quantiser:
+    return make_quantiser(
+        config.quantiser,
+        num_codes=config.codes,
+        dim=config.code_dim,
+        stages=config.stages,
+        levels=config.fsq_levels,
+        decay=config.decay,
+        commitment=config.commitment,
+        reset=config.reset,
+    )
+
+
+def _init(config: Config, event: Any, nets: Any, grids: Any, quantiser: Quantiser, key: Any) -> Any:
+    """The networks' parameters by their names."""
+    keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(nets)}
+    (rows, columns), dim = grids[-1], quantiser.dim
+    shapes = {
+        "encoder": (1, *event),
+        "top": (1, rows, columns, config.channels[-1]),
+        "up": (1, *grids[0], dim),
+        "bottom": (1, rows, columns, len(grids) * config.channels[-1]),
+        "decoder": (1, rows, columns, dim + (len(grids) - 1) * config.channels[-1]),
+    }
+    found = {n: nets[n].init(keys[n], jnp.zeros(s)) for n, s in shapes.items() if n in nets}
+    total = sum(a * b for a, b in grids) * quantiser.stages
+    return {**found, "prior": nets["prior"].init(keys["prior"], jnp.zeros((1, total), int))}
 
 
 def _grids(config: Config, event: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -32,6 +32,7 @@ INDEPENDENT = {
     "stylegan.py: sample: key": "z has fold_in(key, 0), images 2",
     "vqvae.py: levels: key": "of dropout: each network folds its own number",
     "vqvae.py: decode: key": "of dropout: each network folds its own number",
+    "vqvae.py: sample: key": "code i has fold_in(key, i), the image the number after the last",
     "vqvae.py: loss: key_drop": "of dropout: each network folds its own number",
     "vae.py: init: key": "split gives fold_in 0 and 1, the prior has 2",
     "fidelity.py: classifier_two_sample: key": "split gives fold_in 0 and 1, the order is 2",

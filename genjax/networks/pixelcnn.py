@@ -31,6 +31,18 @@ def with_ones(x: Array, levels: int) -> Array:
     return jnp.concatenate([y, jnp.ones_like(y[..., :1])], axis=-1)
 
 
+def read_image(net: Any, x: Array, label: Any) -> tuple[Array, Array | None]:
+    """`with_ones` of the levels a network is given, and its labels, the null class without any."""
+    checks.shape("x", x, (None, None, None, net.colours))
+    return with_ones(x, net.levels), labels_or_null(net.classes, label, len(x))
+
+
+def read_pixel(net: Any, pixel: Array, position: Array, label: Any) -> tuple[Array, Array | None]:
+    """The same of one pixel [batch, colours], the one before `position`: 0 before the first."""
+    value = with_ones(pixel[:, None, None], net.levels)[:, 0, 0]
+    return jnp.where(position > 0, value, 0), labels_or_null(net.classes, label, len(pixel))
+
+
 class MaskedConv(nn.Module):
     """Convolution whose kernel is multiplied by `pixel_mask`."""
 
@@ -266,9 +278,7 @@ class GatedPixelCNN(nn.Module):
         dropout_key: PRNGKey | None = None,
     ) -> Float[Array, "batch height width numbers"]:
         """The numbers of every pixel; raises ValueError for levels or labels that do not fit."""
-        checks.shape("x", x, (None, None, None, self.colours))
-        label = labels_or_null(self.classes, label, len(x))
-        y = with_ones(x, self.levels)
+        y, label = read_image(self, x, label)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, self.layers)
         v, h = self.first(y, y, label, key)
 
@@ -308,11 +318,10 @@ class GatedPixelCNN(nn.Module):
         label: Int[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "batch numbers"], PixelCache]:
         """Numbers of the pixel at `position` in raster order; `pixel` is the one before it."""
-        label = labels_or_null(self.classes, label, len(pixel))
+        value, label = read_pixel(self, pixel, position, label)
+        value = value.astype(cache.row.dtype)
         width = cache.row.shape[1]
         column, begins = position % width, position % width == 0
-        value = with_ones(pixel[:, None, None], self.levels)[:, 0, 0]
-        value = jnp.where(position > 0, value, 0).astype(cache.row.dtype)
         row = jax.lax.dynamic_update_index_in_dim(cache.row, value, (position - 1) % width, 1)
         cache = cache._replace(row=row)
         cache = jax.lax.cond(begins, lambda c: self._begin_row(c, label), lambda c: c, cache)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from genjax import checks
 from genjax.autoregressive.pixels import num_colour_params
 from genjax.networks.layers import drop, labels_or_null, on_flat
-from genjax.networks.pixelcnn import Levels, taps, with_ones
+from genjax.networks.pixelcnn import Levels, read_image, read_pixel, taps
 from genjax.networks.transformer import stacked
 from genjax.typing import Params, PRNGKey
 
@@ -154,9 +154,7 @@ class PixelCNNPlus(nn.Module):
         dropout_key: PRNGKey | None = None,
     ) -> Float[Array, "batch height width numbers"]:
         """The numbers of every pixel; raises ValueError for levels or labels that do not fit."""
-        checks.shape("x", x, (None, None, None, self.colours))
-        label = labels_or_null(self.classes, label, len(x))
-        y = with_ones(x, self.levels)
+        y, label = read_image(self, x, label)
         left = jnp.pad(y, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
         rows = self._enter("rows", taps(y, 2, (1, 1), 1))
         pixels = self._enter("above", taps(y, 1, (1, 1), 1))
@@ -212,11 +210,9 @@ class PixelCNNPlus(nn.Module):
         label: Int[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "batch numbers"], PlusCache]:
         """Numbers of the pixel at `position` in raster order; `pixel` is the one before it."""
-        label = labels_or_null(self.classes, label, len(pixel))
+        value, label = read_pixel(self, pixel, position, label)
         width = cache.image.shape[2]
         column = position % width
-        value = with_ones(pixel[:, None, None], self.levels)[:, 0, 0]
-        value = jnp.where(position > 0, value, 0)
         image = cache.image.at[:, 2, (position - 1) % width].set(value)
         cache = cache._replace(image=image)
         cache = jax.lax.cond(column == 0, lambda c: self._begin_row(c, label), lambda c: c, cache)
