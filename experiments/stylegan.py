@@ -168,11 +168,8 @@ def stylegan2(config: Config, data: Data) -> System:
     def init(key: jax.Array) -> Any:
         key_c, key_g, key_n = jax.random.split(key, 3)
         x, z = jnp.zeros((critic.group or 1, *data.spec.shape)), jnp.zeros((1, config.latent_dim))
-        start = (
-            critic.init(key_c, x),
-            generator.init(key_g, z, None, generator.draw_noise(key_n, 1)),
-        )
-        return {"critic": start[0], "generator": start[1]}
+        made = generator.init(key_g, z, None, generator.draw_noise(key_n, 1))
+        return {"critic": critic.init(key_c, x), "generator": made}
 
     def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
         z = jax.random.normal(jax.random.fold_in(key, 0), (n, config.latent_dim))

@@ -88,9 +88,8 @@ def fit(
         on_metrics=lambda step, metrics: wandb.log(metrics, step=step)
 
     Training waits for it. Of several processes the first one calls it. A resumed run gives again
-    the steps after its checkpoint. Numbers that end the training are left to the error.
-
-    progress: a bar on standard error, or a line every 30 seconds where that is no terminal.
+    the steps after its checkpoint. Numbers that end the training are left to the error. progress:
+    a bar on standard error, or a line every 30 seconds where that is no terminal.
 
     Raises NonFiniteError at the first step with a number that is not finite, before anything
     later is saved. An error in `batches`, `evaluate` or `on_metrics` is raised after the state is
