@@ -33,9 +33,11 @@ def table() -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows():
-        functions = ", ".join(f"`{name}`" for name in row.functions)
+        functions = ", ".join(f"{{py:obj}}`~{name}`" for name in row.functions)
+        test = f"{{download}}`{Path(row.test).stem} <../{row.test}>`"
+        experiment = f"{{download}}`{row.experiment} <../experiments/{row.experiment}.py>`"
         lines.append(
-            f"| {row.system} | {functions} | `{row.test}` | `experiments.{row.experiment}` "
+            f"| {row.system} | {functions} | {test} | {experiment} "
             f"| [{row.notebook}](tutorials/{row.notebook}.ipynb) |"
         )
     return "\n".join(lines) + "\n"

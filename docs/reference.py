@@ -1,15 +1,24 @@
-"""Pages of the reference: every public function with its types, its text, and a link to its source.
+"""Pages of the reference: a room's public names, in the order of its modules."""
 
-Docstrings are plain text whose formulas are indented; these stay as they are written.
-"""
-
-import enum
 import importlib
 import inspect
-import re
 
-SEEN: set[str] = set()  # what several rooms export has one canonical place
-ESCAPED = re.compile(r"([\\*_$<>\[\]|#~^{}])")
+from docstrings import escaped
+
+ROOMS = [
+    *("variational", "transport", "adversarial", "diffusion", "flows", "autoregressive"),
+    *("state_space", "alignment", "training", "data", "metrics", "networks"),
+    *(
+        "numerics",
+        "ode",
+        "randomness",
+        "likelihoods",
+        "divergences",
+        "checks",
+        "sharding",
+        "typing",
+    ),
+]
 
 
 def public(package: str) -> list[tuple[str, object]]:
@@ -23,66 +32,65 @@ def public(package: str) -> list[tuple[str, object]]:
     return [(name, value) for name, value in own if callable(value) and inspect.getdoc(value)]
 
 
-def plain(x: object) -> str:
-    """A default or a type as one would write it."""
-    if isinstance(x, enum.Enum):
-        return str(x)
-    if inspect.isclass(x) or inspect.isfunction(x):
-        return x.__name__
-    x = str(x).replace("jaxlib._jax.Array", "Array").replace("jaxlib._Array", "Array")
-    text = re.sub(r"<(?:function|class|object) ?'?([\w.]*)[^>]*>", r"\1", str(x))
-    return re.sub(r"(?:jaxtyping|jax|typing|collections\.abc|genjax(?:\.\w+)*)\.(?=\w)", "", text)
+def sections(package: str) -> dict[str, list[tuple[str, object]]]:
+    """The names by the module that defines them, the package's own modules first."""
+    found: dict[str, list[tuple[str, object]]] = {}
+    for name, value in public(package):
+        found.setdefault(value.__module__, []).append((name, value))
+    return dict(sorted(found.items(), key=lambda item: (not item[0].startswith(package), item[0])))
 
 
-def signature(value: object, types: bool = True) -> str:
-    """Names, types and defaults."""
-    try:
-        found = inspect.signature(value)
-    except (TypeError, ValueError):
-        return "(...)"
-    parts, starred = [], False
-    for p in found.parameters.values():
-        text = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name
-        if p.kind == p.KEYWORD_ONLY and not starred:
-            parts.append("*")
-        starred |= p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
-        if types and p.annotation is not p.empty:
-            text += f": {plain(p.annotation)}"
-        if p.default is not p.empty:
-            text += "=" + (repr(p.default) if isinstance(p.default, str) else plain(p.default))
-        parts.append(text)
-    end = found.return_annotation
-    arrow = "" if not types or end is found.empty else f" -> {plain(end)}"
-    return " ".join(f"({', '.join(parts)}){arrow}".split())
+def first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0]
 
 
-def escaped(text: str) -> str:
-    """A paragraph as Markdown that reads as it is written; code between backticks stays code."""
-    pieces = re.split(r"(`+[^`]+`+)", text)
-    return "".join(p if p.startswith("`") else ESCAPED.sub(r"\\\1", p) for p in pieces)
+def title(text: str, line: str) -> list[str]:
+    return [text, line * len(text), ""]
 
 
-def body(text: str) -> str:
-    """Paragraphs as text, what is indented as it stands."""
-    parts = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        formula = all(line.startswith("    ") for line in paragraph.splitlines())
-        parts.append(f"```text\n{paragraph}\n```" if formula else escaped(paragraph))
-    return "\n\n".join(parts).replace("\n```\n\n```text\n", "\n\n")
+def entry(package: str, name: str, value: object) -> list[str]:
+    """The directive of one name."""
+    if not inspect.isclass(value):
+        return [f".. autofunction:: {package}.{name}", ""]
+    members = [
+        attribute
+        for attribute, member in vars(value).items()
+        if (attribute == "__call__" or not attribute.startswith("_"))
+        and (inspect.isfunction(member) or isinstance(member, property))
+        and inspect.getdoc(member)
+    ]
+    options = [f"   :members: {', '.join(members)}"] if members else []
+    return [f".. autoclass:: {package}.{name}", *options, ""]
+
+
+def aliases(module: str) -> list[str]:
+    """The names of types, each with the comment above it."""
+    parts, comment = [], []
+    for line in inspect.getsource(importlib.import_module(module)).splitlines():
+        name, _, value = line.partition(": TypeAlias = ")
+        if value:
+            parts += [f".. py:data:: {module}.{name}", "", f"   ``{value}``", ""]
+            parts += [f"   {escaped(' '.join(comment))}", ""]
+        comment = [*comment, line.removeprefix("# ")] if line.startswith("# ") else []
+    return parts
 
 
 def page(package: str) -> str:
-    """One section for each public name."""
-    head = inspect.getdoc(importlib.import_module(package)) or ""
-    parts = [f"# `{package}`\n\n{escaped(head.split(chr(10) * 2)[0])}\n",
-             f"```{{py:module}} {package}\n```\n"]  # fmt: skip
-    for name, value in public(package):
-        kind = "class" if inspect.isclass(value) else "function"
-        canonical = f"{getattr(value, '__module__', package)}.{name}"
-        option = "" if canonical in SEEN else f":canonical: {canonical}\n"
-        SEEN.add(canonical)
-        parts.append(
-            f"## {name}\n\n````{{py:{kind}}} {name}{signature(value)}\n{option}\n"
-            f"{body(inspect.getdoc(value) or '')}\n````\n"
-        )
+    """A room: what it is, its modules, a line of every name, and then each in full."""
+    room = importlib.import_module(package)
+    if package == "genjax.typing":
+        return "\n".join([*title(package, "="), *aliases(package)])
+    parts = [f".. py:currentmodule:: {package}", "", *title(package, "=")]
+    parts += [escaped(first_line(room.__doc__)), ""]
+    found = sections(package)
+    for module, pairs in found.items():
+        parts += title(module.removeprefix("genjax."), "-")
+        parts += [escaped(first_line(importlib.import_module(module).__doc__)), ""]
+        parts += [".. list-table::", "   :widths: 30 70", ""]
+        for name, value in pairs:
+            parts.append(f"   * - :py:obj:`~{package}.{name}`")
+            parts.append(f"     - {escaped(first_line(inspect.getdoc(value)))}")
+        parts.append("")
+        for name, value in pairs:
+            parts += entry(package, name, value)
     return "\n".join(parts)

@@ -2,14 +2,19 @@
 
 import importlib
 import importlib.util
+import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from urllib.parse import unquote
 
 import jax
 import jax.numpy as jnp
 import pytest
+
+import genjax
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,15 +88,73 @@ def test_the_readme_has_blocks():
     assert len(BLOCKS) >= 3
 
 
-def test_reference_and_gallery_name_everything():
-    """Signatures with types, text that reads as written, a card for each experiment."""
-    reference, gallery = load(ROOT / "docs" / "reference.py"), load(ROOT / "docs" / "gallery.py")
-    page = reference.page("genjax.flows")
-    assert "py:function} mean_flow_loss(mean_velocity_fn: " in page
-    assert "```text\n    target = sg[v + (s - t) du/dt]" in page
+def test_reference_and_gallery_name_everything(monkeypatch):
+    """Signatures in the words of the source, a card and figures for experiments that exist."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    docstrings, reference = importlib.import_module("docstrings"), load(ROOT / "docs/reference.py")
+    for room in reference.ROOMS[:8]:
+        page = reference.page(f"genjax.{room}")
+        for name, _ in reference.public(f"genjax.{room}"):
+            assert re.search(rf":: genjax\.{room}\.{name}$", page, re.MULTILINE), name
+    parameters, returned = docstrings.signature(genjax.variational.elbo)
+    assert parameters.startswith("(encode: genjax.typing.EncoderFn, log_likelihood: ")
+    assert "x: Shaped[Array, 'batch *event'], *, num_samples: int=1, " in parameters
+    assert returned == "tuple[Float[Array, 'batch'], dict[str, Float[Array, 'batch']]]"
+
+    gallery = load(ROOT / "docs" / "gallery.py")
     cards = gallery.cards()
-    for path in (ROOT / "experiments").glob("[a-z]*.py"):
-        assert path.stem == "leaderboard" or f"python -m experiments.{path.stem}\n" in cards
+    names = {path.stem for path in (ROOT / "experiments").glob("[a-z]*.py")}
+    for name in names - {"leaderboard"}:
+        assert f"python -m experiments.{name}\n" in cards
+    assert set(tomllib.loads((ROOT / "docs" / "gallery.toml").read_text())) <= names
+    assert {path.stem for path in (ROOT / "docs/_static/gallery").glob("*")} <= names
+
+
+def test_docstrings_are_pages(monkeypatch):
+    """Names and papers become links, formulas stand in the place of typed ones."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    docstrings = importlib.import_module("docstrings")
+    text = ["p(z|x) of `elbo`s * 2_", "", "    a = b", "", "Paper, arXiv:1312.61140.", "", ">>> 1"]
+    page = "\n".join(docstrings.pages("genjax.nowhere", text))
+    assert r"p(z\|x) of `elbo`\ s \* 2\_" in page
+    assert "::\n\n        a = b\n" in page
+    assert "`arXiv:1312.61140 <https://arxiv.org/abs/1312.61140>`__" in page
+    assert ">>> 1" in page
+    for name in docstrings.FORMULAS:
+        page = docstrings.pages(f"genjax.{name}", ["First.", "", "    a = b"])
+        assert ".. math::" in page
+        assert "    a = b" not in page
+
+
+def test_formulas_of_the_pages_are_mathml(monkeypatch):
+    """Of every page, notebook and entry of the reference; an unknown command raises."""
+    pytest.importorskip("latex2mathml")
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    mathml = importlib.import_module("mathml").mathml
+    docstrings = importlib.import_module("docstrings")
+    texts = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
+    texts += [path.read_text() for path in (ROOT / "docs" / "families").glob("*.md")]
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        texts += ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+    found = list(docstrings.FORMULAS.values())
+    for text in texts:
+        text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+        found += [a or b for a, b in re.findall(r"\$\$(.+?)\$\$|\$(.+?)\$", text, re.DOTALL)]
+    assert len(found) > 300
+    for tex in found:
+        assert mathml(tex).startswith("<math")
+    assert "𝔼" in mathml(r"\mathbb E")
+    with pytest.raises(ValueError, match="unknown command"):
+        mathml(r"\nosuch x")
+    with pytest.raises(ValueError, match="braces"):
+        mathml(r"\frac{a}{b")
+
+
+def test_formulas_of_the_reference_belong_to_public_names():
+    for room, formulas in tomllib.loads((ROOT / "docs" / "formulas.toml").read_text()).items():
+        public = importlib.import_module(f"genjax.{room}")
+        assert [name for name in formulas if not hasattr(public, name)] == []
 
 
 @pytest.mark.slow
@@ -99,13 +162,22 @@ def test_built_pages_show_their_formulas_and_their_links_resolve(tmp_path):
     """Without the notebooks' execution, which other tests do."""
     pytest.importorskip("sphinx_design")
     pytest.importorskip("latex2mathml")
+    pytest.importorskip("sphinx_copybutton")
     command = [sys.executable, "-m", "sphinx", "-W", "-q", "-D", "nb_execution_mode=off"]
     subprocess.run([*command, "-b", "html", ROOT / "docs", tmp_path], check=True, cwd=ROOT)
-    diffusion = (tmp_path / "families" / "diffusion.html").read_text()
+    pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}
+    diffusion = pages[tmp_path / "families" / "diffusion.html"]
     assert diffusion.count("<math") > 10
-    assert r"\mathbb" not in diffusion
-    reference = (tmp_path / "reference" / "transport.html").read_text()
+    reference = pages[tmp_path / "reference" / "transport.html"]
     assert 'class="viewcode-link"' in reference
-    for page in tmp_path.rglob("*.html"):
-        for target in re.findall(r'href="([^"#]+?\.html)(?:#[^"]*)?"', page.read_text()):
-            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+    assert reference.count("<math") > 5
+    assert "https://docs.jax.dev/en/latest/_autosummary/jax.Array.html" in reference
+    ids = {path: set(re.findall(r'\bid="([^"]+)"', text)) for path, text in pages.items()}
+    for path, text in pages.items():
+        for formula in re.findall(r'class="formula">(.*?)</(?:div|span)>', text, re.DOTALL):
+            assert formula.startswith("<math"), f"{path.name}: {formula}"
+        for target, anchor in re.findall(r'href="([^"#:]*)(?:#([^"]*))?"', text):
+            to = (path.parent / target.partition("?")[0]).resolve() if target else path
+            assert to.exists(), f"{path.name}: {target}"
+            known = to in ids and "_modules" not in f"{to} {path}"  # lines of sources
+            assert not (anchor and known) or unquote(anchor) in ids[to], f"{path.name}: #{anchor}"

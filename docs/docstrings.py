@@ -1,0 +1,204 @@
+"""Docstrings, which are plain text with formulas as one types them, as pages with links.
+
+What stands between single backticks becomes a link where it is a name of the library. Indented
+lines stay as they are, unless `formulas.toml` has the formula in TeX, which then stands in the
+place of the first such lines. Papers become links, by their arXiv number.
+"""
+
+import ast
+import copy
+import functools
+import inspect
+import re
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from docutils import nodes
+    from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
+
+ROOMS = tomllib.loads((Path(__file__).parent / "formulas.toml").read_text())
+FORMULAS = {f"{room}.{name}": tex for room, of in ROOMS.items() for name, tex in of.items()}
+ARXIV = re.compile(r"(?:arXiv:)?\b(\d{4}\.\d{5})\b")
+SPECIAL = re.compile(r"([\\*|_])")
+# Short names in signatures, and where they are documented.
+ELSEWHERE = {
+    "Array": "jax.Array",
+    "ArrayLike": "jax.typing.ArrayLike",
+    "GradientTransformation": "optax.GradientTransformation",
+    "Mesh": "jax.sharding.Mesh",
+    "Module": "flax.linen.Module",
+    "optax.GradientTransformation": "optax.GradientTransformation",
+}
+
+
+def escaped(text: str) -> str:
+    """Prose without markup but for the code in it."""
+    parts = re.split(r"(``.+?``|`[^`]+`)", text, flags=re.DOTALL)
+    for i in range(0, len(parts), 2):
+        plain = SPECIAL.sub(r"\\\1", parts[i])
+        parts[i] = ARXIV.sub(r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", plain)
+        if i and parts[i][:1].isalnum():  # a letter right after a name
+            parts[i] = "\\ " + parts[i]
+    return "".join(parts)
+
+
+def blocks(lines: list[str]) -> list[list[str]]:
+    """Runs of lines between empty ones, and of indented ones."""
+    found: list[list[str]] = [[]]
+    for line in lines:
+        turn = found[-1] and line.startswith("    ") != found[-1][-1].startswith("    ")
+        if not line.strip() or turn:
+            found.append([])
+        if line.strip():
+            found[-1].append(line)
+    return [block for block in found if block]
+
+
+def formula(tex: str) -> list[str]:
+    return [".. math::", "", *(f"    {line}" for line in tex.strip().splitlines()), ""]
+
+
+def pages(name: str, lines: list[str]) -> list[str]:
+    """A docstring as reStructuredText."""
+    tex = FORMULAS.get(name.removeprefix("genjax."))
+    out: list[str] = []
+    for i, block in enumerate(blocks(lines)):
+        # Columns too are kept as they are typed.
+        if block[0].startswith("    ") or any(re.search(r"\S {3,}\S", line) for line in block):
+            if tex:
+                out += formula(tex)
+                tex = None
+            else:
+                out += ["::", "", *(f"    {line}" for line in block), ""]
+            continue
+        if block[0].startswith(">>>"):
+            out += [*block, ""]
+            continue
+        if block[0].startswith("- ") and out and out[-1]:
+            out.append("")
+        out += [*escaped("\n".join(block)).splitlines(), ""]
+        # A formula without a place of its own comes after the first sentence.
+        if tex and i == 0 and not any(line.startswith("    ") for line in lines):
+            out += formula(tex)
+            tex = None
+    return out
+
+
+@functools.cache
+def parsed(file: str) -> ast.Module:
+    return ast.parse(Path(file).read_text())
+
+
+@functools.cache
+def shorthands(file: str) -> dict[str, ast.expr]:
+    """Names that a file gives to types, which mean nothing outside of it."""
+    found = {}
+    for node in parsed(file).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        named = isinstance(target, ast.Name) and target.id[0].isupper()
+        if named and (isinstance(node.value, ast.Constant) or not target.id.isupper()):
+            found[target.id] = node.value
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("genjax."):
+            for name in node.names:  # in full, so that a link leads to the one that is meant
+                if name.name[0].isupper() and not name.name.isupper() and not name.asname:
+                    full = f"{node.module}.{name.name}"
+                    found[name.name] = ast.parse(full, mode="eval").body
+    return found
+
+
+class Spelled(ast.NodeTransformer):
+    """Annotations with what shorthands stand for."""
+
+    def __init__(self, names: dict[str, ast.expr]):
+        self.names = names
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        found = self.names.get(node.id)
+        return self.visit(copy.deepcopy(found)) if found is not None else node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        return ast.Constant(node.value.strip()) if isinstance(node.value, str) else node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        return node
+
+
+@functools.cache
+def definitions(file: str) -> dict[str, ast.stmt]:
+    """What a file defines, by its name."""
+    tree = parsed(file)
+    defined = (ast.FunctionDef, ast.ClassDef)
+    found = {node.name: node for node in tree.body if isinstance(node, defined)}
+    for node in list(found.values()):
+        if isinstance(node, ast.ClassDef):
+            inner = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+            found |= {f"{node.name}.{n.name}": n for n in inner}
+    return found
+
+
+def outline(node: ast.stmt) -> ast.stmt:
+    """A copy without the body of functions, which no signature shows."""
+    kept = copy.copy(node)
+    if isinstance(kept, ast.FunctionDef):
+        kept.body, kept.args = [ast.Pass()], copy.deepcopy(kept.args)
+    else:
+        kept.body = copy.deepcopy([n for n in kept.body if isinstance(n, ast.AnnAssign)])
+    return kept
+
+
+def signature(value: object) -> tuple[str, str] | None:
+    """Parameters and what comes back, in the words of the source."""
+    value = inspect.unwrap(value) if callable(value) else value
+    try:
+        file = inspect.getsourcefile(value) or ""
+        node = definitions(file).get(value.__qualname__)
+    except (TypeError, OSError, AttributeError):
+        return None
+    if not file.endswith("typing.py"):
+        node = Spelled(shorthands(file)).visit(outline(node)) if node else None
+    if isinstance(node, ast.FunctionDef):
+        arguments = ast.unparse(node.args)
+        if "." in value.__qualname__:  # a method, without its self
+            arguments = re.sub(r"^(self|cls)(, )?", "", arguments)
+        return f"({arguments})", ast.unparse(node.returns) if node.returns else ""
+    if not isinstance(node, ast.ClassDef):
+        return None
+    fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+    fields = [n for n in fields if not n.target.id.startswith("_")]
+    if not fields:
+        return None
+    return f"({', '.join(ast.unparse(n) for n in fields)})", ""
+
+
+def on_docstring(app: "Sphinx", what: str, name: str, value: object, options, lines: list[str]):
+    lines[:] = pages(name, lines)
+
+
+def on_signature(app: "Sphinx", what: str, name: str, value: object, options, args, returns):
+    return signature(value)
+
+
+def on_missing(
+    app: "Sphinx", env: "BuildEnvironment", node: "nodes.Element", content: "nodes.Element"
+):
+    """Short names of types: one of ours in `genjax.typing`, others in the inventories."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not target:
+        return None
+    node["reftarget"] = ELSEWHERE.get(target, target)
+    domain = env.get_domain("py")
+    page = node["refdoc"]
+    for full in (f"genjax.typing.{target}", f"genjax.{target}"):
+        if full in domain.objects:
+            return domain.resolve_xref(env, page, app.builder, "obj", full, node, content)
+    return None
+
+
+def setup(app: "Sphinx") -> dict[str, bool]:
+    app.connect("autodoc-process-docstring", on_docstring)
+    app.connect("autodoc-process-signature", on_signature)
+    app.connect("missing-reference", on_missing, priority=400)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
