@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -103,6 +104,26 @@ def linearize(
     value, pull = jax.vjp(function, x)
     zeros = jax.tree.map(jnp.zeros_like, value)
     return value, lambda v: jax.vjp(lambda g: pull(g)[0], zeros)[1](v)[0]
+
+
+def hoisted(function: Callable[..., Any], *example: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """The function with all traced arrays that it closes over, integers and keys too, as arguments.
+
+    Returns (pure, closed) with pure(*args, *closed) = function(*args) for args like `example`.
+    `jax.closure_convert` leaves integers and keys where they are, so that a rule of its own
+    (`jax.custom_jvp`, `jax.custom_vjp`) inside `jax.lax.cond` or a loop meets another trace's.
+    """
+    jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*example)
+    traced = [isinstance(c, jax.core.Tracer) for c in jaxpr.consts]
+    known = [None if t else c for c, t in zip(jaxpr.consts, traced, strict=True)]
+
+    def pure(*given: Any) -> Any:
+        closed = iter(given[len(example) :])
+        consts = [next(closed) if t else c for c, t in zip(known, traced, strict=True)]
+        flat = eval_jaxpr(jaxpr.jaxpr, consts, *jax.tree.leaves(given[: len(example)]))
+        return jax.tree.unflatten(jax.tree.structure(out), flat)
+
+    return pure, [c for c, t in zip(jaxpr.consts, traced, strict=True) if t]
 
 
 def has_forward_mode(function: Callable[[Array], Any], x: Float[Array, "..."]) -> bool:

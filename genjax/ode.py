@@ -10,11 +10,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, PyTree
 
 from genjax import checks
-from genjax.numerics import at_least_float32, linearize, sum_event
+from genjax.numerics import at_least_float32, hoisted, linearize, sum_event
 
 Number: TypeAlias = float | int | Float[Array, ""]
 Times: TypeAlias = tuple[Number, Number]
@@ -131,15 +130,8 @@ def _same_shape(slope: Array, y: Array) -> None:
 def _hoisted(field: FieldFn, args: Any, y: Any) -> tuple[FieldFn, Any]:
     """The field with all traced arrays that it closes over, integers too, among its arguments."""
     t = jnp.zeros((), jax.tree.leaves(y)[0].dtype)
-    closed, out = jax.make_jaxpr(field, return_shape=True)(args, y, t)
-
-    def pure(everything: Any, y: Any, t: Array) -> Any:
-        args, traced = everything[0], iter(everything[1])
-        consts = [c if checks.is_concrete(c) else next(traced) for c in closed.consts]
-        flat = eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((args, y, t)))
-        return jax.tree.unflatten(jax.tree.structure(out), flat)
-
-    return pure, (args, [c for c in closed.consts if not checks.is_concrete(c)])
+    pure, closed = hoisted(field, args, y, t)
+    return lambda everything, y, t: pure(everything[0], y, t, *everything[1]), (args, closed)
 
 
 def _adjoint(field: FieldFn, args: Any, y: Any, times: Times, num_steps: int, rk: Tableau) -> Any:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from genjax import checks
-from genjax.numerics import event_norm, expand_to, has_forward_mode, sum_event
+from genjax.numerics import event_norm, expand_to, has_forward_mode, hoisted, sum_event
 from genjax.randomness import indexed_keys
 from genjax.typing import CriticFn, PRNGKey
 
@@ -122,7 +122,7 @@ def _penalise(phi: PenaltyFn, critic: CriticFn, x: Array, target: Any) -> Array:
             f"critic must return one score per example, shape {x.shape[:1]}, got {scores.shape}"
         )
     # What the critic closes over becomes an argument, so that it can be differentiated.
-    pure, consts = jax.closure_convert(critic, x)
+    pure, consts = hoisted(critic, x)
     return _phi_of_gradient(phi, pure, consts, x, jnp.asarray(target, jnp.float32))
 
 

@@ -273,3 +273,23 @@ def test_bad_input(unchecked, key):
         gradient_penalty(good, key, x, x, weights=jnp.zeros((4, 3)))
     with pytest.raises(ValueError, match="limit must be positive"):
         clip_weights({"w": x}, 0.0)
+
+
+def test_a_critic_with_labels_and_keys_inside_a_branch():
+    """A critic may close over integers and keys of another trace (lazy regularisation)."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4)), jnp.float32)
+
+    def loss(w, x, label, key, on):
+        scale = jax.random.uniform(key)
+        critic = lambda x: jnp.sum(jnp.tanh(x) * w[label], axis=1) * scale  # noqa: E731
+        return jax.lax.cond(on, lambda: jnp.mean(r1_penalty(critic, x)), lambda: 0.0)
+
+    label, key = jnp.array([0, 1, 2, 0, 1]), jax.random.key(3)
+    value, slope = jax.jit(jax.value_and_grad(loss))(w, x, label, key, True)
+    slopes = (1 - np.tanh(x) ** 2) * np.asarray(w)[label] * float(jax.random.uniform(key))
+    np.testing.assert_allclose(value, np.mean(np.sum(slopes**2, axis=1)), rtol=1e-5)
+    expected = np.zeros_like(w)
+    factor = (1 - np.tanh(x) ** 2) * float(jax.random.uniform(key))
+    np.add.at(expected, np.asarray(label), 2 * slopes * factor / 5)
+    np.testing.assert_allclose(slope, expected, rtol=1e-4, atol=1e-6)
