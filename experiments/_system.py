@@ -378,7 +378,7 @@ def _stored_config(folder: Path, changes: Mapping[str, Any]) -> tuple[Any, Any]:
         what = f"has the unknown {unknown[0]!r}"
         raise _run.RunError(f"{folder / 'config.json'} {what}: an older layout")
     config = config_of(stored, module.Config)
-    return module, dataclasses.replace(config, run_dir=str(folder), **changes)
+    return module, dataclasses.replace(config, **{"run_dir": str(folder), **changes})
 
 
 def _require(system: System, *names: str) -> None:

@@ -113,6 +113,17 @@ METRICS = {
     "memorisation_share": lambda key, x, y: metrics.memorisation_share(x, y, x + 1),
     "classifier_two_sample": metrics.classifier_two_sample,
     "inception_score": lambda key, x, y: metrics.inception_score(jax.nn.softmax(x)),
+    "inception_score_splits": lambda key, x, y: metrics.inception_score_splits(
+        jax.nn.softmax(x), num_splits=2
+    ),
+    "init_moments": lambda key, x, y: metrics.init_moments(3),
+    "update_moments": lambda key, x, y: metrics.update_moments(metrics.init_moments(3), x),
+    "merge_moments": lambda key, x, y: metrics.merge_moments(
+        *(metrics.update_moments(metrics.init_moments(3), z) for z in (x, y))
+    ),
+    "compute_moments": lambda key, x, y: metrics.compute_moments(
+        metrics.update_moments(metrics.init_moments(3), x)
+    ),
     "bits_per_dim": lambda key, x, y: metrics.bits_per_dim(x[:, 0], 3),
     "modes_covered": lambda key, x, y: metrics.modes_covered(x, y[:3], 0.5),
     "high_quality_share": lambda key, x, y: metrics.high_quality_share(x, y[:3], 0.5),
@@ -123,6 +134,7 @@ METRICS = {
     "gaussian_kernel": lambda key, x, y: metrics.gaussian_kernel(1.0)(x, y),
 }
 NOT_EXPORTED = {"feature_extractor": "a reader", "hash_of": "of bytes", "measure": "a record"}
+NOT_EXPORTED["merge_processes"] = "between processes, outside of programs"
 
 
 def test_every_metric_is_exported():

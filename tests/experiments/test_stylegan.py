@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -41,5 +42,5 @@ def test_stylegan2_carries_its_means(tmp_path):
     assert np.isfinite(summary["precision"])
     system, params, _ = _system.reopen(folder, truncation=0.5)
     assert np.abs(params["mean"]).max() > 0
-    samples = system.sample(params, _system.keys(0).sample, 3, np.arange(3))
+    samples = system.sample(params, _system.keys(0).sample, 3, jnp.arange(3))
     assert samples.shape == (3, 8, 8, 1)
