@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import eval_jaxpr
+from jax.core import Tracer, eval_jaxpr
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -114,7 +114,7 @@ def hoisted(function: Callable[..., Any], *example: Any) -> tuple[Callable[..., 
     (`jax.custom_jvp`, `jax.custom_vjp`) inside `jax.lax.cond` or a loop meets another trace's.
     """
     jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*example)
-    traced = [isinstance(c, jax.core.Tracer) for c in jaxpr.consts]
+    traced = [isinstance(c, Tracer) for c in jaxpr.consts]
     known = [None if t else c for c, t in zip(jaxpr.consts, traced, strict=True)]
 
     def pure(*given: Any) -> Any:
