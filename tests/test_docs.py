@@ -128,6 +128,7 @@ def test_docstrings_are_pages(monkeypatch):
 
 def test_formulas_of_the_pages_are_mathml(monkeypatch):
     """Of every page, notebook and entry of the reference; an unknown command raises."""
+    pytest.importorskip("docutils")
     pytest.importorskip("latex2mathml")
     monkeypatch.syspath_prepend(ROOT / "docs")
     mathml = importlib.import_module("mathml").mathml
