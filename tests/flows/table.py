@@ -1,5 +1,6 @@
 """One table of every bijection: what builds it, parameters for it, and points to try it at."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -180,3 +181,18 @@ TABLE: dict[str, Callable[[jax.Array], Entry]] = {
     "repeat": _repeat,
     "continuous": _continuous,
 }
+
+
+@functools.cache
+def entry(name: str) -> Entry:
+    """The entry with parameters and points in float32, made by one program."""
+    kept = []
+
+    def make(key):
+        bijection, params, x = TABLE[name](key)
+        kept.append(bijection)
+        return params, x
+
+    with jax.enable_x64(False):
+        params, x = jax.device_get(jax.jit(make)(jax.random.key(3)))
+    return Entry(kept[0], params, x)
