@@ -7,6 +7,7 @@ by chi-square at 1e-4.
 import itertools
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import softmax
 
 from genjax import diffusion as gd
 
@@ -29,19 +31,17 @@ NUMBER = HIDDEN @ np.array([4, 2, 1])  # a mask as a number, 1 .. 7
 ROWS = 4096
 
 
-def table():
-    logits = np.zeros((8, 3, V))
-    logits[NUMBER] = [entry["logits"] for entry in INPUTS["logits_by_mask"]]
-    return jnp.asarray(logits)
+TABLE = np.zeros((8, 3, V))
+TABLE[NUMBER] = [entry["logits"] for entry in INPUTS["logits_by_mask"]]
 
 
 def predict(z):
     """The network of the reference: a table over masks."""
-    return table()[(z == V) @ jnp.array([4, 2, 1])]
+    return jnp.asarray(TABLE)[(z == V) @ jnp.array([4, 2, 1])]
 
 
 def rows(count):
-    return jnp.broadcast_to(jnp.asarray(X), (count, 3))
+    return jnp.asarray(np.tile(X, (count, 1)))
 
 
 def of_each_mask(share):
@@ -57,22 +57,22 @@ def in_the_mean(losses, expected, sd=4.0):
 
 def test_cross_entropy_of_every_mask(x64, compiled):
     """And with a column for the hidden token, whatever it holds; gradient p - one-hot."""
-    hidden = jnp.asarray(HIDDEN)
-    found = compiled(lambda h: gd.masked_cross_entropy(predict, rows(7), h, vocabulary=V))(hidden)
-    np.testing.assert_allclose(found, NLL, rtol=1e-8)
 
     def wider(z):
         column = jnp.full((*z.shape, 1), 1e4)
         return jnp.concatenate([predict(z), column], axis=-1)
 
-    found = gd.masked_cross_entropy(wider, rows(7), hidden, vocabulary=V)
-    np.testing.assert_allclose(found, NLL, rtol=1e-8)
-    logits = predict(jnp.where(hidden, V, rows(7)))
-    gradient = jax.grad(
-        lambda y: gd.masked_cross_entropy(lambda _: y, rows(7), hidden, vocabulary=V).sum()
-    )(logits)
-    one_hot = np.eye(V)[X][None]
-    expected = np.where(HIDDEN[..., None], np.asarray(jax.nn.softmax(logits)) - one_hot, 0)
+    @compiled
+    def run(logits, x, hidden):
+        loss = partial(gd.masked_cross_entropy, x=x, hidden=hidden, vocabulary=V)
+        gradient = jax.grad(lambda y: loss(lambda _: y).sum())(logits)
+        return loss(predict), loss(wider), gradient
+
+    logits = TABLE[NUMBER]
+    *found, gradient = run(jnp.asarray(logits), rows(7), jnp.asarray(HIDDEN))
+    for losses in found:
+        np.testing.assert_allclose(losses, NLL, rtol=1e-8)
+    expected = np.where(HIDDEN[..., None], softmax(logits, axis=-1) - np.eye(V)[X][None], 0)
     np.testing.assert_allclose(gradient, expected, atol=1e-12)
 
 
@@ -97,10 +97,12 @@ def fits(counts, chances):
 def test_masked_bound_at_a_time(x64):
     """At t = .37 each loss is the reference's for its mask, and masks come as they should."""
     expected = EXPECTED["loss_at_time"]
-    times = jnp.full(ROWS, expected["time"])
-    losses, aux = jax.jit(
-        lambda key: gd.masked_bound(predict, key, rows(ROWS), vocabulary=V, times=times)
-    )(jax.random.key(0))
+    times = jnp.asarray(np.full(ROWS, expected["time"]))
+    losses, aux = jax.device_get(
+        jax.jit(lambda key: gd.masked_bound(predict, key, rows(ROWS), vocabulary=V, times=times))(
+            jax.random.key(0)
+        )
+    )
     masks = which(losses, np.full(ROWS, expected["weight"]))
     for entry, number in zip(expected["values"], NUMBER, strict=True):
         np.testing.assert_allclose(losses[masks == number], entry["value"], rtol=1e-8)
@@ -122,7 +124,9 @@ def test_no_schedule_changes_the_bound(schedule):
 
 
 def test_order_bound(x64):
-    losses, aux = gd.order_bound(predict, jax.random.key(2), rows(ROWS), vocabulary=V)
+    bounds = [partial(bound, predict, vocabulary=V) for bound in (gd.order_bound, gd.masked_bound)]
+    run = jax.jit(lambda key, x: [bound(key, x) for bound in bounds])
+    (losses, aux), (other, _) = run(jax.random.key(2), rows(ROWS))
     count = np.asarray(aux["masked"])
     masks = which(losses, 3 / count)
     np.testing.assert_array_equal(count, [bin(m).count("1") for m in masks])
@@ -130,16 +134,14 @@ def test_order_bound(x64):
     sizes = HIDDEN.sum(1)
     fits(counts, np.array([1 / 3 / math.comb(3, n) for n in sizes]))
     in_the_mean(losses, EXPECTED["nelbo"])
-    other, _ = gd.masked_bound(predict, jax.random.key(2), rows(ROWS), vocabulary=V)
     assert np.std(losses) < np.std(other)
 
 
 def test_step_bound(x64):
     """Eight steps: the reference's value, weights and chances; many steps: the continuous bound."""
     steps = INPUTS["steps"]
-    losses, aux = gd.step_bound(
-        predict, jax.random.key(3), rows(ROWS), vocabulary=V, num_steps=steps
-    )
+    run = jax.jit(partial(gd.step_bound, predict, vocabulary=V, num_steps=steps))
+    losses, aux = run(jax.random.key(3), rows(ROWS))
     number = np.round(np.asarray(aux["time"]) * steps).astype(int)
     np.testing.assert_array_equal(np.bincount(number, minlength=9)[1:], ROWS // steps)
     chances = np.array(EXPECTED["posterior_unmask_probability"])
@@ -157,19 +159,23 @@ def test_score_entropy_of_the_true_ratios_is_the_masked_bound(x64):
         ratio = jnp.log1p(-share(t)) - jnp.log(share(t))
         return ratio[:, None, None] + jax.nn.log_softmax(predict(z))
 
-    options = {"vocabulary": V, "schedule": "cosine", "times": jnp.linspace(0.01, 0.99, 512)}
-    key = jax.random.key(4)
-    expected, _ = gd.masked_bound(predict, key, rows(512), **options)
-    found, _ = gd.score_entropy(log_score, key, rows(512), **options)
+    @jax.jit
+    def run(key, x, times):
+        options = {"vocabulary": V, "schedule": "cosine", "times": times}
+        louder = gd.score_entropy(lambda z, t: log_score(z, t) + 0.3, key, x, **options)
+        found = gd.score_entropy(log_score, key, x, **options)
+        return gd.masked_bound(predict, key, x, **options)[0], found[0], louder[0]
+
+    times = jnp.asarray(np.linspace(0.01, 0.99, 512))
+    expected, found, louder = run(jax.random.key(4), rows(512), times)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
-    louder, _ = gd.score_entropy(lambda z, t: log_score(z, t) + 0.3, key, rows(512), **options)
     assert np.mean(louder) > np.mean(expected)
 
 
 def test_padding_and_rows():
     """Whatever padding holds; a row without tokens gives 0; NaN there leaves the gradient."""
-    where = jnp.array([[True, True, False], [True, True, True], [False, False, False]])
-    table = jax.random.normal(jax.random.key(5), (4, V))
+    where = np.array([[True, True, False], [True, True, True], [False, False, False]])
+    table = jnp.asarray(np.random.default_rng(5).normal(size=(4, V)).astype(np.float32))
 
     def network(z, shift):
         logits = (
@@ -181,7 +187,7 @@ def test_padding_and_rows():
 
     @jax.jit
     def losses(x, shift):
-        key, options = jax.random.key(6), {"vocabulary": V, "where": where}
+        key, options = jax.random.key(6), {"vocabulary": V, "where": jnp.asarray(where)}
         net = lambda z: network(z, shift)  # noqa: E731
         found = [
             gd.masked_bound(net, key, x, **options),
@@ -192,14 +198,17 @@ def test_padding_and_rows():
         return total, (jnp.stack([loss for loss, _ in found]), [aux["masked"] for _, aux in found])
 
     gradient = jax.jit(jax.value_and_grad(losses, argnums=1, has_aux=True))
-    (_, (first, masked)), slope = gradient(jnp.where(where, rows(3), -7), 0.1)
+    (_, (first, masked)), slope = gradient(np.where(where, X, -7), 0.1)
     assert np.isfinite(slope)
     assert np.isfinite(first).all()
+    first = np.asarray(first)
     np.testing.assert_array_equal(first[:, 2], 0)
     assert (np.stack(masked) <= np.array([[2, 3, 0]])).all()
-    (_, (second, _)), _ = gradient(jnp.where(where, rows(3), 99), 0.1)
+    (_, (second, _)), _ = gradient(np.where(where, X, 99), 0.1)
     np.testing.assert_array_equal(first, second)
-    (_, (third, _)), _ = gradient(rows(3).at[1].set(0), 0.1)
+    changed = np.tile(X, (3, 1))
+    changed[1] = 0
+    third = np.asarray(gradient(changed, 0.1)[0][1][0])
     np.testing.assert_array_equal(third[:, 0], first[:, 0])
     assert not np.allclose(third[:, 1], first[:, 1])
 
@@ -219,21 +228,21 @@ def exact_predictor(z):
 
 def test_every_order_of_an_exact_predictor_gives_the_likelihood(x64):
     """The chain rule along all six orders, for all eight strings."""
+    conditional = jax.jit(lambda z: jax.nn.log_softmax(exact_predictor(z)))
     for order in itertools.permutations(range(3)):
         total = np.zeros(8)
         for step in range(3):
             hidden = np.zeros((8, 3), bool)
             hidden[:, list(order[step:])] = True
-            z = jnp.where(hidden, 2, STRINGS)
-            log_p = jax.nn.log_softmax(exact_predictor(z))
+            log_p = np.asarray(conditional(np.where(hidden, 2, STRINGS)))
             place = order[step]
-            total += np.asarray(log_p[jnp.arange(8), place, STRINGS[:, place]])
+            total += log_p[np.arange(8), place, STRINGS[:, place]]
         np.testing.assert_allclose(total, LOG_JOINT, rtol=1e-12)
-    masks = jnp.array(list(itertools.product([False, True], repeat=3)))[1:]
+    masks = np.array(list(itertools.product([False, True], repeat=3)))[1:]
+    loss = jax.jit(partial(gd.masked_cross_entropy, exact_predictor, vocabulary=2))
     for x, log_p in zip(STRINGS, LOG_JOINT, strict=True):
-        tiled = jnp.broadcast_to(jnp.asarray(x), (7, 3))
-        nll = np.asarray(gd.masked_cross_entropy(exact_predictor, tiled, masks, vocabulary=2))
-        by_count = [nll[np.asarray(masks).sum(1) == n].mean() / n for n in (1, 2, 3)]
+        nll = np.asarray(loss(np.tile(x, (7, 1)), masks))
+        by_count = [nll[masks.sum(1) == n].mean() / n for n in (1, 2, 3)]
         # Each term of a mask is the mean over the orders that begin there.
         np.testing.assert_allclose(sum(by_count), -log_p, rtol=1e-10)
 
@@ -246,26 +255,29 @@ def test_one_token_at_a_time_samples_the_law(by):
         )
     )(jax.random.key(7))
     assert set(np.unique(samples)) == {0, 1}
-    fits(np.bincount(samples @ np.array([4, 2, 1]), minlength=8), np.exp(LOG_JOINT))
+    fits(np.bincount(np.asarray(samples) @ np.array([4, 2, 1]), minlength=8), np.exp(LOG_JOINT))
 
 
 def test_all_at_once_samples_the_product_of_the_marginals():
-    samples = gd.sample_masked(
-        exact_predictor, jax.random.key(8), (8192, 3), vocabulary=2, num_steps=1
-    )
+    draw = partial(gd.sample_masked, exact_predictor, shape=(8192, 3), vocabulary=2, num_steps=1)
+    samples = jax.jit(draw)(jax.random.key(8))
     marginal = np.exp(LOG_JOINT) @ STRINGS
     chances = np.prod(np.where(STRINGS == 1, marginal[None], 1 - marginal[None]), axis=1)
-    fits(np.bincount(samples @ np.array([4, 2, 1]), minlength=8), chances)
+    fits(np.bincount(np.asarray(samples) @ np.array([4, 2, 1]), minlength=8), chances)
 
 
 def test_one_step_reveals_with_the_posterior_chance():
     """(alpha_s - alpha_t) / (1 - alpha_t) of each place: independently, or in the mean."""
-    z = jnp.full((4096, 3), 2).at[:, 0].set(1)
-    for by in ("independent", "random", "confidence"):
-        move = gd.Move(
-            jnp.float32(0.8), jnp.float32(0.5), jnp.square, jax.random.key(9), 0, z, jnp.float32(1)
-        )
-        after, estimate = gd.unmask_step(exact_predictor, z, move, vocabulary=2, by=by)
+    ways = ("independent", "random", "confidence")
+
+    @jax.jit
+    def run(key, z):
+        move = gd.Move(jnp.float32(0.8), jnp.float32(0.5), jnp.square, key, 0, z, jnp.float32(1))
+        step = partial(gd.unmask_step, exact_predictor, z, move, vocabulary=2)
+        return [step(by=by) for by in ways]
+
+    found = jax.device_get(run(jax.random.key(9), np.tile([1, 2, 2], (4096, 1))))
+    for by, (after, estimate) in zip(ways, found, strict=True):
         chance = (0.8**2 - 0.5**2) / 0.8**2
         np.testing.assert_array_equal(after[:, 0], 1)
         assert (estimate < 2).all()
@@ -281,19 +293,26 @@ def test_one_step_reveals_with_the_posterior_chance():
 
 
 def test_samples_keep_what_is_given_and_depend_on_their_index_alone():
-    start = jnp.full((6, 3), 2).at[:, 1].set(1)
-    call = lambda start, first, by, steps: gd.sample_masked(  # noqa: E731
-        exact_predictor, jax.random.key(10), start.shape, vocabulary=2, num_steps=steps, by=by,
-        start=start, first_index=first,
-    )  # fmt: skip
-    for by, steps in (("random", 3), ("confidence", 2), ("independent", 7)):
-        whole = call(start, 0, by, steps)
+    start = np.tile([2, 1, 2], (6, 1))
+    ways = (("random", 3), ("confidence", 2), ("independent", 7))
+
+    @jax.jit
+    def run(key, start):
+        draw = partial(gd.sample_masked, exact_predictor, key, vocabulary=2)
+        found = [
+            (
+                draw((6, 3), num_steps=steps, by=by, start=start),
+                draw((1, 3), num_steps=steps, by=by, start=start[2:3], first_index=2),
+            )
+            for by, steps in ways
+        ]
+        return found, draw((4, 3), num_steps=1, temperature=0.0)
+
+    found, cold = jax.device_get(run(jax.random.key(10), start))
+    for whole, one in found:
         np.testing.assert_array_equal(whole[:, 1], 1)
         assert (whole < 2).all()
-        np.testing.assert_array_equal(call(start[2:3], 2, by, steps)[0], whole[2])
-    cold = gd.sample_masked(
-        exact_predictor, jax.random.key(0), (4, 3), vocabulary=2, num_steps=1, temperature=0.0
-    )
+        np.testing.assert_array_equal(one[0], whole[2])
     ones = np.exp(LOG_JOINT) @ STRINGS
     np.testing.assert_array_equal(cold, np.broadcast_to(ones > 0.5, (4, 3)))
 
