@@ -317,6 +317,11 @@ def f_divergence(
     Log densities may be -infinity: q f(p/q) is q f(0) where p = 0 and p f'(infinity) where q = 0,
     so that disjoint supports give log 2, 1, 2 or infinity. Both log densities return [batch].
     Raises ValueError for an unknown name, no sample, or a log density of another shape.
+
+    >>> x = jax.random.normal(jax.random.key(0), (1000, 1))  # of Q
+    >>> log_p, log_q = (lambda x, m=m: -(((x - m) ** 2).sum(-1)) / 2 for m in (0.1, 0.0))
+    >>> bool(f_divergence("kl", log_p, log_q, x) < 0.01)
+    True
     """
     checks.one_of("divergence", name, F_DIVERGENCES, ALIASES)
     checks.min_rank("samples", samples, 1)

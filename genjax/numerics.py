@@ -24,25 +24,41 @@ DIRECT_DIMS = 8
 
 
 def at_least_float32(x: ArrayLike) -> Float[Array, "..."]:
-    """Cast to float32 what is narrower or not floating; float64 stays as it is."""
+    """Cast to float32 what is narrower or not floating; float64 stays as it is.
+
+    >>> at_least_float32(jnp.ones(2, jnp.bfloat16)).dtype
+    dtype('float32')
+    """
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def sum_event(x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
-    """Sum over every axis but the first, accumulated in float32 at least."""
+    """Sum over every axis but the first, accumulated in float32 at least.
+
+    >>> sum_event(jnp.ones((2, 3, 3)))
+    Array([9., 9.], dtype=float32)
+    """
     return jnp.sum(at_least_float32(x), axis=tuple(range(1, x.ndim)))
 
 
 def expand_to(x: Float[Array, " batch"], like: Array) -> Float[Array, "batch ..."]:
-    """Reshape `[batch]` to `[batch, 1, ..., 1]`, the rank of `like`, so that it broadcasts."""
+    """Reshape `[batch]` to `[batch, 1, ..., 1]`, the rank of `like`, so that it broadcasts.
+
+    >>> expand_to(jnp.ones(2), jnp.zeros((2, 8, 8))).shape
+    (2, 1, 1)
+    """
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
 def masked_mean(
     values: Float[Array, "*shape"], where: Bool[Array, "*shape"] | None = None
 ) -> Float[Array, ""]:
-    """Mean of the values that `where` keeps; 0 where nothing is kept. Masked values may be NaN."""
+    """Mean of the values that `where` keeps; 0 where nothing is kept. Masked values may be NaN.
+
+    >>> masked_mean(jnp.array([1.0, jnp.nan]), jnp.array([True, False]))
+    Array(1., dtype=float32)
+    """
     values = at_least_float32(values)
     if where is None:
         return jnp.mean(values) if values.size else jnp.zeros((), values.dtype)
@@ -51,7 +67,11 @@ def masked_mean(
 
 
 def log_mean_exp(x: Float[Array, "..."], axis: int | Sequence[int] = 0) -> Float[Array, "..."]:
-    """log of the mean of exp(x) over `axis`, in the log domain."""
+    """log of the mean of exp(x) over `axis`, in the log domain.
+
+    >>> log_mean_exp(jnp.array([1000.0, 1000.0]))
+    Array(1000., dtype=float32)
+    """
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     count = math.prod(x.shape[a] for a in axes)
     return jax.nn.logsumexp(at_least_float32(x), axis=axes) - math.log(count)
@@ -61,6 +81,9 @@ def exp_excess(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """exp(x) - 1 - x, never negative: near 0 by its series, where the difference would cancel.
 
     What a divergence of two close laws is made of: KL of Gaussians, u - 1 - log u.
+
+    >>> round(float(exp_excess(jnp.array(1e-4)) * 1e8), 3)
+    0.5
     """
     near = jnp.abs(x) < 0.5
     s = jnp.where(near, x, 0)
@@ -71,7 +94,11 @@ def exp_excess(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Square root whose gradient at 0 is 0, not infinite; NaN of what is NaN or negative."""
+    """Square root whose gradient at 0 is 0, not infinite; NaN of what is NaN or negative.
+
+    >>> jax.grad(safe_sqrt)(jnp.zeros((), jnp.float32)).item()
+    0.0
+    """
     zero = x == 0
     root = jnp.sqrt(jnp.where(zero, 1, x))
     return jnp.where(zero, 0, root)
@@ -80,13 +107,21 @@ def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def safe_norm(
     x: Float[Array, "..."], axis: int | Sequence[int] | None = None, keepdims: bool = False
 ) -> Float[Array, "..."]:
-    """Euclidean norm over `axis` whose gradient at x = 0 is 0."""
+    """Euclidean norm over `axis` whose gradient at x = 0 is 0.
+
+    >>> jax.grad(safe_norm)(jnp.zeros(2))
+    Array([0., 0.], dtype=float32)
+    """
     axes = tuple(axis) if isinstance(axis, Sequence) else axis
     return safe_sqrt(jnp.sum(jnp.square(at_least_float32(x)), axis=axes, keepdims=keepdims))
 
 
 def event_norm(x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
-    """Euclidean norm of each example over its whole event; gradient 0 at 0."""
+    """Euclidean norm of each example over its whole event; gradient 0 at 0.
+
+    >>> event_norm(jnp.ones((2, 2, 2)))
+    Array([2., 2.], dtype=float32)
+    """
     return safe_norm(x, axis=tuple(range(1, x.ndim))) if x.ndim > 1 else jnp.abs(x)
 
 
@@ -97,6 +132,10 @@ def linearize(
 
     Returns (function(x), push) with push(v) = J v. There J v is the derivative of g -> J^T g, which
     is linear: reverse over reverse.
+
+    >>> value, tangent = linearize(jnp.square, jnp.array(3.0))
+    >>> value.item(), tangent(jnp.array(1.0)).item()
+    (9.0, 6.0)
     """
     value, push = jax.linearize(function, x)
     if _is_linear(push, x):
@@ -112,6 +151,10 @@ def hoisted(function: Callable[..., Any], *example: Any) -> tuple[Callable[..., 
     Returns (pure, closed) with pure(*args, *closed) = function(*args) for args like `example`.
     `jax.closure_convert` leaves integers and keys where they are, so that a rule of its own
     (`jax.custom_jvp`, `jax.custom_vjp`) inside `jax.lax.cond` or a loop meets another trace's.
+
+    >>> pure, closed = hoisted(lambda x: 2 * x, jnp.ones(2))
+    >>> pure(jnp.ones(2), *closed)
+    Array([2., 2.], dtype=float32)
     """
     jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*example)
     traced = [isinstance(c, Tracer) for c in jaxpr.consts]
@@ -127,7 +170,11 @@ def hoisted(function: Callable[..., Any], *example: Any) -> tuple[Callable[..., 
 
 
 def has_forward_mode(function: Callable[[Array], Any], x: Float[Array, "..."]) -> bool:
-    """Whether forward mode passes through the function: not through `jax.custom_vjp` in it."""
+    """Whether forward mode passes through the function: not through `jax.custom_vjp` in it.
+
+    >>> has_forward_mode(jnp.sin, jnp.ones(2))
+    True
+    """
     return _is_linear(jax.linearize(function, x)[1], x)
 
 
@@ -144,6 +191,10 @@ def centred(*points: ArrayLike) -> tuple[Array, ...]:
     """Subtract the mean of the first `[n, d]` from all of them, in float32 at least.
 
     Distances stay, their rounding shrinks; no gradient flows through the mean.
+
+    >>> x, y = centred(jnp.array([[1000.0]]), jnp.array([[1002.0]]))
+    >>> (y - x).round(3)
+    Array([[2.]], dtype=float32)
     """
     arrays = [at_least_float32(x) for x in points]
     first = jax.lax.stop_gradient(arrays[0])
@@ -164,6 +215,9 @@ def squared_distances(
     the mean of y. With `norms`, the squared norms of x and y that a caller of many blocks takes
     once, always as a product, of points that the caller has centred. Gradients are exact, also
     where rounding took a distance to 0. Raises ValueError unless x is [n, d] and y [m, d].
+
+    >>> squared_distances(jnp.zeros((1, 2)), jnp.array([[3.0, 4.0]]))
+    Array([[25.]], dtype=float32)
     """
     checks.rank("x", x, 2)
     checks.rank("y", y, 2)

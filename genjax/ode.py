@@ -43,7 +43,10 @@ ADAPTIVE = ("dopri5", "tsit5")
 
 
 def check_solver(method: str, num_steps: int, times: Times, gradient: str = "backprop") -> None:
-    """Raise ValueError or TypeError for options that `solve` does not take."""
+    """Raise ValueError or TypeError for options that `solve` does not take.
+
+    >>> check_solver("rk4", 20, (0.0, 1.0))
+    """
     checks.one_of("method", method, [*METHODS, *ADAPTIVE])
     checks.integer("num_steps", num_steps, 1)
     checks.one_of("gradient", gradient, ["backprop", "adjoint"])
@@ -78,6 +81,10 @@ def solve(
     for an unknown method or gradient, no interval, or a field of another shape, TypeError for
     leaves that are not floating, ImportError where diffrax is missing, RuntimeError where
     `max_steps` do not reach the end (NaN where the call is traced).
+
+    >>> decay = lambda rate, y, t: -rate * y
+    >>> solve(decay, 1.0, jnp.ones(2), (0.0, 1.0)).round(4)
+    Array([0.3679, 0.3679], dtype=float32)
     """
     check_solver(method, num_steps, times, gradient)
     jax.tree.map(lambda leaf: checks.floating("what is carried along a field", leaf), y)
@@ -233,6 +240,10 @@ def divergence(
     E[e e^T] = I, Hutchinson's estimate e^T (dv/dx) e, unbiased (Grathwohl et al., 2019, eq. (7));
     with several, `[probes, batch, *event]`, the mean of theirs. A field with a `jax.custom_vjp`
     function is differentiated in reverse. Raises TypeError for integers.
+
+    >>> value, trace = divergence(lambda x: 3 * x, jnp.ones((2, 5)))
+    >>> trace
+    Array([15., 15.], dtype=float32)
     """
     checks.floating("x", x)
     probe = None if probe is None else probe.astype(x.dtype)

@@ -102,6 +102,9 @@ def augment(
     traced. Real and generated images must both pass through it, before the critic. Images are on a
     scale where 0 is grey, as in [-1, 1]. Zhao et al. 2020 (arXiv:2006.10738); Karras et al. 2020
     (arXiv:2006.06676), section 2. Raises ValueError for an unknown name or p outside [0, 1].
+
+    >>> augment(jax.random.key(0), jnp.zeros((4, 8, 8, 1)), p=0.5).shape
+    (4, 8, 8, 1)
     """
     checks.rank("images", images, 4)
     checks.floating("images", images)
@@ -134,6 +137,10 @@ def ada_update(
     images: examples seen since the last update (the paper's four batches); `speed` of them take p
     from 0 to 1. Without gradient. Karras et al. 2020 (arXiv:2006.06676), section 3.1, whose r_t is
     mean sign D(real).
+
+    >>> scores = jnp.ones(64)  # the critic is sure of all real examples
+    >>> round(float(ada_update(0.1, scores, images=5000)), 3)
+    0.11
     """
     checks.rank("real_scores", real_scores, 1)
     checks.positive("images", images)

@@ -54,6 +54,11 @@ def gradient_penalty(
     and `fake`, also through `jax.custom_vjp` functions in the critic (see the module).
     Raises ValueError where the shapes differ or the critic does not return [batch].
     Gulrajani et al. 2017 (arXiv:1704.00028), eq. 3; one-sided: Petzka et al. 2018.
+
+    >>> critic = lambda x: 3 * x[:, 0]
+    >>> real, fake = jax.random.normal(jax.random.key(0), (2, 4, 2))
+    >>> gradient_penalty(critic, jax.random.key(1), real, fake)
+    Array([4., 4., 4., 4.], dtype=float32)
     """
     for name, x in (("real", real), ("fake", fake)):
         checks.floating(name, x)
@@ -81,6 +86,9 @@ def r1_penalty(critic: CriticFn, real: Float[Array, "batch *event"]) -> Float[Ar
 
     The paper adds gamma / 2 times the mean to the critic's loss. Mescheder, Geiger, Nowozin 2018
     (arXiv:1801.04406), eq. 9.
+
+    >>> r1_penalty(lambda x: 3 * x[:, 0], jnp.ones((2, 4)))
+    Array([9., 9.], dtype=float32)
     """
     return _squared_norm("real", critic, real)
 
@@ -89,6 +97,9 @@ def r2_penalty(critic: CriticFn, fake: Float[Array, "batch *event"]) -> Float[Ar
     """Squared norm of the critic's gradient at generated examples, |grad critic(x_i)|^2, [batch].
 
     The paper adds gamma / 2 times the mean. Mescheder et al. 2018 (arXiv:1801.04406), eq. 10.
+
+    >>> r2_penalty(lambda x: 3 * x[:, 0], jnp.ones((2, 4)))
+    Array([9., 9.], dtype=float32)
     """
     return _squared_norm("fake", critic, fake)
 
@@ -97,6 +108,9 @@ def clip_weights(params: PyTree, limit: float | int | Float[Array, ""]) -> PyTre
     """Clip every floating parameter to [-limit, limit]; 0.01 in the paper.
 
     Arjovsky, Chintala, Bottou 2017 (arXiv:1701.07875), Algorithm 1, line 7.
+
+    >>> clip_weights({"kernel": jnp.array([-2.0, 0.005])}, 0.01)
+    {'kernel': Array([-0.01 ,  0.005], dtype=float32)}
     """
     checks.positive("limit", limit)
 

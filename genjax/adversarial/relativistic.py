@@ -33,6 +33,9 @@ def relativistic(
 
     Raises ValueError unless both are [batch] of one length. Jolicoeur-Martineau 2019
     (arXiv:1807.00734), section 4; R3GAN: Huang et al. 2024 (arXiv:2501.05441), eqs. 2 and 3.
+
+    >>> round(float(relativistic(jnp.array([2.0, 1.0]), jnp.array([2.0, 1.0])).critic), 3)
+    0.693
     """
     real, keep_real, fake, keep_fake = _prepare(real_scores, fake_scores, where)
     checks.same_shape(real_scores=real, fake_scores=fake)

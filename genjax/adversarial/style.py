@@ -55,6 +55,11 @@ def path_length_penalty(
 
     Karras et al. 2020 (arXiv:1912.04958), eq. 4. Raises ValueError where w is no [batch, dim] or
     [batch, layers, dim], or the noise has not the images' shape.
+
+    >>> generator = lambda w: jnp.broadcast_to(w[:, None, None, :1], (len(w), 4, 4, 1))
+    >>> noise = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
+    >>> path_length_penalty(generator, jnp.ones((2, 3)), noise, mean=1.0).penalties.shape
+    (2,)
     """
     checks.rank("w", w, (2, 3))
     checks.between("decay", decay, 0, 1)
@@ -84,6 +89,10 @@ def mix_styles(
 
     With probability `probability` an example is mixed, at a layer uniform in 1, ..., layers - 1;
     else all its layers are `first` (Karras et al. 2019, arXiv:1812.04948, section 3.1).
+
+    >>> first, second = jnp.zeros((4, 2)), jnp.ones((4, 2))
+    >>> mix_styles(jax.random.key(0), first, second, layers=6).shape
+    (4, 6, 2)
     """
     checks.same_shape(first=first, second=second)
     checks.rank("first", first, 2)
@@ -105,6 +114,9 @@ def mean_style(
     """Running mean of the styles: m <- m + (1 - decay) (mean w - m), without gradient.
 
     Karras et al. 2019 (arXiv:1812.04948), appendix B; what `truncate` draws styles to.
+
+    >>> mean_style(jnp.zeros(2), jnp.ones((4, 2)), decay=0.5)
+    Array([0.5, 0.5], dtype=float32)
     """
     checks.between("decay", decay, 0, 1)
     checks.rank("w", w, 2)
@@ -118,6 +130,9 @@ def truncate(
     """m + psi (w - m): psi = 1 leaves the styles, smaller trades variety for quality.
 
     Scores are taken at psi = 1 (Karras et al. 2019, appendix B).
+
+    >>> truncate(jnp.array([[2.0, 0.0]]), mean=jnp.zeros(2), psi=0.5)
+    Array([[1., 0.]], dtype=float32)
     """
     checks.shape("mean", mean, w.shape[-1:])
     centre = mean.reshape((1,) * (w.ndim - 1) + mean.shape)
@@ -131,6 +146,9 @@ def every_nth(
 
     Its mean over steps is the term (lazy regularisation; Karras et al. 2020, appendix B, who also
     slow Adam down by c = every / (every + 1): rate lr c, decays b^c).
+
+    >>> every_nth(16, 16, lambda: jnp.ones(2)), every_nth(17, 16, lambda: jnp.ones(2))
+    (Array([16., 16.], dtype=float32), Array([0., 0.], dtype=float32))
     """
     checks.integer("every", every, 1)
     if every == 1:

@@ -38,6 +38,10 @@ def gae(
     before them is followed by the one after. No gradient flows through either result. decay = 1
     gives returns minus values, 0 the error of one step. Schulman et al. 2016, eq. (16). Raises
     ValueError where shapes differ or discount or decay leave [0, 1].
+
+    >>> rewards, values = jnp.array([[0.0, 0.0, 1.0]]), jnp.zeros((1, 3))
+    >>> gae(rewards, values, jnp.array([[False, False, True]]), decay=0.5).advantages
+    Array([[0.25, 0.5 , 1.  ]], dtype=float32)
     """
     checks.between("discount", discount, 0, 1)
     checks.between("decay", decay, 0, 1)
@@ -69,6 +73,9 @@ def whiten(x: Tokens, *, where: Mask | None = None) -> Tokens:
 
     Entries that are all equal give 0. Rows depend on each other by it, so it is a step of its own:
     returns are made before it. Raises ValueError where shapes differ.
+
+    >>> whiten(jnp.array([[1.0, 3.0]]))
+    Array([[-1.,  1.]], dtype=float32)
     """
     x = at_least_float32(x)
     where = jnp.ones(x.shape, bool) if where is None else where
@@ -102,6 +109,9 @@ def group_advantages(
     it gives questions that are nearly always or nearly never answered more weight. "none": Dr. GRPO
     (Liu et al. 2025). A group of equal rewards has advantage 0. Raises ValueError unless rewards
     is [groups, n] with n at least 2, and for another scale.
+
+    >>> group_advantages(jnp.array([[1.0, 0.0, 0.0, 1.0]])).round(3)
+    Array([[ 0.866, -0.866, -0.866,  0.866]], dtype=float32)
     """
     checks.one_of("scale", scale, ("std", "none"))
     rewards = _groups(rewards)
@@ -120,6 +130,9 @@ def leave_one_out(rewards: Float[Array, "groups n"]) -> Float[Array, "groups n"]
     The baseline does not depend on the response itself, so the policy gradient is unbiased
     (Kool et al. 2019; Ahmadian et al. 2024). Raises ValueError unless rewards is [groups, n] with
     n at least 2.
+
+    >>> leave_one_out(jnp.array([[1.0, 0.0, 0.0]])).round(3)
+    Array([[ 1. , -0.5, -0.5]], dtype=float32)
     """
     n = rewards.shape[-1] if rewards.ndim else 0
     return group_advantages(rewards, scale="none") * (n / max(n - 1, 1))

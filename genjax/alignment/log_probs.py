@@ -84,6 +84,7 @@ def sequence_log_prob(
     most 0, and for an unknown normalise.
 
     >>> sequence_log_prob(jnp.log(jnp.array([[0.5, 0.5]])))  # log 1/4
+    Array([-1.3863], dtype=float32)
     """
     checks.one_of("normalise", normalise, ("sum", "mean"))
     where, (log_probs,) = prepare(where, log_probs=log_probs)
@@ -91,7 +92,11 @@ def sequence_log_prob(
 
 
 def token_entropy(logits: Float[Array, "batch time vocabulary"]) -> Tokens:
-    """Entropy in nats of each position's law, -sum_v p_v log p_v: the bonus of PPO's eq. (9)."""
+    """Entropy in nats of each position's law, -sum_v p_v log p_v: the bonus of PPO's eq. (9).
+
+    >>> token_entropy(jnp.zeros((1, 2, 4)))
+    Array([[1.3863, 1.3863]], dtype=float32)
+    """
     checks.rank("logits", logits, 3)
     log_p = jax.nn.log_softmax(at_least_float32(logits))
     p = jnp.exp(log_p)

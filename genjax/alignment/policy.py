@@ -55,6 +55,11 @@ def policy_loss(
     old), "clip_fraction" share of them where the clip binds, "ratio" their mean, "saturated" how
     many log-ratios left +-20, where the ratio is held). A response without tokens gives 0. Raises
     ValueError where shapes differ, an option is unknown, or beta > 0 comes without ref.
+
+    >>> log_p = jnp.array([[-1.0, -1.0], [-2.0, -2.0]])
+    >>> losses, aux = policy_loss(log_p, log_p, jnp.array([1.0, -1.0]), divisor="length")
+    >>> losses
+    Array([-1.,  1.], dtype=float32)
     """
     _check_options(clip, ref, beta, level)
     others = {} if ref is None else {"ref": ref}
@@ -135,6 +140,10 @@ def value_loss(
     that has gone further than that gets no gradient onwards. c1 of Schulman et al. 2017, eq. (9),
     is the caller's. divisor: as in `policy_loss`. aux [batch]: "clip_fraction". Raises ValueError
     where shapes differ or clip comes without old.
+
+    >>> losses, aux = value_loss(jnp.array([[0.0, 1.0]]), jnp.array([[1.0, 1.0]]))
+    >>> losses
+    Array([1.], dtype=float32)
     """
     if clip is not None:
         checks.positive("clip", clip)

@@ -93,6 +93,11 @@ def dpo(
     Returns (losses [batch], aux [batch]: "reward_chosen", "reward_rejected" = beta log pi/ref,
     "margin", "accuracy"). No gradient flows to the reference. Raises ValueError where shapes
     differ, a log-probability is above 0, beta is not positive or e leaves [0, 1/2].
+
+    >>> chosen, rejected = jnp.full((1, 3), -1.0), jnp.full((1, 3), -2.0)
+    >>> losses, aux = dpo(chosen, rejected, chosen, chosen, beta=0.1)
+    >>> losses.round(4), aux["margin"].round(4)
+    (Array([0.5544], dtype=float32), Array([0.3], dtype=float32))
     """
     checks.positive("beta", beta)
     checks.between("label_smoothing", label_smoothing, 0, 0.5)
@@ -124,6 +129,10 @@ def ipo(
 
     Azar et al. 2023, eq. (17), whose h is a difference of sums. Common trainers take means over the
     tokens, which is another loss: normalise="mean". aux and errors as `dpo`'s.
+
+    >>> chosen, rejected = jnp.full((1, 3), -1.0), jnp.full((1, 3), -2.0)
+    >>> ipo(chosen, rejected, chosen, chosen, beta=0.1)[0].round(4)
+    Array([4.], dtype=float32)
     """
     checks.positive("beta", beta)
     pairs = _pairs(
@@ -144,6 +153,10 @@ def hinge(
     """Hinge on the margin, max(0, 1 - beta h), h = the log-ratio of `dpo` in nats; SLiC's form.
 
     Zhao et al. 2023; with a reference as Liu et al. 2023. aux and errors as `dpo`'s.
+
+    >>> chosen, rejected = jnp.full((1, 3), -1.0), jnp.full((1, 3), -2.0)
+    >>> hinge(chosen, rejected, chosen, chosen, beta=0.1)[0].round(4)
+    Array([0.7], dtype=float32)
     """
     checks.positive("beta", beta)
     pairs = _pairs(policy_chosen, policy_rejected, reference_chosen, reference_rejected, where)
@@ -162,6 +175,10 @@ def simpo(
 
     a = mean log-probability of the response's tokens, gamma the margin asked for. Meng et al. 2024,
     eq. (6). aux ("reward_..." = beta a) and errors as `dpo`'s.
+
+    >>> chosen, rejected = jnp.full((1, 3), -1.0), jnp.full((1, 3), -2.0)
+    >>> simpo(chosen, rejected)[0].round(4)
+    Array([0.3133], dtype=float32)
     """
     checks.positive("beta", beta)
     pairs = _pairs(policy_chosen, policy_rejected, None, None, where, "mean")
@@ -181,6 +198,10 @@ def orpo(
     p = e^a, with a kept below -1e-6 where the odds would be infinite. Hong et al. 2024, eqs (6) and
     (7). aux: as `dpo`'s with beta = 1, and "odds_ratio" (its log), "supervised". Raises ValueError
     where shapes differ, a log-probability is above 0 or weight is not positive.
+
+    >>> chosen, rejected = jnp.full((1, 3), -1.0), jnp.full((1, 3), -2.0)
+    >>> orpo(chosen, rejected)[0].shape
+    (1,)
     """
     checks.positive("weight", weight)
     pairs = _pairs(policy_chosen, policy_rejected, None, None, where, "mean")
@@ -213,6 +234,11 @@ def f_dpo(
     f' is taken at the log-ratio of the responses (in nats, summed over tokens). Beyond +-20 it goes
     on along its tangent, so that nothing overflows; aux "saturated" counts how many of the two did.
     aux else, and errors, as `dpo`'s; ValueError for a divergence without a slope.
+
+    >>> chosen, rejected = jnp.full((1, 3), -1.0), jnp.full((1, 3), -2.0)
+    >>> losses, aux = f_dpo("jensen_shannon", chosen, rejected, chosen, chosen)
+    >>> losses.shape
+    (1,)
     """
     if isinstance(divergence, str):
         checks.one_of("divergence", divergence, F_DIVERGENCES)
@@ -247,6 +273,9 @@ def kto_reference_point(
 
     log_ratios are those of responses to other prompts, y_j at x_i. No gradient flows through it.
     Ethayarajh et al. 2024, section 4.1. Raises ValueError unless [batch].
+
+    >>> float(kto_reference_point(jnp.array([1.0, -0.5])))
+    0.25
     """
     checks.rank("log_ratios", log_ratios, 1)
     return jax.lax.stop_gradient(jnp.maximum(masked_mean(log_ratios, where), 0))
@@ -266,6 +295,10 @@ def kto(
     constant (see `kto_reference_point`): as an argument it keeps rows apart. weights: of desirable
     and of undesirable responses. Ethayarajh et al. 2024, eq. (8). aux: "reward" = beta l. Raises
     ValueError where shapes differ or beta is not positive.
+
+    >>> log_ratio, desirable = jnp.array([1.0, -1.0]), jnp.array([True, False])
+    >>> kto(log_ratio, desirable, kto_reference_point(log_ratio))[0].shape
+    (2,)
     """
     checks.rank("log_ratio", log_ratio, 1)
     checks.positive("beta", beta)

@@ -43,6 +43,10 @@ def bradley_terry(
     Llama 2 (Touvron et al. 2023). The reward is known up to a constant. aux: "accuracy" (1 where
     the chosen one has the larger reward), "difference" (r_chosen - r_rejected). Raises ValueError
     unless both are [batch] and of one shape.
+
+    >>> losses, aux = bradley_terry(jnp.array([2.0, 0.0]), jnp.array([0.0, 0.0]))
+    >>> losses.round(4)
+    Array([0.1269, 0.6931], dtype=float32)
     """
     checks.rank("chosen", chosen, 1)
     checks.same_shape(chosen=chosen, rejected=rejected)
@@ -84,6 +88,9 @@ def plackett_luce(
     `ranking[b]` lists the indices of row b's responses, the best first. With K = 2 it is
     `bradley_terry`. Plackett 1975; Luce 1959. Raises ValueError unless each row of ranking is a
     permutation.
+
+    >>> plackett_luce(jnp.zeros((1, 3)), jnp.array([[2, 0, 1]])).round(4)
+    Array([1.7918], dtype=float32)
     """
     ordered = _in_order(rewards, ranking)
     tails = jax.lax.cumlogsumexp(ordered, axis=1, reverse=True)
@@ -97,6 +104,9 @@ def ranked_bradley_terry(
 
     All pairs of one prompt in one loss, as Ouyang et al. 2022, eq. (1) has it: pairs spread over
     batches as if they were independent overfit. Raises as `plackett_luce` does.
+
+    >>> ranked_bradley_terry(jnp.zeros((1, 3)), jnp.array([[2, 0, 1]])).round(4)
+    Array([0.6931], dtype=float32)
     """
     ordered = _in_order(rewards, ranking)
     better, worse = np.triu_indices(ordered.shape[1], 1)
@@ -114,6 +124,9 @@ def kl_estimate(log_p: Tokens, log_ref: Tokens, kind: str = "k3") -> Tokens:
     the gradient of KL(ref || p). KL(p || ref) belongs into the reward (`kl_rewards`), where k1 is
     exact. The ratio exp(-l) is kept within exp(+-20). Raises ValueError for another kind or other
     shapes.
+
+    >>> kl_estimate(jnp.array([[-1.0]]), jnp.array([[-2.0]]), "k2")
+    Array([[0.5]], dtype=float32)
     """
     checks.one_of("kind", kind, KL_ESTIMATES)
     checks.same_shape(log_p=log_p, log_ref=log_ref)
@@ -140,6 +153,10 @@ def kl_rewards(
     (Ziegler et al. 2019; Ouyang et al. 2022, eq. (2)). No gradient flows through it. Masked tokens
     get 0; of a row without tokens the score is lost. Raises ValueError where shapes differ, a
     log-probability is above 0, or beta is not positive.
+
+    >>> log_p, log_ref = jnp.array([[-1.0, -1.0]]), jnp.array([[-2.0, -1.0]])
+    >>> kl_rewards(log_p, log_ref, jnp.array([1.0]), beta=0.1)
+    Array([[-0.1,  1. ]], dtype=float32)
     """
     checks.positive("beta", beta)
     where, (log_p, log_ref) = prepare(where, log_p=log_p, log_ref=log_ref)
@@ -177,6 +194,9 @@ def adapt_beta(beta: Scalar, kl: Scalar, *, target: Scalar) -> Float[Array, ""]:
 
     The bound on steps of Schulman et al. 2017, section 4, kl and target in nats. Raises ValueError
     where beta or target is not positive.
+
+    >>> float(adapt_beta(0.25, kl=10.0, target=6.0))
+    0.5
     """
     checks.positive("beta", beta)
     checks.positive("target", target)

@@ -39,6 +39,9 @@ def select(
     crosses it included (nucleus, Holtzman et al. 2020); those with p >= min_p max p (Nguyen et al.
     2024). Each step renormalises; the smaller index goes first where logits are equal. Raises
     ValueError for options out of range.
+
+    >>> jnp.isfinite(select(jnp.array([3.0, 2.0, 1.0]), top_k=2))
+    Array([ True,  True, False], dtype=bool)
     """
     checks.min_rank("logits", logits, 1)
     checks.at_least("temperature", temperature, 0)
@@ -104,6 +107,11 @@ def generate(
     tokens outside the vocabulary, and where the sequence would go on beyond the cache.
 
         generate(step, cache, key, prompt, num_tokens=100, select=partial(select, top_p=0.9))
+
+    >>> step = recomputing_step(lambda tokens: jnp.zeros((*tokens.shape, 4)))
+    >>> cache, prompt = jnp.zeros((1, 6), jnp.int32), jnp.array([[1]])
+    >>> generate(step, cache, jax.random.key(0), prompt, num_tokens=3).tokens.shape
+    (1, 3)
     """
     checks.rank("prompt", prompt, 2)
     checks.integer("num_tokens", num_tokens, 1)
@@ -188,6 +196,11 @@ def beam_search(
     continuations are kept that go on and as many that have ended; both compete at the end. With a
     width of all strings it is exhaustive. Log-probabilities are in nats. Raises ValueError as
     `generate` does.
+
+    >>> step = recomputing_step(lambda tokens: jnp.zeros((*tokens.shape, 4)))
+    >>> cache, prompt = jnp.zeros((1, 6), jnp.int32), jnp.array([[1]])
+    >>> beam_search(step, cache, prompt, num_tokens=3, width=2).tokens.shape
+    (1, 2, 3)
     """
     checks.rank("prompt", prompt, 2)
     checks.integer("num_tokens", num_tokens, 1)
@@ -260,6 +273,11 @@ def recomputing_step(logits_fn: Callable[[Array], Array]) -> StepFn:
     result. Raises ValueError for a known position beyond the length.
 
         step, cache = recomputing_step(logits_fn), jnp.zeros((batch, length), jnp.int32)
+
+    >>> step = recomputing_step(lambda tokens: jnp.zeros((*tokens.shape, 4)))
+    >>> logits, cache = step(jnp.zeros((1, 6), jnp.int32), jnp.array([3]), jnp.array([0]))
+    >>> logits.shape
+    (1, 4)
     """
 
     def step(cache: Array, token: Array, position: Array) -> tuple[Array, Array]:

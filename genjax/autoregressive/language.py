@@ -44,6 +44,11 @@ def next_token(
     kept token lies outside the vocabulary, or where `where` hides everything.
 
         losses, aux = next_token(lambda x: net.apply(params, x), tokens, where=tokens != pad)
+
+    >>> logits_fn = lambda tokens: jnp.zeros((*tokens.shape, 4))
+    >>> losses, aux = next_token(logits_fn, jnp.array([[0, 1, 2]]))
+    >>> losses / 3
+    Array([1.3863], dtype=float32)
     """
     checks.rank("tokens", tokens, 2)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -98,6 +103,9 @@ def bits_per_byte(
     """nats / (num_bytes log 2): what a text's -log p costs, whatever its tokens are.
 
     Raises ValueError unless num_bytes is positive.
+
+    >>> float(bits_per_byte(nats=69.3147, num_bytes=50))
+    2.0
     """
     checks.positive("num_bytes", num_bytes)
     return at_least_float32(jnp.asarray(nats)) / (num_bytes * math.log(2))

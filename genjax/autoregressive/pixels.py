@@ -38,6 +38,11 @@ def pixel_mask(
     o reads inputs of the colours i < o in a mask of kind "A", for the first layer, and i <= o in
     kind "B", for those after it: van den Oord, Kalchbrenner, Kavukcuoglu 2016, section 3.4. Layers
     of such masks have a blind spot, to the right above. Raises ValueError for an even kernel.
+
+    >>> pixel_mask(3, (1,), (1,), "A")[..., 0, 0]
+    array([[1., 1., 1.],
+           [1., 0., 0.],
+           [0., 0., 0.]])
     """
     checks.one_of("kind", kind, ("A", "B"))
     height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
@@ -61,6 +66,9 @@ def num_colour_params(colours: int, components: int) -> int:
     """Numbers that `colour_logistic_mixture` takes for a pixel: components * (1 + 2 c + c (c-1)/2).
 
     Raises ValueError unless both are at least 1.
+
+    >>> num_colour_params(colours=3, components=10)
+    100
     """
     checks.integer("colours", colours, 1)
     checks.integer("components", components, 1)
@@ -78,6 +86,11 @@ def colour_logistic_mixture(
     units of [-1, 1] (Salimans et al. 2017, "PixelCNN++", section 2.2). params of a pixel, K for
     each: logits, then m and log s colour by colour, then a of (0, 1), (0, 2), (1, 2), ... Raises
     ValueError where the numbers do not fit the colours, or levels lie outside 0 .. levels - 1.
+
+    >>> x = jnp.zeros((2, 4, 4, 3), jnp.int32)
+    >>> params = jnp.zeros((2, 4, 4, num_colour_params(3, 5)))
+    >>> colour_logistic_mixture(x, params, levels=256).shape
+    (2,)
     """
     checks.rank("x", x, 4)
     checks.rank("params", params, 4)
@@ -99,6 +112,10 @@ def draw_colours(
     """Draw one pixel from the law of `colour_logistic_mixture`: a component, then colour by colour.
 
     A colour's mean follows the earlier ones as they were drawn, clipped to the levels.
+
+    >>> params = jnp.zeros(num_colour_params(3, 5))
+    >>> draw_colours(jax.random.key(0), params, colours=3, levels=256).shape
+    (3,)
     """
     logits, means, log_scales, follow = _parts(params, colours)
     key_u, key_k = jax.random.split(key)
@@ -157,6 +174,11 @@ def sample_pixels(
     parameters of the one at it; draw(key, params [numbers]) -> [colours]. With activations of rows
     and pixels in the cache (Ramachandran et al. 2017) a pixel costs one pixel. Pixel t of image i
     has the key fold_in(fold_in(key, first_index + i), t): an image is the same in any batch.
+
+    >>> step = recomputing_pixel_step(lambda x: jnp.zeros((*x.shape, 17)))
+    >>> cache, options = jnp.zeros((2, 4, 4, 1), jnp.int32), dict(draw=jax.random.categorical)
+    >>> sample_pixels(step, cache, jax.random.key(0), (2, 4, 4, 1), **options).shape
+    (2, 4, 4, 1)
     """
     batch, height, width, colours = shape
     keys = indexed_keys(key, batch, first_index)
@@ -180,6 +202,11 @@ def recomputing_pixel_step(
 
     params_fn: images int32 [batch, height, width, colours] -> [batch, height, width, numbers]; the
     cache is the image so far, of any values at the start.
+
+    >>> step = recomputing_pixel_step(lambda x: jnp.zeros((*x.shape, 17)))
+    >>> cache, options = jnp.zeros((2, 4, 4, 1), jnp.int32), dict(draw=jax.random.categorical)
+    >>> sample_pixels(step, cache, jax.random.key(0), (2, 4, 4, 1), **options).shape
+    (2, 4, 4, 1)
     """
 
     def step(cache: Array, pixel: Array, position: Array) -> tuple[Array, Array]:

@@ -77,6 +77,10 @@ def load(
     Raises ValueError: unknown name (with the nearest valid one) or split, a split over 4 GiB that
     was asked for with in_memory=True, a folder that cannot be used, its options with another set.
     RuntimeError: not on disk and not to be downloaded from here.
+
+    >>> data, spec = load("8gaussians", "test")
+    >>> spec.kind, spec.shape
+    ('points', (2,))
     """
     check_name(name)
     options = folder_options(name, image_size, grey, unreadable)

@@ -40,6 +40,10 @@ def batch_at(
 
     Raises ValueError: arrays of unequal length, batch larger than the split, batch not divisible
     by the processes, a batch that holds NaN. TypeError: dtypes that are not numbers.
+
+    >>> data = {"x": np.arange(10)}
+    >>> batch_at(data, seed=0, step=3, batch_size=4)["x"].shape
+    (4,)
     """
     checks.integer("seed", seed, least=0)
     checks.integer("step", step, least=0)
@@ -69,6 +73,10 @@ def in_order(
 
     Raises ValueError: an empty split, arrays of unequal length, batch not divisible by the
     processes, a batch that holds NaN. TypeError: dtypes that are not numbers.
+
+    >>> data = {"x": np.arange(5)}
+    >>> [kept.sum().item() for batch, kept in in_order(data, batch_size=2)]
+    [2, 2, 1]
     """
     share = _share(batch_size, process_index, process_count)
     size = num_examples(data)
@@ -122,6 +130,10 @@ def stream(
     """Iterate over `batch_at` from `start_step` on, without end, read ahead by grain.
 
     `threads` read at once, at most `ahead` batches wait in memory; the order is that of the steps.
+
+    >>> batches = stream({"x": np.arange(10)}, seed=0, batch_size=4)
+    >>> next(batches)["x"].shape
+    (4,)
     """
     with checks.extra("data", "stream"):
         import grain
@@ -141,7 +153,11 @@ def stream(
 
 
 def num_examples(data: Mapping[str, Any] | Records) -> int:
-    """Count the examples of a split; raises ValueError where arrays differ in length."""
+    """Count the examples of a split; raises ValueError where arrays differ in length.
+
+    >>> num_examples({"x": np.arange(5)})
+    5
+    """
     if not isinstance(data, Mapping):
         return len(data)
     if not data:
@@ -159,6 +175,9 @@ def check_arrays(
 
     ValueError: NaN or infinity, unequal lengths, a rank other than the one that `ranks` names.
     TypeError: an array that is not of integers, booleans or floating-point numbers.
+
+    >>> sorted(check_arrays({"x": np.zeros((4, 2)), "label": np.zeros(4, int)}))
+    ['label', 'x']
     """
     num_examples(arrays)
     for name, array in arrays.items():

@@ -79,6 +79,9 @@ def text(name: str | os.PathLike) -> Text:
     is held out from the next line on, or a folder of .txt files, of which every tenth, by a fixed
     permutation of their sorted names, is held out. Raises ValueError for what is neither, for an
     empty text, and for one that is not UTF-8.
+
+    >>> bool(len(text("pydoc").train) > 100_000)
+    True
     """
     if str(name) == "pydoc":
         return _documents("pydoc", list(_pydoc()))
@@ -140,6 +143,10 @@ def tokeniser(train: bytes, vocabulary: int = 256) -> Tokeniser:
     The BPE is that of the `tokenizers` library (extra "text"; Sennrich et al. 2016, on bytes as in
     GPT-2): every byte is a token, so that any text goes there and back exactly. Raises ValueError
     for a vocabulary below 256, or larger than the text has pairs for.
+
+    >>> codes = tokeniser(b"").encode(b"hi")
+    >>> codes
+    array([104, 105], dtype=int32)
     """
     checks.integer("vocabulary", vocabulary, 256)
     if vocabulary == 256:
@@ -187,6 +194,11 @@ def windows(tokens: np.ndarray, length: int) -> np.ndarray:
 
     As data of `batch_at` they are batches as a function of (seed, step), each epoch every window
     once. Raises ValueError where the text is shorter than a window.
+
+    >>> windows(np.arange(5), 3)
+    array([[0, 1, 2],
+           [1, 2, 3],
+           [2, 3, 4]], dtype=int32)
     """
     _check_length(tokens, length)
     return np.lib.stride_tricks.sliding_window_view(np.asarray(tokens, np.int32), length)
@@ -200,6 +212,10 @@ def scored_windows(
     Windows begin every `stride` tokens (default: half of `length`), the last one so that it ends
     with the text; kept are those that no earlier window had, which so have length - stride tokens
     before them at least, but for the first window's.
+
+    >>> tokens, scored = scored_windows(np.arange(6), 4)
+    >>> int(scored.sum())
+    6
     """
     _check_length(tokens, length)
     stride = max(length // 2, 1) if stride is None else stride
@@ -222,6 +238,10 @@ def pack(
     counts a row's documents from 0 and is -1 where `pad` fills it: `segments >= 0` is the mask of
     a loss, `segments` the argument of a network that keeps documents apart. Raises ValueError for
     no documents or an empty one.
+
+    >>> tokens, document = pack([np.array([1, 2]), np.array([3])], 4)
+    >>> tokens
+    array([[1, 2, 3, 0]], dtype=int32)
     """
     checks.integer("length", length, 1)
     if not len(documents) or not all(map(len, documents)):

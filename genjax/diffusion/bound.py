@@ -33,6 +33,11 @@ def discretised_gaussian(
     `genjax.data.Scaling` has it (Ho et al. 2020, eq. 13, whose outer centres are -1 and 1: low and
     high are -+256/255). A difference of logs of normal CDFs in the tail where they are small, so it
     neither underflows nor loses its gradient. Raises where concrete x is not at a bin's centre.
+
+    >>> x = (jnp.arange(17) + 0.5) / 17 * 2 - 1
+    >>> p = jnp.exp(discretised_gaussian(x, jnp.zeros(17), jnp.full(17, 0.3), levels=17))
+    >>> p.sum().round(3)
+    Array(1., dtype=float32)
     """
     checks.integer("levels", levels, 2)
     checks.positive("std", std)
@@ -146,6 +151,12 @@ def variational_bound(
     function of (x_t, t); x_1 is decoded with standard deviation sigma(t_1). Raises as
     `discretised_gaussian` does, and where the denoiser or `mix` changes the shape.
     Returns (losses [batch], aux: "prior", "diffusion", "reconstruction").
+
+    >>> denoise = lambda x, t: 0 * x
+    >>> key, options = jax.random.key(0), dict(process=VariancePreserving(), num_steps=10)
+    >>> losses, aux = variational_bound(denoise, key, jnp.zeros((4, 2)), levels=17, **options)
+    >>> losses.shape
+    (4,)
     """
     chain = _Chain(process, num_steps, levels, low, high)
     x = chain.checked(x)
@@ -198,6 +209,12 @@ def hybrid_loss(
 
     Afterwards `partial(ancestral_step, mix=lambda x, t: network(x, t)[1])` samples with it.
     Raises as `variational_bound` does. Returns (losses [batch], aux: "simple", "bound").
+
+    >>> network = lambda x, t: (x, 0 * x)
+    >>> key, options = jax.random.key(0), dict(process=VariancePreserving(), num_steps=10)
+    >>> losses, aux = hybrid_loss(network, key, jnp.zeros((4, 2)), levels=17, **options)
+    >>> losses.shape
+    (4,)
     """
     checks.one_of("prediction", prediction, PREDICTIONS)
     checks.at_least("bound_weight", bound_weight, 0)

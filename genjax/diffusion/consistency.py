@@ -36,6 +36,10 @@ def consistency_function(
 
     Song et al. 2023 (arXiv:2303.01469), appendix C: with s in place of s - sigma_min the boundary
     would be missed.
+
+    >>> f = consistency_function(lambda x, t: 0 * x)
+    >>> f(jnp.ones((1, 2)), jnp.array([0.002]))
+    Array([[1., 1.]], dtype=float32)
     """
     checks.positive("sigma_data", sigma_data)
     checks.positive("sigma_min", sigma_min)
@@ -63,6 +67,9 @@ def consistency_levels(
 
     sigma_i = (sigma_min^(1/rho) + i / (N - 1) (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho (Karras
     et al. 2022, eq. 5, the other way round). `num_levels` may be traced.
+
+    >>> consistency_levels(jnp.array([0, 9]), 10).round(3)
+    Array([2.e-03, 8.e+01], dtype=float32)
     """
     if isinstance(num_levels, int):
         checks.integer("num_levels", num_levels, 2)
@@ -79,6 +86,9 @@ def level_probabilities(
 
     P(i) ~ Phi((log sigma_{i+1} - mean) / std) - Phi((log sigma_i - mean) / std): Song and Dhariwal
     2023 (arXiv:2310.14189), eq. 10, which writes it with erf(. / sqrt 2).
+
+    >>> level_probabilities(consistency_levels(jnp.arange(10), 10)).sum().round(3)
+    Array(1., dtype=float32)
     """
     ends = jax.scipy.stats.norm.cdf((jnp.log(sigmas) - mean) / std)
     mass = jnp.diff(ends)
@@ -90,6 +100,9 @@ def num_levels_at(step: Levels, steps: int, *, first: int = 10, last: int = 1280
 
     K' = floor(steps / (log2(last / first) + 1)), so that the number doubles from `first` to `last`
     over the run (Song and Dhariwal 2023, eq. 11).
+
+    >>> int(num_levels_at(0, 1000)), int(num_levels_at(999, 1000))
+    (11, 1281)
     """
     checks.integer("steps", steps, 1)
     checks.integer("first", first, 1)
@@ -129,6 +142,11 @@ def consistency_loss(
 
     num_levels: as of `num_levels_at`, at most 1281 where traced. Returns (losses [batch], {"sigma",
     "distance_squared"}). Raises ValueError for shapes that disagree or an index outside.
+
+    >>> f = consistency_function(lambda x, t: 0 * x)
+    >>> losses, aux = consistency_loss(f, jax.random.key(0), jnp.ones((4, 2)), num_levels=10)
+    >>> losses.shape
+    (4,)
     """
     x = at_least_float32(x)
     checks.min_rank("x", x, 1)
@@ -167,6 +185,10 @@ def consistency_sample(
     x <- f(x + sqrt(s^2 - sigma_min^2) z, s), one pass through the network for each level (Song et
     al. 2023, algorithm 1). Row i depends on (key, i) alone. Raises ValueError unless the levels
     fall and stay above sigma_min.
+
+    >>> f = consistency_function(lambda x, t: 0 * x)
+    >>> consistency_sample(f, jax.random.key(0), (5, 2)).shape
+    (5, 2)
     """
     levels = jnp.asarray(sigmas, jnp.result_type(float))
     checks.min_rank("sigmas", levels, 1)
@@ -192,6 +214,10 @@ def trig_function(network: DenoiserFn, *, sigma_data: Scalar = 0.5) -> Consisten
 
     For x = cos(t) x_0 + sin(t) z, z ~ N(0, s_d^2), t in [0, pi / 2]; samples are f(s_d z, pi / 2).
     Lu and Song 2024 (arXiv:2410.11081), eq. 6.
+
+    >>> f = trig_function(lambda x, t: 0 * x)
+    >>> f(jnp.ones((1, 2)), jnp.zeros(1))
+    Array([[1., 1.]], dtype=float32)
     """
     checks.positive("sigma_data", sigma_data)
 
@@ -228,6 +254,11 @@ def trig_consistency_loss(
     velocity_fn: (x_t, t) -> dx/dt of the probability flow, s_d times the network of a finished
     TrigFlow model: distillation instead of training. Times have log(s_d tan t) ~ N(mean, std^2)
     unless given. Returns (losses [batch], {"t", "tangent_norm"}).
+
+    >>> network = lambda x, t: jnp.tanh(x)
+    >>> losses, aux = trig_consistency_loss(network, jax.random.key(0), jnp.ones((4, 2)))
+    >>> losses.shape, sorted(aux)
+    ((4,), ['t', 'tangent_norm'])
     """
     x = at_least_float32(x)
     checks.min_rank("x", x, 1)

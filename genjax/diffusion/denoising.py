@@ -76,6 +76,11 @@ def convert(
     eq. 7, at noise level sigma / alpha); "velocity" = alpha' x_0 + sigma' eps, for `RectifiedFlow`
     eps - x_0 (Lipman et al. 2023, eq. 15; its negative in the clock of flow matching, see
     `flow_denoiser`). Computed from the pair (x_0, eps), so nothing cancels.
+
+    >>> x, t = jnp.ones((2, 3)), jnp.full(2, 0.5)
+    >>> options = dict(process=VariancePreserving(), source="x0", target="epsilon")
+    >>> convert(0 * x, x, t, **options).shape
+    (2, 3)
     """
     checks.one_of("source", source, PREDICTIONS)
     checks.one_of("target", target, PREDICTIONS)
@@ -103,6 +108,11 @@ def denoiser(
     "edm" preconditions (Karras et al. 2022, eq. 7): with s = sigma / alpha, y = x_t / alpha,
     D = c_skip y + c_out network(c_in y, log(s) / 4), c_skip = s_d^2 / (s^2 + s_d^2),
     c_out = s s_d / sqrt(s^2 + s_d^2), c_in = 1 / sqrt(s^2 + s_d^2). Others see (x_t, t) as it is.
+
+    >>> network = lambda x, t: 0 * x
+    >>> denoise = denoiser(network, process=EDM(), prediction="edm")
+    >>> denoise(jnp.ones((2, 3)), jnp.ones(2)).round(3)[0]
+    Array([0.2, 0.2, 0.2], dtype=float32)
     """
     checks.one_of("prediction", prediction, PREDICTIONS)
     checks.positive("sigma_data", sigma_data)
@@ -135,6 +145,11 @@ def flow_denoiser(velocity: VelocityFn, *, process: Process) -> DenoiserFn:
     `velocity` has the clock of `genjax.flows`: noise at u = 0, data at u = 1, along the straight
     path u x_0 + (1 - u) eps. The state of `process` whose sigma / alpha is l lies on that path at
     u = 1 / (1 + l) after division by alpha + sigma; there D = x + (1 - u) velocity(x, u).
+
+    >>> velocity = lambda x, u: -x
+    >>> denoise = flow_denoiser(velocity, process=EDM())
+    >>> denoise(jnp.ones((2, 3)), jnp.ones(2)).shape
+    (2, 3)
     """
 
     def denoise(x_t: Array, t: Array) -> Array:
@@ -156,6 +171,9 @@ def loss_weight(
     log s / dt)^2 (1 / t^2 for `RectifiedFlow`); "likelihood": half of g^2 times "score" (Song et
     al. 2021b); "min_snr": min((alpha / sigma)^2, 5) (Hang et al. 2023, eq. 7; `min_snr` has other
     bounds than 5). A callable gives its own weight of t.
+
+    >>> loss_weight("epsilon", jnp.array([1.0, 2.0]), EDM())
+    Array([1.  , 0.25], dtype=float32)
     """
     if callable(weighting):
         weight = jnp.asarray(weighting(t))
@@ -179,6 +197,9 @@ def min_snr(process: Process, bound: Scalar = 5.0) -> WeightFn:
     """min((alpha / sigma)^2, bound), as `weighting`: the noise's error, but bounded near the data.
 
     Times |x_0 - D|^2, whatever the network predicts (Hang et al. 2023, eq. 7, gamma = bound).
+
+    >>> min_snr(EDM())(jnp.array([0.1, 1.0]))
+    Array([5., 1.], dtype=float32)
     """
     checks.positive("bound", bound)
     return lambda t: jnp.exp(jnp.minimum(process.log_snr(t), jnp.log(bound)))
@@ -204,6 +225,12 @@ def denoising_score_matching(
     uniform in [t_min, t_max] by default. Returns (losses [batch], aux: "x0_error", "time").
     Raises for integer data, an unknown kind, times outside the range or a denoiser that changes
     the shape. Vincent 2011; Song et al. 2021, eq. 7.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> x = jax.random.normal(jax.random.key(0), (8, 2))
+    >>> losses, aux = denoising_score_matching(denoise, jax.random.key(1), x, process=EDM())
+    >>> losses.shape
+    (8,)
     """
     checks.min_rank("x", x, 1)
     checks.floating("x", x)

@@ -49,6 +49,9 @@ def ddpm_betas(
     "exact": beta_i = 1 - alpha(i/T)^2 / alpha((i-1)/T)^2, clipped at `max_beta` (Nichol & Dhariwal
     2021, eq. 17); "euler": beta_i = g((i-1)/(T-1))^2 / T, Ho et al. 2020's linear betas. Raises for
     a process whose alpha^2 + sigma^2 is not 1.
+
+    >>> ddpm_betas(VariancePreserving(), 1000).shape
+    (1000,)
     """
     checks.integer("num_steps", num_steps, 2)
     checks.one_of("rule", rule, ["exact", "euler"])
@@ -65,7 +68,12 @@ def ddpm_betas(
 
 
 def discrete(betas: Float[Array, " steps"]) -> DiscreteTime:
-    """DDPM's process of given betas: alpha(i/T)^2 = prod_{j <= i} (1 - beta_j)."""
+    """DDPM's process of given betas: alpha(i/T)^2 = prod_{j <= i} (1 - beta_j).
+
+    >>> process = discrete(jnp.linspace(1e-4, 0.02, 1000))
+    >>> round(float(process.alpha(jnp.array(1.0))), 4)
+    0.0064
+    """
     betas = as_float(betas)
     checks.rank("betas", betas, 1)
     checks.not_empty("betas", betas)
@@ -90,6 +98,9 @@ def posterior(process: Process, t: Time, s: Time) -> Posterior:
     With r = (sigma_s / sigma_t)^2 and v = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2, the
     variance of q(x_t | x_s): mean alpha_s v / sigma_t^2 x_0 + (alpha_t / alpha_s) r x_t,
     variance v r. `forward_variance` is v (Ho's beta).
+
+    >>> round(float(posterior(VariancePreserving(), t=0.5, s=0.25).variance), 4)
+    0.4391
     """
     var_t, var_s = process.variance(t), process.variance(s)
     # v / sigma_t^2 = 1 - snr_t / snr_s, without cancellation.

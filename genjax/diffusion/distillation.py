@@ -22,6 +22,10 @@ def ddim_move(
     """x_s = alpha_s D + sigma_s (x_t - alpha_t D) / sigma_t, with a time for each example.
 
     DDIM without noise (Song, Meng, Ermon 2021, eq. 12 at eta = 0), D = E[x_0 | x_t].
+
+    >>> x, t = jnp.ones((2, 3)), jnp.full(2, 2.0)
+    >>> ddim_move(EDM(), 0 * x, x, t, t / 2)[0]
+    Array([0.5, 0.5, 0.5], dtype=float32)
     """
     ratio = expand_to(process.sigma(s) / process.sigma(t), x_t)
     alpha_t, alpha_s = (expand_to(process.alpha(r), x_t) for r in (t, s))
@@ -42,6 +46,11 @@ def progressive_target(
 
     x'': two DDIM steps of half the length in time. Salimans and Ho 2022 (arXiv:2202.00512),
     appendix G. No gradient flows into it. Raises ValueError where concrete times have s >= t.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> x, t = jnp.ones((2, 3)), jnp.full(2, 2.0)
+    >>> progressive_target(denoise, x, t, t / 2, process=EDM()).shape
+    (2, 3)
     """
     checks.same_batch(x_t=x_t, t=t, s=s)
     if (
@@ -75,6 +84,12 @@ def progressive_distillation_loss(
     trained, the student is the teacher of one with half the steps; the number may be traced. Both
     are denoisers E[x_0 | x_t]. Salimans and Ho 2022 (arXiv:2202.00512), algorithm 2 and section 4.
     Returns (losses [batch], {"t"}).
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> key, x = jax.random.key(0), jnp.ones((4, 2))
+    >>> options = dict(process=VariancePreserving(), num_steps=4)
+    >>> progressive_distillation_loss(denoise, denoise, key, x, **options)[0].shape
+    (4,)
     """
     if checks.is_concrete(num_steps):
         checks.integer("num_steps", int(num_steps), 1)
@@ -111,6 +126,12 @@ def distribution_matching_loss(
     of the scores, so that g descends the KL divergence between the noised laws, 0 where they agree;
     the mean is over the event. Yin et al. 2024 (arXiv:2311.18828), eqs. 7 and 8. Returns (losses
     [batch], {"t", "gradient_norm"}).
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> key, x = jax.random.key(0), jnp.ones((4, 2))
+    >>> losses, aux = distribution_matching_loss(denoise, denoise, key, x, process=EDM())
+    >>> losses
+    Array([0., 0., 0., 0.], dtype=float32)
     """
     checks.min_rank("x", x, 1)
     x = at_least_float32(x)

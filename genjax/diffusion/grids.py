@@ -19,6 +19,9 @@ def time_grid(
 
     "uniform": equal steps in t; "log_snr": equal steps in log SNR; "edm": equal steps in
     (sigma / alpha)^(1 / rho) (Karras et al. 2022, eq. 5), each but the last 0 in [t_min, t_max].
+
+    >>> time_grid(EDM(t_min=0.1, t_max=10.0), 4)[-2:]
+    Array([0.1, 0. ], dtype=float32)
     """
     checks.integer("num_steps", num_steps, 1)
     checks.one_of("spacing", spacing, ["uniform", "log_snr", "edm"])

@@ -24,6 +24,12 @@ def classifier_guidance(
     `log_prob` maps (x_t, t) to log p(y | x_t) [batch] for the wanted y (Dhariwal & Nichol 2021,
     Algorithm 2: score + scale grad log p(y | x_t)). With scale 1 and the exact classifier the
     result is the exact conditional denoiser.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> log_prob = lambda x, t: -jnp.sum((x - 1) ** 2, -1) / 2
+    >>> guided = classifier_guidance(denoise, log_prob, process=EDM())
+    >>> guided(jnp.zeros((1, 2)), jnp.ones(1))
+    Array([[1., 1.]], dtype=float32)
     """
 
     def guided(x: Array, t: Array) -> Array:
@@ -52,6 +58,11 @@ def classifier_free_guidance(
     where no time of the batch lies inside U is not computed. `rescale` = r takes the guided mean G
     to (r std(C) / std(G) + 1 - r) G, std over the elements of an example: large scales then do not
     saturate it (Lin et al. 2024, eqs 15-16, who have it for the network's prediction; r = 0.7).
+
+    >>> conditional, unconditional = (lambda x, t, c=c: c + 0 * x for c in (1.0, 0.0))
+    >>> guided = classifier_free_guidance(conditional, unconditional, process=EDM(), scale=3.0)
+    >>> guided(jnp.zeros((1, 2)), jnp.ones(1))
+    Array([[3., 3.]], dtype=float32)
     """
     checks.between("rescale", rescale, 0, 1)
     if interval is not None:
@@ -89,7 +100,11 @@ def _std(x: Array) -> Array:
 
 
 def clipped(denoise: DenoiserFn, *, low: float = -1.0, high: float = 1.0) -> DenoiserFn:
-    """min(max(D, low), high): the mean kept within the range of the data (Ho et al. 2020)."""
+    """min(max(D, low), high): the mean kept within the range of the data (Ho et al. 2020).
+
+    >>> clipped(lambda x, t: 5 * x)(jnp.ones((1, 2)), jnp.ones(1))
+    Array([[1., 1.]], dtype=float32)
+    """
     checks.positive("high - low", high - low)
     return lambda x, t: jnp.clip(denoise(x, t), low, high)
 
@@ -101,6 +116,9 @@ def dynamic_thresholding(
 
     For data in [-limit, limit]: pixels that strong guidance pushes out come back without saturating
     the others (Saharia et al. 2022, section 2.3).
+
+    >>> dynamic_thresholding(lambda x, t: 5 * x)(jnp.ones((1, 2)), jnp.ones(1))
+    Array([[1., 1.]], dtype=float32)
     """
     checks.between("quantile", quantile, 0, 1)
     checks.positive("limit", limit)

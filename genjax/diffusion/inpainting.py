@@ -49,7 +49,11 @@ def inpaint(
     differ, times do not decrease within [0, t_max], jump does not fit into the steps, or `step` is
     a multistep solver, which remembers values of one direction.
 
-    >>> painted = inpaint(denoise, key, image, mask, process=process, times=times, resamples=5)
+    >>> denoise, process = (lambda x, t: x / 2), VariancePreserving()
+    >>> known, mask = jnp.ones((2, 4)), jnp.array([[True, True, False, False]] * 2)
+    >>> options = dict(process=process, times=time_grid(process, 8), jump=2, resamples=2)
+    >>> inpaint(denoise, jax.random.key(0), known, mask, **options)[0, :2]
+    Array([1., 1.], dtype=float32)
     """
     checks.same_shape(known=known, mask=mask)
     checks.min_rank("known", known, 1)

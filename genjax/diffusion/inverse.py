@@ -31,6 +31,13 @@ def replacement(
 
     Song et al. 2021, App. I. The unknown part sees the known one only through the denoiser at the
     next step, so the law is biased (towards the unconditional one) at any number of steps.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> step = replacement(jnp.ones((5, 2)), jnp.arange(10).reshape(5, 2) % 2 == 0)
+    >>> process = EDM()
+    >>> options = dict(process=process, times=time_grid(process, 8), step=step)
+    >>> sample(denoise, jax.random.key(0), (5, 2), **options)[:, 0]
+    Array([1., 1., 1., 1., 1.], dtype=float32)
     """
     checks.same_shape(known=known, mask=mask)
 
@@ -63,6 +70,13 @@ def posterior_sampling(
     v)), the mean given y where y ~ N(A D, (noise_std^2 + v) I), with 1 / v = 1 / data_std^2 +
     (alpha / sigma)^2 the spread of x_0 around D and scale 1 by default: for data N(m, data_std^2 I)
     and orthonormal rows of A exact, with any step. The operator need not be linear.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> step = posterior_sampling(lambda x: x[:, :1], jnp.ones((5, 1)), scale=0.5)
+    >>> process = EDM()
+    >>> options = dict(process=process, times=time_grid(process, 8), step=step)
+    >>> sample(denoise, jax.random.key(0), (5, 2), **options).shape
+    (5, 2)
     """
     scale = (0.5 if noise_std is None else 1.0) if scale is None else scale
     checks.positive("scale", scale)
@@ -124,6 +138,12 @@ def pseudoinverse_guidance(
     sigma)^2, exact for data N(m, data_std^2 I); "tweedie": C_t = sigma^2 / alpha J, exact for any
     Gaussian data and the exact denoiser, at one product with J per solver step. The system is
     solved by `num_steps` steps of conjugate gradients, example by example.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> process, first = EDM(), lambda x: x[:, :1]
+    >>> guided = pseudoinverse_guidance(denoise, first, jnp.ones((5, 1)), process=process)
+    >>> guided(jnp.zeros((5, 2)), jnp.ones(5)).shape
+    (5, 2)
     """
     checks.one_of("covariance", covariance, ["isotropic", "tweedie"])
     checks.at_least("noise_std", noise_std, 0)

@@ -32,6 +32,12 @@ def log_likelihood(
     the whole solve, row i's a function of (key, first_index + i). `num_steps` steps of Runge-Kutta
     4, equal in u; with `rtol`, adaptive Dormand-Prince through diffrax instead.
     Returns (log p [batch], aux: "prior", "volume", both [batch]).
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> x = jax.random.normal(jax.random.key(0), (4, 2))
+    >>> log_p, aux = log_likelihood(denoise, x, process=EDM())
+    >>> log_p.shape
+    (4,)
     """
     checks.min_rank("x", x, 2)
     checks.floating("x", x)

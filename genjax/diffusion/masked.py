@@ -63,6 +63,11 @@ def masked_cross_entropy(
     The one number that all bounds weigh (Austin et al. 2021). where: False at padding, which is
     never counted and comes to `predict` as hidden tokens, whatever it holds. Raises ValueError
     where shapes differ, a concrete token is not below `vocabulary`, or `predict` has other columns.
+
+    >>> predict = lambda *given: jnp.zeros((2, 6, 4))
+    >>> x, hidden = jnp.zeros((2, 6), jnp.int32), jnp.arange(12).reshape(2, 6) < 3
+    >>> masked_cross_entropy(predict, x, hidden, vocabulary=4)[0].round(3)
+    Array(4.159, dtype=float32)
     """
     x, where = _check(x, vocabulary, where)
     checks.shape("hidden", hidden, x.shape)
@@ -150,6 +155,12 @@ def masked_bound(
     default. where: False at padding. Returns (losses [batch], aux [batch]: "masked", how many were
     hidden; "cross_entropy", nats for each of them; "time"). Raises as `masked_cross_entropy` does,
     and for times outside [0, 1].
+
+    >>> predict = lambda *given: jnp.zeros((2, 6, 4))
+    >>> x = jnp.zeros((2, 6), jnp.int32)
+    >>> losses, aux = masked_bound(predict, jax.random.key(0), x, vocabulary=4)
+    >>> losses.shape, sorted(aux)
+    ((2,), ['cross_entropy', 'masked', 'time'])
     """
     share = masking(schedule)
     x, where = _check(x, vocabulary, where)
@@ -176,6 +187,12 @@ def order_bound(
     over all orders of autoregressive codes of x in nats (Uria et al. 2014; Hoogeboom et al. 2022,
     eq. (6)). T counts the row's own tokens. It varies less than `masked_bound`, which is why
     evaluation takes it. aux and errors as there, without "time".
+
+    >>> predict = lambda *given: jnp.zeros((2, 6, 4))
+    >>> x = jnp.zeros((2, 6), jnp.int32)
+    >>> losses, aux = order_bound(predict, jax.random.key(0), x, vocabulary=4)
+    >>> losses.shape, sorted(aux)
+    ((2,), ['cross_entropy', 'masked'])
     """
     x, where = _check(x, vocabulary, where)
     key_count, key_order = jax.random.split(key)
@@ -218,6 +235,12 @@ def step_bound(
     s = t - 1 / num_steps (Austin et al. 2021, absorbing), of which one step is drawn, evenly
     spread over the batch, times `num_steps`. At most the continuous one in value; it depends on
     the schedule, and has `masked_bound` as its limit. aux and errors as there.
+
+    >>> predict = lambda *given: jnp.zeros((2, 6, 4))
+    >>> x, options = jnp.zeros((2, 6), jnp.int32), dict(vocabulary=4, num_steps=8)
+    >>> losses, aux = step_bound(predict, jax.random.key(0), x, **options)
+    >>> losses.shape
+    (2,)
     """
     checks.integer("num_steps", num_steps, 1)
     share = masking(schedule)
@@ -252,6 +275,12 @@ def score_entropy(
     Meng, Ermon 2024 (SEDD), eq. (10) with the absorbing rates. Times are kept below 1 - 1e-5: at 1
     alpha, and so every ratio, is 0. aux and errors as `masked_bound`'s, "cross_entropy" the bracket
     for each hidden token.
+
+    >>> log_score = lambda z, t: jnp.zeros((2, 6, 4))
+    >>> x = jnp.zeros((2, 6), jnp.int32)
+    >>> losses, aux = score_entropy(log_score, jax.random.key(0), x, vocabulary=4)
+    >>> losses.shape
+    (2,)
     """
     share = masking(schedule)
     x, where = _check(x, vocabulary, where)

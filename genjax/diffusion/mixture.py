@@ -59,6 +59,10 @@ def mixture_log_prob(
 
     log sum_k w_k N(x; alpha m_k, alpha^2 C_k + sigma^2 I), in the log domain. Raises ValueError
     for wrong shapes, weights that are not positive, or times outside the process' range.
+
+    >>> mixture = GaussianMixture(jnp.ones(1), jnp.zeros((1, 2)), jnp.eye(2)[None])
+    >>> mixture_log_prob(mixture, jnp.zeros((1, 2)), jnp.zeros(1), process=EDM()).round(4)
+    Array([-1.8379], dtype=float32)
     """
     log_prob, _ = _components(mixture, _spectra(mixture), x, t, process)
     return jax.nn.logsumexp(log_prob, axis=-1)
@@ -68,6 +72,10 @@ def mixture_denoiser(mixture: GaussianMixture, *, process: Process) -> DenoiserF
     """E[x_0 | x_t] = sum_k r_k(x_t) E[x_0 | x_t, k], exact; equals Tweedie's formula.
 
     Tweedie: E[x_0 | x_t] = (x_t + sigma^2 grad log p_t(x_t)) / alpha (Efron 2011).
+
+    >>> mixture = GaussianMixture(jnp.ones(1), jnp.zeros((1, 2)), jnp.eye(2)[None])
+    >>> mixture_denoiser(mixture, process=EDM())(jnp.ones((1, 2)), jnp.ones(1))
+    Array([[0.5, 0.5]], dtype=float32)
     """
     spectra = _spectra(mixture)  # once, not at every call
 

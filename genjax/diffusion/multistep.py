@@ -29,6 +29,13 @@ def dpm_solver_step(
     Algorithm 2; eta = 1 is their SDE-DPM-Solver++(2M)). For order 3 D' integrates the parabola
     through the last three means. (The authors' code for 3M has half of its second coefficient, an
     error of the second order.) The first step is of order 1: that is felt where D changes there.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> process = EDM()
+    >>> times = time_grid(process, 8)
+    >>> options = dict(process=process, times=times, step=dpm_solver_step)
+    >>> sample(denoise, jax.random.key(0), (5, 2), **options).shape
+    (5, 2)
     """
     checks.one_of("order", order, (2, 3))
     t, s, process = move.t, move.s, move.process
@@ -58,6 +65,13 @@ def unipc_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Arra
     D at x_t, which the next step needs anyway, gives a parabola over the step that led to x_t, and
     x_t is moved by alpha_t times what its integral adds; the corrected x_t goes on (Zhao et al.
     2023, Algorithms 1 and 2: UniP-2 with UniC-2 and B(h) = e^h - 1). The last step is uncorrected.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> process = EDM()
+    >>> times = time_grid(process, 8)
+    >>> options = dict(process=process, times=times, step=unipc_step)
+    >>> sample(denoise, jax.random.key(0), (5, 2), **options).shape
+    (5, 2)
     """
     t, s, process = move.t, move.s, move.process
     denoised = denoise(x, t)

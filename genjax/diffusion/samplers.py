@@ -33,6 +33,9 @@ def initial_noise(
     """The start of every sampler: N(0, sigma(t)^2 I), not N(0, I); t is t_max by default.
 
     (The notes start variance-exploding Algorithms 3 and 4 from N(0, I), a slip.)
+
+    >>> initial_noise(jax.random.key(0), (1000,), process=EDM()).std().round(-1)
+    Array(80., dtype=float32)
     """
     noise = indexed_normal(jax.random.fold_in(key, 0), shape, first_index)
     return process.sigma(process.t_max if t is None else t) * noise
@@ -57,6 +60,13 @@ def sample(
     of row 0: chunks that state it agree with the whole. Options of a step come by
     `functools.partial`, for example partial(ddim_step, eta=1.0). Raises where times do not
     decrease within [0, t_max], are too few, or the denoiser changes the shape.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> process, key = EDM(), jax.random.key(0)
+    >>> times = time_grid(process, 16)
+    >>> x = sample(denoise, key, (2000, 1), process=process, times=times)
+    >>> bool(abs(x.std() - 1) < 0.1)
+    True
     """
     return _sample(denoise, key, shape, process, times, step, x_init, first_index, False)
 
@@ -72,7 +82,14 @@ def trajectory(
     x_init: Float[Array, "batch *event"] | None = None,
     first_index: Index = 0,
 ) -> Float[Array, "steps_plus_one batch *event"]:
-    """The states of `sample` at every time, the start first."""
+    """The states of `sample` at every time, the start first.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> process = EDM()
+    >>> times = time_grid(process, 8)
+    >>> trajectory(denoise, jax.random.key(0), (5, 2), process=process, times=times).shape
+    (9, 5, 2)
+    """
     return _sample(denoise, key, shape, process, times, step, x_init, first_index, True)
 
 
@@ -117,6 +134,10 @@ def scan_steps(
     its dtype, which floats are cast to (else scan raises TypeError). Step k has the key
     fold_in(key, k + 1); fold_in(key, 0) is the start's. With `keep` the states at every time, the
     start first.
+
+    >>> step = lambda x, move: (x + (move.s - move.t), x)
+    >>> scan_steps(step, jax.random.key(0), jnp.zeros(1), jnp.array([0.0, 1.0, 3.0]))
+    Array([3.], dtype=float32)
     """
 
     def cast(new: Array, old: Array) -> Array:
@@ -178,6 +199,10 @@ def sample_adaptive(
 
     dy/du = y - D, y = x / alpha, u = log(sigma / alpha), from t_max to t_min, then the denoised
     mean. Every sample has its own step sizes. Needs the extra `ode`.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> sample_adaptive(denoise, jax.random.key(0), (5, 2), process=EDM(), rtol=1e-2).shape
+    (5, 2)
     """
     if x_init is None:
         x_init = initial_noise(key, shape, process=process, first_index=first_index)

@@ -67,6 +67,14 @@ def euler_maruyama_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Ar
 
     Euler-Maruyama for the reverse SDE in the clock l^2: Algorithm 3 of the notes, Song et al. 2021,
     eq. 46. The noise is dropped at s = 0, where it would stay in the sample.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> process = EDM()
+    >>> times = time_grid(process, 8)
+    >>> options = dict(process=process, times=times, step=euler_maruyama_step)
+    >>> x = sample(denoise, jax.random.key(0), (5, 2), **options)
+    >>> x.shape
+    (5, 2)
     """
     t, s, process = move.t, move.s, move.process
     y, level, next_level = x / process.alpha(t), process.noise_ratio(t), process.noise_ratio(s)
@@ -92,6 +100,13 @@ def ancestral_step(
     variance beta~ = r v (`posterior`), which vanishes at s = 0; 1 is the forward variance. A
     function of (x_t, t) gives one mix per coordinate, a variance that was learned by `hybrid_loss`.
     Raises ValueError where it changes the shape.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> process = EDM()
+    >>> times = time_grid(process, 8)
+    >>> options = dict(process=process, times=times, step=ancestral_step)
+    >>> sample(denoise, jax.random.key(0), (5, 2), **options).shape
+    (5, 2)
     """
     t, s, process = move.t, move.s, move.process
     moments = posterior(process, t, s)
@@ -114,7 +129,15 @@ def mix_of(mix: Scalar | MixFn, x: Array, t: Array) -> Scalar | Array:
 
 
 def ddpm_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Array]:
-    """DDPM with variance beta, the forward one (Ho et al. 2020, Algorithm 2)."""
+    """DDPM with variance beta, the forward one (Ho et al. 2020, Algorithm 2).
+
+    >>> denoise = lambda x, t: x / 2
+    >>> process = VariancePreserving()
+    >>> times = time_grid(process, 8, spacing="uniform")
+    >>> options = dict(process=process, times=times, step=ddpm_step)
+    >>> sample(denoise, jax.random.key(0), (5, 2), **options).shape
+    (5, 2)
+    """
     return ancestral_step(denoise, x, move, mix=1.0)
 
 
@@ -130,6 +153,13 @@ def ddim_step(
 
     DDIM (Song, Meng & Ermon 2021, eqs 12 and 16). eta = 0 is Euler's method for the probability
     flow in the clock l; eta = 1 is `ancestral_step`.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> process = EDM()
+    >>> times = time_grid(process, 8)
+    >>> options = dict(process=process, times=times, step=ddim_step)
+    >>> sample(denoise, jax.random.key(0), (5, 2), **options).shape
+    (5, 2)
     """
     t, s, process = move.t, move.s, move.process
     denoised = denoise(x, t)
@@ -149,6 +179,13 @@ def euler_step(denoise: DenoiseAt, x: Array, move: Move, /) -> tuple[Array, Arra
     """x' = x + (s - t) (f x - g^2 score / 2): Euler for the probability flow in t itself.
 
     Song et al. 2021, eq. 13, with f and g^2 from the process by differentiation.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> process = EDM()
+    >>> times = time_grid(process, 8)
+    >>> options = dict(process=process, times=times, step=euler_step)
+    >>> sample(denoise, jax.random.key(0), (5, 2), **options).shape
+    (5, 2)
     """
     t, s, process = move.t, move.s, move.process
     denoised = denoise(x, t)
@@ -173,6 +210,13 @@ def heun_step(
     `churn` is their S_churn / N: inside [churn_min, churn_max] the level is first raised to
     l (1 + min(churn, sqrt 2 - 1)), at most to that of t_max, with noise of scale `noise_scale`.
     churn = 0 is deterministic. Two calls of the denoiser, one where s = 0.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> process = EDM()
+    >>> times = time_grid(process, 8)
+    >>> options = dict(process=process, times=times, step=heun_step)
+    >>> sample(denoise, jax.random.key(0), (5, 2), **options).shape
+    (5, 2)
     """
     t, s, process = move.t, move.s, move.process
     y, level, next_level = x / process.alpha(t), process.noise_ratio(t), process.noise_ratio(s)
@@ -213,6 +257,13 @@ def predictor_corrector_step(
     Song et al. 2021, Algorithms 4 and 5. The paper's step size has |z| / |score| averaged over the
     batch in place of sigma_s, which is about its value; sigma_s keeps one sample independent of the
     others. No correction at s = 0.
+
+    >>> denoise = lambda x, t: x / (1 + t[:, None] ** 2)  # of N(0, 1) under EDM
+    >>> process = EDM()
+    >>> times = time_grid(process, 8)
+    >>> options = dict(process=process, times=times, step=predictor_corrector_step)
+    >>> sample(denoise, jax.random.key(0), (5, 2), **options).shape
+    (5, 2)
     """
     s, process, dtype = move.s, move.process, x.dtype
     x, denoised = predictor(denoise, x, move)

@@ -17,7 +17,11 @@ TimesFn: TypeAlias = Callable[[PRNGKey, int], Array]
 
 
 def uniform_times(process: Process, *, spread: bool = True) -> TimesFn:
-    """Times uniform in [t_min, t_max]; evenly spread over the batch unless `spread` is False."""
+    """Times uniform in [t_min, t_max]; evenly spread over the batch unless `spread` is False.
+
+    >>> uniform_times(VariancePreserving())(jax.random.key(0), 4).shape
+    (4,)
+    """
 
     def times(key: PRNGKey, num: int) -> Array:
         u = low_discrepancy(key, num) if spread else jax.random.uniform(key, (num,))
@@ -29,7 +33,12 @@ def uniform_times(process: Process, *, spread: bool = True) -> TimesFn:
 
 
 def discrete_times(num_steps: int) -> TimesFn:
-    """Times uniform in {1/T, 2/T, ..., 1}: DDPM's steps, evenly spread over the batch."""
+    """Times uniform in {1/T, 2/T, ..., 1}: DDPM's steps, evenly spread over the batch.
+
+    >>> times = discrete_times(10)(jax.random.key(0), 4) * 10
+    >>> bool(abs(times - times.round()).max() < 1e-4)
+    True
+    """
     checks.integer("num_steps", num_steps, 1)
     return lambda key, num: (jnp.floor(low_discrepancy(key, num) * num_steps) + 1) / num_steps
 
@@ -40,6 +49,9 @@ def edm_times(
     """Times at which log(sigma / alpha) ~ N(mean, std^2), clipped to the process' range.
 
     Karras et al. 2022, Table 1.
+
+    >>> edm_times(EDM())(jax.random.key(0), 4).shape
+    (4,)
     """
     checks.positive("std", std)
 
@@ -58,6 +70,9 @@ def logit_normal_times(
 
     Esser et al. 2024, section 3.1, in our clock, where 1 is noise: for `RectifiedFlow` these are
     `edm_times` of the same mean and std. For processes on [0, 1].
+
+    >>> logit_normal_times(RectifiedFlow())(jax.random.key(0), 4).shape
+    (4,)
     """
     checks.positive("std", std)
 

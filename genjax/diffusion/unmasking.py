@@ -86,6 +86,10 @@ def sample_masked(
     tokens to keep, `vocabulary` where one is to be drawn (infilling). Sample i depends on (key,
     first_index + i) alone. Raises ValueError for a shape that is not (batch, time), a `start` of
     another one, an unknown order or schedule.
+
+    >>> predict = lambda *given: jnp.zeros((2, 6, 4))
+    >>> sample_masked(predict, jax.random.key(0), (2, 6), vocabulary=4, num_steps=3).shape
+    (2, 6)
     """
     checks.integer("vocabulary", vocabulary, 2)
     checks.integer("num_steps", num_steps, 1)

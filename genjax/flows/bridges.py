@@ -34,6 +34,11 @@ def brownian_bridge(
     written as x1 - x0 - sigma sqrt(t / (1 - t)) z, without cancellation. t in [0, 1). At sigma = 0
     these are `interpolate`'s straight line and its velocity. Peluchetti 2021; Shi et al. 2023
     (arXiv:2303.16852), eq. 4.
+
+    >>> x0, x1, t = jnp.zeros((1, 1)), jnp.ones((1, 1)), jnp.array([0.5])
+    >>> x_t, drift = brownian_bridge(x0, x1, t, 0 * x0, sigma=1.0)
+    >>> x_t, drift
+    (Array([[0.5]], dtype=float32), Array([[1.]], dtype=float32))
     """
     checks.same_shape(x0=x0, x1=x1, noise=noise)
     checks.shape("t", t, x1.shape[:1])
@@ -63,6 +68,12 @@ def bridge_matching_loss(
     with cost |x - y|^2 / 2 and epsilon = sigma^2 (of the cost |x - y|^2 that `sample_pairs` gives a
     coupling, epsilon = 2 sigma^2), or for those of iterated fitting (`bridge_pairs`). Returns
     (losses [batch], {"t"}).
+
+    >>> x0, x1 = jax.random.normal(jax.random.key(0), (2, 8, 2))
+    >>> drift = lambda x, t: -x
+    >>> losses, aux = bridge_matching_loss(drift, jax.random.key(1), x0, x1, sigma=1.0)
+    >>> losses.shape
+    (8,)
     """
     key_time, key_noise = jax.random.split(key)
     checks.same_shape(x0=x0, x1=x1)
@@ -89,6 +100,11 @@ def bridge_sample(
 
     X <- X + b(X, t) h + sigma sqrt(h) z (Maruyama 1955); the noise of row i depends on (key,
     first_index + i) alone. The drift is last asked for at 1 - 1 / num_steps. In float32 at least.
+
+    >>> drift = lambda x, t: jnp.ones_like(x)
+    >>> key, x0 = jax.random.key(0), jnp.zeros((4, 2))
+    >>> bridge_sample(drift, key, x0, sigma=0.1, num_steps=10).shape
+    (4, 2)
     """
     checks.integer("num_steps", num_steps, 1)
     checks.at_least("sigma", sigma, 0)
@@ -123,6 +139,12 @@ def bridge_pairs(
     pairs' law converges to that of Schroedinger's bridge, and the simulated end drifts off its law
     the less, the more often the direction changes. At sigma = 0 this is reflow. No gradient flows
     into the pairs.
+
+    >>> drift = lambda x, t: jnp.ones_like(x)
+    >>> key, x = jax.random.key(0), jnp.zeros((4, 2))
+    >>> pairs = bridge_pairs(drift, key, x, sigma=0.1, num_steps=10)
+    >>> pairs.x1.shape
+    (4, 2)
     """
     x = jax.lax.stop_gradient(numerics.at_least_float32(x))
     end = bridge_sample(drift_fn, key, x, sigma=sigma, num_steps=num_steps)

@@ -37,6 +37,10 @@ def mean_flow_times(
     (arXiv:2505.13447), section 4.3, draw logit-normal times and have no ends. num_steps: that of
     the sampler; both times then lie in one of so many equal parts of [0, 1], in whose place the
     above is said of the whole, so that nothing longer than a step is learnt.
+
+    >>> t, s = mean_flow_times(jax.random.key(0), 8)
+    >>> bool((t <= s).all())
+    True
     """
     checks.integer("num", num, 0)
     checks.integer("num_steps", num_steps, 1)
@@ -80,6 +84,12 @@ def mean_flow_loss(
     `mean_flow_times` unless both are given. The network must be smooth in t: forward derivatives
     of high-frequency time features are large. Returns (losses [batch], {"squared_error", "t",
     "s"}). Raises ValueError for one time without the other, or known times with t > s.
+
+    >>> u = lambda x, t, s: -x
+    >>> x0, x1 = jax.random.normal(jax.random.key(0), (2, 8, 2))
+    >>> losses, aux = mean_flow_loss(u, jax.random.key(1), x0, x1)
+    >>> losses.shape, sorted(aux)
+    ((8,), ['s', 'squared_error', 't'])
     """
     checks.same_shape(x0=x0, x1=x1)
     checks.between("power", power, 0, 1)
@@ -127,6 +137,12 @@ def shortcut_loss(
     of steps; else s = t. The halves of the shortest step (or of a given one no longer) are steps of
     the flow itself, u(x, t, t). target_fn: the network that the targets come from, such as the one
     of the averaged weights; by default the trained one. Returns (losses [batch], {"t", "s"}).
+
+    >>> u = lambda x, t, s: -x
+    >>> x0, x1 = jax.random.normal(jax.random.key(0), (2, 8, 2))
+    >>> losses, aux = shortcut_loss(u, jax.random.key(1), x0, x1)
+    >>> losses.shape
+    (8,)
     """
     checks.same_shape(x0=x0, x1=x1)
     checks.integer("halvings", halvings, 1)
@@ -160,6 +176,10 @@ def mean_flow_sample(
     From noise to samples by default (Geng et al. 2025, eq. 12). Steps of an exact mean velocity
     compose: any number of them ends at the same point. In float32 at least. Raises ValueError for
     `num_steps` below 1 or times that do not increase.
+
+    >>> u = lambda x, t, s: jnp.ones_like(x)
+    >>> mean_flow_sample(u, jnp.zeros((1, 2)))
+    Array([[1., 1.]], dtype=float32)
     """
     checks.integer("num_steps", num_steps, 1)
     checks.floating("x0", x0)

@@ -37,6 +37,9 @@ def feature_moments(x: Features) -> Moments:
     """Mean and covariance (divided by n - 1) of features [n, d], accumulated in blocks of rows.
 
     In float64 where the call is not traced. Raises ValueError on NaN or fewer than 2 samples.
+
+    >>> feature_moments(jnp.array([[0.0], [2.0]])).mean
+    array([1.])
     """
     check_features(2, " for a covariance", x=x)
     x = jnp.asarray(x)
@@ -70,6 +73,10 @@ def frechet_distance(real: Features | Moments, fake: MoreFeatures | Moments) -> 
 
     Warns where a sample has no more members than dimensions: the covariance is singular and the
     distance biased upwards. Raises ValueError on NaN, different widths, fewer than 2 samples.
+
+    >>> x = jax.random.normal(jax.random.key(0), (500, 2))
+    >>> round(float(frechet_distance(x, x + 1)), 3)
+    2.0
     """
     from genjax.transport import gaussian_wasserstein
 
@@ -145,6 +152,10 @@ def sliced_wasserstein(
     samples is 0. Bonneel et al. 2015; Deshpande et al. 2018.
 
     Raises ValueError on NaN, different widths, p < 1.
+
+    >>> x = jax.random.normal(jax.random.key(0), (64, 2))
+    >>> sliced_wasserstein(jax.random.key(1), x, x)
+    Array(0., dtype=float32)
     """
     checks.integer("p", p, least=1)
     checks.integer("num_projections", num_projections, least=1)
@@ -193,6 +204,10 @@ def sinkhorn_distance(
     default it is `genjax.transport.sinkhorn_divergence`, which holds n x m matrices. `epsilon` is
     in units of the cost, by default a twentieth of the mean of |x_i - y_j|^2. Feydy et al. 2019,
     equation (3). Raises ValueError on NaN and different widths, warns where it has not converged.
+
+    >>> x, y = jax.random.normal(jax.random.key(0), (2, 64, 2))
+    >>> bool(sinkhorn_distance(x, y + 1) > sinkhorn_distance(x, y))
+    True
     """
     check_features(1, x=x, y=y)
     x, y = (at_least_float32(jnp.asarray(v)) for v in (x, y))

@@ -45,6 +45,10 @@ def feature_extractor(
 
     Raises ValueError for an unknown name, for a file whose SHA-256 is not the one expected (our
     own, or `sha256` where it is given), and for one that holds no such network.
+
+    >>> features = feature_extractor()
+    >>> features.name
+    'digits'
     """
     if path is None:
         checks.one_of("name", name, SHIPPED)

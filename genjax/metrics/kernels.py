@@ -50,6 +50,10 @@ def kid(
     is not traced. Binkowski et al. 2018, section 4.
 
     Raises ValueError on NaN, different widths, fewer samples than `subset_size`.
+
+    >>> x, y = jax.random.normal(jax.random.key(0), (2, 64, 4))
+    >>> kid(jax.random.key(1), x, y, num_subsets=4, subset_size=32).mean.shape
+    ()
     """
     checks.integer("num_subsets", num_subsets, least=1)
     checks.integer("subset_size", subset_size, least=2)
@@ -99,6 +103,10 @@ def mmd(
     blocks of rows, in float64 where the call is not traced. Gretton et al. 2012, Lemma 6.
 
     Raises ValueError on NaN, different widths, an unknown kernel, fewer than 2 samples.
+
+    >>> x, y = jax.random.normal(jax.random.key(0), (2, 64, 4))
+    >>> bool(mmd(x, y + 1) > mmd(x, y))
+    True
     """
     check_features(2, x=x, y=y)
     x, y = (at_least_float32(jnp.asarray(v)) for v in (x, y))
@@ -194,6 +202,9 @@ def polynomial_kernel(degree: int = 3, offset: float | int = 1.0) -> KernelFn:
 
     Without the constant, which would be most of the value, float32 rounds less of the rest. Raises
     ValueError unless the degree is a whole number of at least 1.
+
+    >>> polynomial_kernel()(jnp.ones((1, 2)), jnp.ones((1, 2)))
+    Array([[7.]], dtype=float32)
     """
     checks.integer("degree", degree, 1)
 
@@ -209,19 +220,31 @@ def polynomial_kernel(degree: int = 3, offset: float | int = 1.0) -> KernelFn:
 
 
 def gaussian_kernel(bandwidth: float | int | Float[Array, ""]) -> KernelFn:
-    """exp(-|x - y|^2 / (2 bandwidth^2))."""
+    """exp(-|x - y|^2 / (2 bandwidth^2)).
+
+    >>> gaussian_kernel(1.0)(jnp.zeros((1, 2)), jnp.zeros((1, 2)))
+    Array([[1.]], dtype=float32)
+    """
     return lambda x, y: jnp.exp(-squared_distances(x, y) / (2 * bandwidth**2))
 
 
 def laplacian_kernel(bandwidth: float | int | Float[Array, ""]) -> KernelFn:
-    """exp(-|x - y| / bandwidth), Euclidean norm."""
+    """exp(-|x - y| / bandwidth), Euclidean norm.
+
+    >>> laplacian_kernel(1.0)(jnp.zeros((1, 2)), jnp.zeros((1, 2)))
+    Array([[1.]], dtype=float32)
+    """
     return lambda x, y: jnp.exp(-safe_sqrt(squared_distances(x, y)) / bandwidth)
 
 
 def rational_quadratic_kernel(
     bandwidth: float | int | Float[Array, ""], alpha: float | int = 1.0
 ) -> KernelFn:
-    """(1 + |x - y|^2 / (2 alpha bandwidth^2))^-alpha."""
+    """(1 + |x - y|^2 / (2 alpha bandwidth^2))^-alpha.
+
+    >>> rational_quadratic_kernel(1.0)(jnp.zeros((1, 2)), jnp.zeros((1, 2)))
+    Array([[1.]], dtype=float32)
+    """
     return lambda x, y: (1 + squared_distances(x, y) / (2 * alpha * bandwidth**2)) ** -alpha
 
 

@@ -47,6 +47,9 @@ def bits_per_dim(
     `log_likelihood` is in nats, summed over the event. For levels 0..L-1 scaled onto [a, b] the
     density's `log_det_per_dim` is log((b - a) / L), `Scaling.log_det_per_dim`: + 8 bits for 256
     levels on [0, 1], + 7 on [-1, 1]. Theis et al. 2016, section 3.1.
+
+    >>> float(bits_per_dim(-69.3147, num_dims=50))
+    2.0
     """
     checks.integer("num_dims", num_dims, least=1)
     nats = at_least_float32(jnp.asarray(log_likelihood))
@@ -77,6 +80,10 @@ def test_log_likelihood(
     of example i is that of fold_in(key, i): it does not depend on `batch_size`. Compile with
     `jax.jit` around the whole call. Raises ValueError on an empty x, NaN in it, or losses of the
     wrong shape.
+
+    >>> log_prob = lambda key, y: -(y**2).sum(-1) / 2
+    >>> test_log_likelihood(log_prob, jax.random.key(0), jnp.ones((5, 2))).log_likelihood
+    Array(-1., dtype=float32)
     """
     checks.one_of("estimator", estimator, ("bound", "importance"))
     checks.integer("batch_size", batch_size, least=1)

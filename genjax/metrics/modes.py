@@ -25,6 +25,10 @@ def modes_covered(
 
     A sample counts for its nearest mode. Srivastava et al. 2017 (VEEGAN), section 4.1. Raises
     ValueError on NaN; under `jax.jit` a sample of NaN counts for no mode.
+
+    >>> means = jnp.array([[0.0, 0.0], [9.0, 9.0]])
+    >>> int(modes_covered(jnp.zeros((5, 2)), means, 0.1))
+    1
     """
     nearest, good = _assign(samples, means, std, sigmas)
     checks.integer("least", least, least=1)
@@ -38,6 +42,10 @@ def high_quality_share(
     """Share of samples within `sigmas` standard deviations of the nearest mode.
 
     In two dimensions the mixture itself scores 1 - exp(-sigmas^2 / 2), 0.9889 at 3.
+
+    >>> means = jnp.array([[0.0, 0.0], [9.0, 9.0]])
+    >>> float(high_quality_share(jnp.array([[0.0, 0.1], [5.0, 5.0]]), means, 0.1))
+    0.5
     """
     _, good = _assign(samples, means, std, sigmas)
     return jnp.mean(good, dtype=jnp.float32)
@@ -48,6 +56,10 @@ def reverse_kl_modes(samples: Samples, means: Means) -> Float[Array, ""]:
 
     The logarithm is of the samples' shares alone: a lost mode costs a finite amount. Under
     `jax.jit` NaN gives NaN.
+
+    >>> means = jnp.array([[0.0, 0.0], [9.0, 9.0]])
+    >>> round(float(reverse_kl_modes(jnp.zeros((5, 2)), means)), 4)
+    0.6931
     """
     nearest, _ = _assign(samples, means, 1.0, 1.0)
     share = jnp.zeros(means.shape[0], jnp.float32).at[nearest].add(1.0) / samples.shape[0]

@@ -41,6 +41,11 @@ def measure(
     `Extractor` as `extractor` brings its own name, callable and parameters. A metric
     whose first argument is a key gets `jax.random.key(seed)`. For records, not for use inside
     `jax.jit`: the value is read back. Raises ValueError where a random metric comes without a seed.
+
+    >>> x, y = jax.random.normal(jax.random.key(0), (2, 64, 2))
+    >>> record = measure(frechet_distance, x, y)
+    >>> record.counts
+    (64, 64)
     """
     if isinstance(extractor, Extractor):
         extract, parameters, extractor = extractor.extract, extractor.parameters, extractor.name
@@ -65,7 +70,11 @@ def measure(
 
 
 def hash_of(parameters: Any) -> str:
-    """First 16 hex digits of the SHA-256 of a pytree: paths, dtypes, shapes and bytes."""
+    """First 16 hex digits of the SHA-256 of a pytree: paths, dtypes, shapes and bytes.
+
+    >>> len(hash_of({"w": jnp.ones(2)}))
+    16
+    """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         array = np.asarray(leaf)

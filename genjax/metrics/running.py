@@ -28,7 +28,12 @@ class RunningMoments(NamedTuple):
 
 @in_float64
 def init_moments(width: int) -> RunningMoments:
-    """The moments of no row."""
+    """The moments of no row.
+
+    >>> state = update_moments(init_moments(2), jnp.ones((3, 2)))
+    >>> int(state.count)
+    3
+    """
     checks.integer("width", width, 1)
     zeros = jnp.zeros(width, widest())
     return RunningMoments(jnp.zeros((), widest()), zeros, jnp.zeros((width, width), widest()))
@@ -42,6 +47,10 @@ def update_moments(
 
     In float64 where the call is not traced, else in float32 at least. Raises ValueError for another
     width and for NaN in concrete rows that are kept.
+
+    >>> state = update_moments(init_moments(2), jnp.array([[0.0, 1.0], [2.0, 1.0]]))
+    >>> state.mean
+    array([1., 1.])
     """
     checks.rank("x", x, 2)
     checks.floating("x", x)
@@ -64,6 +73,11 @@ def merge_moments(*states: RunningMoments) -> RunningMoments:
         n = sum n_i,   m = sum n_i m_i / n,   S = sum S_i + n_i (m_i - m) (m_i - m)^T
 
     Chan, Golub, LeVeque 1983. Raises ValueError without a state and where widths differ.
+
+    >>> a = update_moments(init_moments(1), jnp.array([[0.0], [1.0]]))
+    >>> b = update_moments(init_moments(1), jnp.array([[5.0]]))
+    >>> merge_moments(a, b).mean
+    array([2.])
     """
     if not states:
         raise ValueError("merge_moments needs at least one state, got none")
@@ -83,6 +97,10 @@ def merge_processes(state: RunningMoments) -> RunningMoments:
     """The moments of the rows of all processes of a distributed run; each gets the same.
 
     Every process must call it. For concrete states, not inside `jax.jit`.
+
+    >>> state = merge_processes(update_moments(init_moments(1), jnp.ones((3, 1))))
+    >>> int(state.count)
+    3
     """
     from jax.experimental import multihost_utils
 
@@ -99,6 +117,10 @@ def compute_moments(state: RunningMoments) -> Moments:
     """Mean and covariance, divided by n - 1: what `frechet_distance` takes in place of features.
 
     Raises ValueError for fewer than 2 rows; under `jax.jit` the covariance is then 0.
+
+    >>> state = update_moments(init_moments(1), jnp.array([[0.0], [2.0]]))
+    >>> compute_moments(state).covariance
+    array([[2.]])
     """
     checks.at_least("number of rows for a covariance", state.count, 2)
     divisor = state.count - 1

@@ -30,6 +30,9 @@ def patch_positions(height: int, width: int, features: int) -> Float[Array, "tok
 
     The first half of the features is `sinusoidal` of the row, the second of the column. Raises
     ValueError unless the features divide by four.
+
+    >>> patch_positions(4, 4, 16).shape
+    (16, 16)
     """
     checks.integer("features", features, 4)
     if features % 4:

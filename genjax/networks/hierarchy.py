@@ -22,7 +22,11 @@ LOG_SCALES = (-6.0, 3.0)
 
 def soft_clip(x: Float[Array, "..."], low: float, high: float) -> Float[Array, "..."]:
     """Keep x between low and high, with a gradient everywhere: low + softplus(x - low) - softplus(
-    x - high), which is x to 0.05 where it is 3 away from both."""
+    x - high), which is x to 0.05 where it is 3 away from both.
+
+    >>> soft_clip(jnp.array([-100.0, 100.0]), -1.0, 1.0)
+    Array([-1.,  1.], dtype=float32)
+    """
     return low + jax.nn.softplus(x - low) - jax.nn.softplus(x - high)
 
 

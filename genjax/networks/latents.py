@@ -27,6 +27,9 @@ def latent_scale(z: Float[Array, "batch *event"]) -> Float[Array, ""]:
     taken off (Rombach et al. 2022, appendix G). The scale belongs to the weights: latents that are
     sampled are divided by it before they are decoded. Raises ValueError for latents without a
     spread.
+
+    >>> latent_scale(2 * jax.random.normal(jax.random.key(0), (1000, 4))).round(1)
+    Array(0.5, dtype=float32)
     """
     checks.not_empty("z", z)
     std = jnp.std(at_least_float32(z))
@@ -45,6 +48,10 @@ def perceptual_distance(
     features: image -> maps [batch, height, width, channels] of a frozen network; each place's
     channels are divided by their norm (Zhang et al. 2018, arXiv:1801.03924, eq. 1, without learnt
     weights).
+
+    >>> features = lambda x: [x, 2 * x]
+    >>> perceptual_distance(features, jnp.ones((2, 4, 4, 3)), jnp.ones((2, 4, 4, 3)))
+    Array([0., 0.], dtype=float32)
     """
     checks.same_shape(x=x, y=y)
     total = jnp.zeros(len(x))
@@ -66,6 +73,9 @@ def adaptive_weight(
 
     Both gradients for the decoder's last layer: with this weight the critic moves it about as much
     as the reconstruction does (Esser et al. 2021, eq. 7).
+
+    >>> float(adaptive_weight({"w": jnp.ones(2)}, {"w": 2 * jnp.ones(2)}))
+    0.5
     """
 
     def norm(tree: Any) -> Array:

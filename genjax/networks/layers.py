@@ -264,6 +264,9 @@ def fourier_features(
     """[cos(2 pi f t), sin(2 pi f t)] at num / 2 frequencies f, equally spaced in the logarithm.
 
     For t of order 1: a time in [0, 1], or EDM's log(sigma) / 4. Float32 whatever the type of t.
+
+    >>> fourier_features(jnp.array([0.0, 0.5]), 8).shape
+    (2, 8)
     """
     _even(num)
     steps = jnp.linspace(math.log(min_frequency), math.log(max_frequency), num // 2)

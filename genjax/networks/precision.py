@@ -25,6 +25,12 @@ def computing_in(dtype: Any) -> AbstractContextManager[None]:
         def loss(params, key, batch):
             with computing_in(jnp.bfloat16):
                 return loss_fn(params, key, batch)
+
+    >>> import flax.linen as nn
+    >>> with computing_in(jnp.bfloat16):
+    ...     y = nn.Dense(2).init_with_output(jax.random.key(0), jnp.ones((1, 3)))[0]
+    >>> y.shape
+    (1, 2)
     """
 
     def cast(to: Any, tree: Any) -> Any:

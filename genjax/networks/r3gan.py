@@ -37,6 +37,9 @@ def grouped_convolve(
 
     Output channel o reads the group o // (channels / groups), where `inputs` = channels / groups
     and both sides have as many channels. On CPU a product of matrices for each group.
+
+    >>> grouped_convolve(jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 2, 4))).shape
+    (2, 8, 8, 4)
     """
     channels, inputs = x.shape[-1], kernel.shape[2]
     if channels % inputs or kernel.shape[3] != channels:
@@ -78,6 +81,9 @@ def resample(x: Float[Array, "batch height width channels"], factor: int) -> Arr
 
     Up: each new pixel is 3/4 of the nearer old one and 1/4 of the farther along either axis (the
     filter with gain 4). Down: its mean around each pair. Zeros beyond the border, as StyleGAN2.
+
+    >>> resample(jnp.ones((2, 8, 8, 3)), 2).shape
+    (2, 16, 16, 3)
     """
     checks.one_of("factor", factor, (2, -2))
     for axis in (1, 2):

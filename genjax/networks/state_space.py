@@ -33,8 +33,8 @@ def state_space_groups(params: Params) -> Params:
     For `optax.multi_transform`: the slow ones are trained at 1e-3 at most and without weight decay,
     which would pull rates and steps to 1.
 
-    >>> optax.multi_transform({"slow": optax.adam(1e-3), "rest": optax.adamw(3e-3)},
-    ...                       state_space_groups)
+    >>> rates = {"slow": optax.adam(1e-3), "rest": optax.adamw(3e-3)}
+    >>> optimizer = optax.multi_transform(rates, state_space_groups)
     """
 
     def group(path: Any, _: Any) -> str:

@@ -44,6 +44,10 @@ def modulated_convolve(
     Computed as one shared convolution between a scaled input and a scaled output, which is the same
     number (Karras et al. 2020, eqs. 1 to 3 and section 2.2). The norm is taken after the style and
     in float32 at least, of styles divided by their largest: it loses nothing in narrow types.
+
+    >>> x, kernel, style = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5)), jnp.ones((2, 3))
+    >>> modulated_convolve(x, kernel, style).shape
+    (2, 8, 8, 5)
     """
     checks.rank("x", x, 4)
     checks.shape("style", style, (x.shape[0], x.shape[-1]))
@@ -70,6 +74,9 @@ def minibatch_stddev(
     and stands at every pixel (Karras et al. 2018, section 3). It couples the examples of a batch:
     a per-example gradient penalty is then of the sum of the scores. Raises ValueError where groups
     do not divide the batch, or features the channels.
+
+    >>> minibatch_stddev(jnp.ones((4, 8, 8, 3)), group=4).shape
+    (4, 8, 8, 4)
     """
     checks.rank("x", x, 4)
     batch, height, width, channels = x.shape

@@ -26,6 +26,10 @@ def zoh(
     """A_bar = exp(dt A), B_bar = (exp(dt A) - 1) / A B of a diagonal A; dt B where A is 0.
 
     dt: [*channels], above 0. Raises ValueError for Re A > 0 and steps that are not above 0.
+
+    >>> a_bar, b_bar = zoh(jnp.array([-1.0 + 0j]), jnp.ones(1), 0.5)
+    >>> a_bar.real.round(4), b_bar.real.round(4)
+    (Array([0.6065], dtype=float32), Array([0.3935], dtype=float32))
     """
     eigenvalues, dt, b = _checks.fit(eigenvalues, dt, b=b)
     return _zoh(eigenvalues, dt[..., None], b)
@@ -49,6 +53,10 @@ def bilinear(
     """A_bar = (1 + dt A / 2) / (1 - dt A / 2), B_bar = dt B / (1 - dt A / 2) of a diagonal A.
 
     dt: [*channels], above 0. Raises as `zoh`.
+
+    >>> a_bar, b_bar = bilinear(jnp.array([-1.0 + 0j]), jnp.ones(1), 0.5)
+    >>> a_bar.real.round(4)
+    Array([0.6], dtype=float32)
     """
     eigenvalues, dt, b = _checks.fit(eigenvalues, dt, b=b)
     half = dt[..., None] * eigenvalues / 2

@@ -59,7 +59,8 @@ def dplr(num_states: int, dtype: Any = jnp.complex64) -> DPLR:
     num_states is even and at least 2: of an odd number one eigenvalue has no partner.
 
     >>> start = dplr(64)
-    >>> kernel = dplr_kernel(*start[:3], c, 0.01, 1024)
+    >>> dplr_kernel(*start[:3], jnp.ones(64) @ start.basis, 0.01, 1024).shape
+    (1024,)
     """
     _even(num_states)
     a, b = _legs(num_states)
@@ -73,7 +74,11 @@ def dplr(num_states: int, dtype: Any = jnp.complex64) -> DPLR:
 
 
 def s4d_lin(num_states: int, dtype: Any = jnp.complex64) -> Complex[Array, " pairs"]:
-    """S4D-Lin, -1/2 + i pi n for n < N / 2 (Gu et al. 2022, arXiv:2206.11893, equation (9))."""
+    """S4D-Lin, -1/2 + i pi n for n < N / 2 (Gu et al. 2022, arXiv:2206.11893, equation (9)).
+
+    >>> s4d_lin(4)
+    Array([-0.5+0.j       , -0.5+3.1416j], dtype=complex64)
+    """
     return _diagonal(num_states, lambda n: -0.5 + 1j * np.pi * n, dtype)
 
 
@@ -81,6 +86,9 @@ def s4d_inv(num_states: int, dtype: Any = jnp.complex64) -> Complex[Array, " pai
     """S4D-Inv, -1/2 + i (N / pi)(N / (2n + 1) - 1) for n < N / 2, N all states, not pairs.
 
     The spectrum of HiPPO-LegS for large N (Gu et al. 2022, arXiv:2206.11893, equation (8)).
+
+    >>> s4d_inv(4).shape
+    (2,)
     """
     scale = num_states / np.pi
     return _diagonal(
@@ -89,7 +97,11 @@ def s4d_inv(num_states: int, dtype: Any = jnp.complex64) -> Complex[Array, " pai
 
 
 def s4d_real(num_states: int, dtype: Any = jnp.complex64) -> Complex[Array, " pairs"]:
-    """S4D-Real, -(n + 1) for n < N / 2 (Gu et al. 2022, arXiv:2206.11893), as complex numbers."""
+    """S4D-Real, -(n + 1) for n < N / 2 (Gu et al. 2022, arXiv:2206.11893), as complex numbers.
+
+    >>> s4d_real(4)
+    Array([-1.+0.j, -2.+0.j], dtype=complex64)
+    """
     return _diagonal(num_states, lambda n: -(n + 1.0) + 0j, dtype)
 
 

@@ -59,7 +59,8 @@ def s4d_kernel(
     Raises for real eigenvalues, Re A > 0, steps that are not above 0, shapes that do not fit, and
     lengths over `FLOAT32_LENGTH` in complex64.
 
-    >>> kernel = s4d_kernel(s4d_lin(64), jnp.ones(32), c, 0.01, 1024)
+    >>> s4d_kernel(s4d_lin(64), jnp.ones(32), jnp.ones(32), 0.01, 1024).shape
+    (1024,)
     """
     a, dt, b, c = _checks.fit(eigenvalues, dt, b=b, c=c)
     _check_length(length, a)
@@ -117,7 +118,8 @@ def dplr_kernel(
     c is C itself. Raises as `s4d_kernel` does.
 
     >>> start = dplr(64)
-    >>> kernel = dplr_kernel(*start[:3], C @ start.basis, 0.01, 1024)
+    >>> dplr_kernel(*start[:3], jnp.ones(64) @ start.basis, 0.01, 1024).shape
+    (1024,)
     """
     a, dt, p, b, c = _checks.fit(eigenvalues, dt, p=p, b=b, c=c)
     _check_length(length, a)
@@ -177,6 +179,10 @@ def causal_convolution(
 
     Computed in float32 at least, returned in the type of u. Raises ValueError unless u is [batch,
     length, channels] with a length of at least 1, and kernel [channels, taps].
+
+    >>> u = jnp.array([[[1.0], [0.0], [0.0]]])
+    >>> causal_convolution(u, jnp.array([[1.0, 0.5, 0.25]]))[0, :, 0].round(4)
+    Array([1.  , 0.5 , 0.25], dtype=float32)
     """
     length = _checks.length("u", u)
     checks.rank("u", u, 3)
@@ -207,6 +213,11 @@ def s4d_convolution(
     costs as much again, and nothing under jit where it is not used. With `where` the steps are
     scanned: a masked position leaves the state as it is, which no convolution does, and its output
     is 0. Raises as `s4d_kernel`, and ValueError by name for a mask or h0 of another shape.
+
+    >>> u, c = jnp.ones((2, 16, 3)), jnp.ones((3, 4))
+    >>> y, state = s4d_convolution(u, s4d_lin(8), jnp.ones(4), c, jnp.full(3, 0.1))
+    >>> y.shape, state.shape
+    ((2, 16, 3), (2, 3, 4))
     """
     a, dt, b, c = _model(u, h0, where, eigenvalues, dt, b=b, c=c)
     length = u.shape[1]
@@ -247,6 +258,12 @@ def dplr_convolution(
     """S4 on whole sequences, (y, last state): what `dplr_step` gives one by one.
 
     Options, masks and errors as for `s4d_convolution`.
+
+    >>> start = dplr(8)
+    >>> c = jnp.ones((3, 8)) @ start.basis
+    >>> y, state = dplr_convolution(jnp.ones((2, 16, 3)), *start[:3], c, jnp.full(3, 0.1))
+    >>> y.shape
+    (2, 16, 3)
     """
     a, dt, p, b, c = _model(u, h0, where, eigenvalues, dt, p=p, b=b, c=c)
     length = u.shape[1]
@@ -317,6 +334,10 @@ def short_convolution(
     Positions that `where` masks do not exist: the others see each other as if they stood side by
     side, and the tail that is returned holds the last inputs that are not masked. Returns
     (y, tail), y 0 where masked. Raises ValueError by name for shapes that do not fit.
+
+    >>> y, tail = short_convolution(jnp.ones((1, 5, 2)), jnp.ones((3, 2)))
+    >>> y[0, :, 0]
+    Array([1., 2., 3., 3., 3.], dtype=float32)
     """
     length = _checks.length("x", x)
     checks.shape("weight", weight, (None, x.shape[2]))

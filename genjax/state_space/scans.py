@@ -43,6 +43,11 @@ def linear_scan(
     method: "sequential" or "associative", by (a, b).(a', b') = (a a', a' b + b'); by default the
     first on CPU and the second elsewhere. A masked position repeats the state before it. Raises
     ValueError by name for shapes that do not fit.
+
+    >>> a, b = jnp.full((1, 4, 1), 0.5), jnp.ones((1, 4, 1))
+    >>> h, last = linear_scan(a, b)
+    >>> h[0, :, 0]
+    Array([1.   , 1.5  , 1.75 , 1.875], dtype=float32)
     """
     _checks.length("a", a)
     checks.same_shape(a=a, b=b)
@@ -111,7 +116,10 @@ def selective_scan(
     the type of u. Gu & Dao 2023 (arXiv:2312.00752), Algorithm 2. Raises ValueError by name for
     shapes that do not fit, A above 0, steps below 0.
 
-    >>> y, h = selective_scan(u, jax.nn.softplus(v), -jnp.exp(log_a), B, C, D, z)
+    >>> u, dt, A = jnp.ones((2, 16, 3)), jnp.full((2, 16, 3), 0.1), -jnp.ones((3, 4))
+    >>> y, h = selective_scan(u, dt, A, jnp.ones((2, 16, 4)), jnp.ones((2, 16, 4)))
+    >>> y.shape, h.shape
+    ((2, 16, 3), (2, 3, 4))
     """
     _check_selective(u, dt, A, B, C, D, z)
     _checks.state(h0, (len(u), *A.shape))
@@ -197,7 +205,10 @@ def ssd(
     underflow. Returns (y, last state), y in the type of x. Dao & Gu 2024 (arXiv:2405.21060),
     Listing 1. Raises ValueError by name for shapes that do not fit, A above 0, steps below 0.
 
-    >>> y, h = ssd(x, jax.nn.softplus(v), -jnp.exp(log_a), B, C, chunk=64)
+    >>> x, dt, B = jnp.ones((2, 16, 3, 5)), jnp.full((2, 16, 3), 0.1), jnp.ones((2, 16, 1, 4))
+    >>> y, h = ssd(x, dt, -jnp.ones(3), B, B, chunk=8)
+    >>> y.shape, h.shape
+    ((2, 16, 3, 5), (2, 3, 5, 4))
     """
     batch, length, heads, dim = x.shape
     groups, states = _check_ssd(x, dt, A, B, C, D)

@@ -40,6 +40,12 @@ def s4d_step(
 
     Parameters as for `s4d_kernel`; d: [*channels] or None. Returns (y, state). Raises as
     `s4d_kernel` does, and ValueError for a state of another shape.
+
+    >>> state = jnp.zeros((2, 3, 4), jnp.complex64)
+    >>> options = s4d_lin(8), jnp.ones(4), jnp.ones((3, 4)), jnp.full(3, 0.1)
+    >>> y, state = s4d_step(state, jnp.ones((2, 3)), *options)
+    >>> y.shape
+    (2, 3)
     """
     a, dt, b, c = _checks.fit(eigenvalues, dt, b=b, c=c)
     _fits(state, u, a)
@@ -64,6 +70,12 @@ def dplr_step(
     A = diag(eigenvalues) - p p^*; the inverse by Woodbury's identity. c is C itself, not the
     C (I - A_bar^L) that some implementations train. Returns (y, state); d as for `s4d_step`. Gu,
     Goel, Re 2022 (arXiv:2111.00396), section 2.3.
+
+    >>> start, state = dplr(8), jnp.zeros((2, 3, 4), jnp.complex64)
+    >>> c = jnp.ones((3, 8)) @ start.basis
+    >>> y, state = dplr_step(state, jnp.ones((2, 3)), *start[:3], c, jnp.full(3, 0.1))
+    >>> y.shape
+    (2, 3)
     """
     a, dt, p, b, c = (x[None] for x in _checks.fit(eigenvalues, dt, p=p, b=b, c=c))
     _fits(state, u, a[0])
@@ -94,7 +106,13 @@ def selective_step(
     *,
     discretisation: str = "delta",
 ) -> tuple[Float[Array, "batch channels"], Float[Array, "batch channels states"]]:
-    """One position of Mamba's `selective_scan`, whose docstring has the formula: (y, state)."""
+    """One position of Mamba's `selective_scan`, whose docstring has the formula: (y, state).
+
+    >>> u, dt, A, B = jnp.ones((2, 3)), jnp.ones((2, 3)), -jnp.ones((3, 4)), jnp.ones((2, 4))
+    >>> y, state = selective_step(jnp.zeros((2, 3, 4)), u, dt, A, B, B)
+    >>> y.round(3)[0]
+    Array([4., 4., 4.], dtype=float32)
+    """
     _checks.decays(A, dt)
     checks.one_of("discretisation", discretisation, ("delta", "zoh"))
     checks.shape("state", state, (len(u), *np.shape(A)))
@@ -117,7 +135,13 @@ def ssd_step(
     *,
     D: Float[Array, " heads"] | None = None,
 ) -> tuple[Float[Array, "batch heads dim"], Float[Array, "batch heads dim states"]]:
-    """One position of Mamba-2's `ssd`, whose docstring has the formula: (y, state)."""
+    """One position of Mamba-2's `ssd`, whose docstring has the formula: (y, state).
+
+    >>> x, dt, A, B = jnp.ones((2, 3, 5)), jnp.ones((2, 3)), -jnp.ones(3), jnp.ones((2, 1, 4))
+    >>> y, state = ssd_step(jnp.zeros((2, 3, 5, 4)), x, dt, A, B, B)
+    >>> y.shape
+    (2, 3, 5)
+    """
     _checks.decays(A, dt)
     heads, groups = x.shape[1], B.shape[1]
     checks.shape("state", state, (*x.shape, B.shape[-1]))
@@ -140,6 +164,10 @@ def conv_step(
     """One position of `short_convolution`; tail: the taps - 1 inputs before x. Returns (y, tail).
 
     The last tap is that of the present position.
+
+    >>> y, tail = conv_step(jnp.ones((1, 2, 3)), jnp.ones((1, 3)), jnp.ones((3, 3)))
+    >>> y
+    Array([[3., 3., 3.]], dtype=float32)
     """
     checks.shape("tail", tail, (len(x), len(weight) - 1, x.shape[1]))
     seen = jnp.concatenate([tail, x[:, None].astype(tail.dtype)], axis=1)
@@ -165,7 +193,10 @@ def recur(
     inputs: a pytree of [batch, length, ...]. At positions that `where` masks the state stays as it
     is, and the output is 0. Returns (outputs [batch, length, ...], the last state).
 
-    >>> y, h = recur(lambda h, u: s4d_step(h, u, eigenvalues, b, c, dt), h0, u)
+    >>> step = lambda h, u: (h + u, h + u)
+    >>> y, h = recur(step, jnp.zeros(1), jnp.array([[1.0, 2.0, 3.0]]))
+    >>> y, h
+    (Array([[1., 3., 6.]], dtype=float32), Array([6.], dtype=float32))
     """
     if where is not None:
         _checks.mask(where, np.shape(jax.tree.leaves(inputs)[0])[:2])

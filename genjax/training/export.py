@@ -23,6 +23,12 @@ def export_npz(path: str | os.PathLike, params: Any) -> None:
     What numpy cannot name is widened exactly: bfloat16 to float32, int4 to int8. The file appears
     whole or not at all. Raises ValueError where two leaves would have one name, and TypeError by
     name for a leaf that is not of numbers.
+
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/params.npz"
+    >>> export_npz(path, {"layer": {"w": jnp.ones(2)}})
+    >>> load_npz(path)["layer"]["w"].shape
+    (2,)
     """
     arrays: dict[str, np.ndarray] = {}
     for key_path, x in jax.tree_util.tree_leaves_with_path(params):
@@ -49,6 +55,12 @@ def load_npz(path: str | os.PathLike, like: Any = None) -> Any:
     Values are cast to the types of `like` within their kind (bool, signed, unsigned, floating,
     complex), where floats may be rounded. No pickle is read. Raises ValueError naming what is
     missing, of another shape or kind than in `like`, or too large for its type.
+
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/params.npz"
+    >>> export_npz(path, {"layer": {"w": jnp.ones(2)}})
+    >>> load_npz(path)["layer"]["w"].shape
+    (2,)
     """
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:

@@ -95,6 +95,14 @@ def fit(
     later is saved. An error in `batches`, `evaluate` or `on_metrics` is raised after the state is
     saved. SIGTERM and SIGINT save the state and raise Stopped (exit status 143, 130); a second acts
     as usual.
+
+    >>> import tempfile
+    >>> loss = lambda params, key, batch: ((params - batch) ** 2, {})
+    >>> step = lambda state, batch: train_step(loss, optax.sgd(0.5), state, batch)
+    >>> state = init_state(jnp.zeros(()), optax.sgd(0.5), jax.random.key(0))
+    >>> options = dict(num_steps=3, folder=tempfile.mkdtemp(), progress=False)
+    >>> float(fit(state, step, lambda n: jnp.full(4, 2.0), **options).params)
+    2.0
     """
     with checks.extra("train", "fit"):
         from genjax.training.progress import Progress

@@ -25,7 +25,11 @@ log = logging.getLogger("genjax")
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
-    """Make a 1-D mesh with the axis "data" over the first `devices` devices (all by default)."""
+    """Make a 1-D mesh with the axis "data" over the first `devices` devices (all by default).
+
+    >>> data_mesh(1).axis_names
+    ('data',)
+    """
     found = jax.devices()
     count = len(found) if devices is None else devices
     if not 1 <= count <= len(found):
@@ -69,6 +73,9 @@ def shard_batch(mesh: Mesh, batch: Batch, *, axis: int = 0) -> Batch:
 
     With several processes each passes its own share: the global batch is their shares in the
     order of the processes. Raises ValueError where the parts would be unequal.
+
+    >>> shard_batch(data_mesh(1), {"x": jnp.ones((4, 2))})["x"].shape
+    (4, 2)
     """
     local = mesh.devices.size // jax.process_count()
     check_batch(batch, local, axis)
@@ -120,6 +127,10 @@ def init_sharded(mesh: Mesh, make: Callable[..., Any], *given: Any) -> Any:
         state = init_sharded(mesh, lambda key: init_state(net.init(key, x), optimizer, key), key)
 
     What no axis divides is whole on every device, and said once in the log.
+
+    >>> make = lambda key: init_state({"w": jnp.ones(8)}, optax.sgd(0.1), key)
+    >>> int(init_sharded(data_mesh(1), make, jax.random.key(0)).step)
+    0
     """
     shapes = jax.eval_shape(make, *given)
     places = shards_of(mesh, shapes)

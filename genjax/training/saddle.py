@@ -89,7 +89,13 @@ def init_saddle_state(
     ema_decays: Sequence[float] = (),
     carry: Any = None,
 ) -> SaddleState:
-    """Build the state at step 0; raises as `init_state` does. All arrays are copied."""
+    """Build the state at step 0; raises as `init_state` does. All arrays are copied.
+
+    >>> key, optimizer = jax.random.key(0), optax.sgd(0.1)
+    >>> state = init_saddle_state(jnp.ones(2), jnp.ones(3), optimizer, optimizer, key)
+    >>> int(state.step)
+    0
+    """
     check_player("critic_optimizer", critic_optimizer, critic_params)
     check_player("generator_optimizer", generator_optimizer, generator_params)
     check_arrays("carry", carry)
@@ -147,6 +153,14 @@ def saddle_step(
     Metrics are scalars: "critic/..." (means over its updates) and "generator/...", each with
     loss, its terms and grad_norm; and finite. Raises ValueError by name for a bad n_critic or
     batch.
+
+    >>> loss = lambda critic, generator, key, batch: (critic * generator * batch, {})
+    >>> opposite = lambda *given: (-loss(*given)[0], {})
+    >>> key, sgd, one = jax.random.key(0), optax.sgd(0.1), jnp.ones(())
+    >>> state = init_saddle_state(one, one, sgd, sgd, key)
+    >>> state, metrics = saddle_step(opposite, loss, sgd, sgd, state, jnp.ones((1, 4)))
+    >>> round(float(state.critic.params), 3), round(float(state.generator.params), 3)
+    (1.1, 0.89)
     """
     checks.integer("n_critic", n_critic, 1)
     checks.integer("accumulate", accumulate, 1)
@@ -222,6 +236,14 @@ def make_saddle_step(
 
     options: those of `saddle_step`, but for axis_name. sharding: as there. With steps_per_call > 1
     the leaves of the batch are [steps, n_critic, batch, ...].
+
+    >>> loss = lambda critic, generator, key, batch: (critic * generator * batch, {})
+    >>> opposite = lambda *given: (-loss(*given)[0], {})
+    >>> key, sgd, one = jax.random.key(0), optax.sgd(0.1), jnp.ones(())
+    >>> step = make_saddle_step(opposite, loss, sgd, sgd, mesh=data_mesh(1))
+    >>> state = init_saddle_state(one, one, sgd, sgd, key)
+    >>> int(step(state, jnp.ones((1, 4)))[0].step)
+    1
     """
     checks.integer("n_critic", options.get("n_critic", 1), 1)
     players = (critic_loss, generator_loss, critic_optimizer, generator_optimizer)
@@ -230,7 +252,13 @@ def make_saddle_step(
 
 
 def critic_batches(batches: Callable[[int], Batch], n_critic: int) -> Callable[[int], Batch]:
-    """Make of the batch of a step n_critic batches, stacked: those of n_critic steps of data."""
+    """Make of the batch of a step n_critic batches, stacked: those of n_critic steps of data.
+
+    >>> critic_batches(lambda n: jnp.full(2, n), 3)(1)
+    array([[3, 3],
+           [4, 4],
+           [5, 5]], dtype=int32)
+    """
     checks.integer("n_critic", n_critic, 1)
 
     def stacked(step: int) -> Batch:
@@ -252,6 +280,13 @@ def train_scan(
     step(state, batch) is a pure train step (a `functools.partial` of `train_step` or
     `saddle_step`), sample(key) -> batch draws the data of one step; for `saddle_step` its leaves
     begin with n_critic. Returns the last state and the metrics stacked [num_steps].
+
+    >>> loss = lambda params, key, batch: ((params - batch) ** 2, {})
+    >>> step = lambda state, batch: train_step(loss, optax.sgd(0.5), state, batch)
+    >>> state = init_state(jnp.zeros(()), optax.sgd(0.5), jax.random.key(0))
+    >>> state, metrics = train_scan(step, state, lambda key: jnp.full(4, 2.0), num_steps=3)
+    >>> float(state.params)
+    2.0
     """
     checks.integer("num_steps", num_steps, 1)
 

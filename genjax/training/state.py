@@ -59,6 +59,10 @@ def init_state(
     the caller's own parameters outlive a compiled step that donates its state. Raises ValueError
     for a decay outside [0, 1), parameters without an array, and TypeError for an optimiser
     without `init` and `update`, and for leaves that are not arrays.
+
+    >>> state = init_state({"w": jnp.ones(2)}, optax.sgd(0.1), jax.random.key(0))
+    >>> int(state.step)
+    0
     """
     check_player("optimizer", optimizer, params)
     check_arrays("carry", carry)

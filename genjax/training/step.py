@@ -51,6 +51,12 @@ def train_step(
 
     Metrics are scalars: loss, the mean of each aux term, grad_norm (before the optimiser, so
     before its clipping) and finite (whether all of them are).
+
+    >>> loss = lambda params, key, batch: ((params - batch) ** 2, {})
+    >>> state = init_state(jnp.zeros(()), optax.sgd(0.5), jax.random.key(0))
+    >>> state, metrics = train_step(loss, optax.sgd(0.5), state, jnp.array([1.0, 3.0]))
+    >>> float(state.params)
+    2.0
     """
     checks.integer("accumulate", accumulate, 1)
     parallel.check_batch(batch, 1, accumulate=accumulate)
@@ -103,6 +109,14 @@ def make_train_step(
     state. Put the first state there by `init_sharded`. On CPU keep steps_per_call and accumulate at
     1 for convolutional networks: XLA takes several times as long for the gradient of a convolution
     inside a loop.
+
+    >>> loss = lambda params, key, batch: ((params - batch) ** 2, {})
+    >>> optimizer = optax.sgd(0.5)
+    >>> step = make_train_step(loss, optimizer, mesh=data_mesh(1))
+    >>> state = init_state(jnp.zeros(()), optimizer, jax.random.key(0))
+    >>> state, metrics = step(state, jnp.array([1.0, 3.0]))
+    >>> float(metrics["loss"])
+    5.0
     """
     return compile_step(
         train_step,

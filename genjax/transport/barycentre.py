@@ -60,6 +60,11 @@ def barycentre(
     `tolerance`, an L1 marginal error, or after `max_iterations`. Derivatives are those of the
     optimum, by the implicit function theorem, whose linear system is iterated as the solve is.
     Raises ValueError or TypeError for shapes, weights or options that do not fit.
+
+    >>> cost = squared_euclidean(*2 * [jnp.linspace(0, 1, 5)[:, None]])
+    >>> result = barycentre(cost, jnp.eye(5)[jnp.array([0, 4])], epsilon=0.02)
+    >>> int(result.measure.argmax())
+    2
     """
     checks.rank("cost", cost, 2)
     checks.rank("measures", measures, 2)

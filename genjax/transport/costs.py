@@ -12,7 +12,11 @@ from genjax.numerics import HIGHEST, at_least_float32, safe_norm, safe_sqrt, squ
 
 
 def squared_euclidean(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """|x_i - y_j|^2, never negative. Raises ValueError where the shapes are not [n, d], [m, d]."""
+    """|x_i - y_j|^2, never negative. Raises ValueError where the shapes are not [n, d], [m, d].
+
+    >>> squared_euclidean(jnp.zeros((1, 2)), jnp.array([[3.0, 4.0]]))
+    Array([[25.]], dtype=float32)
+    """
     return squared_distances(x, y)
 
 
@@ -21,6 +25,9 @@ def euclidean(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n
 
     Above eight dimensions the distance comes from a matrix product: distances below about 3e-4 of
     the clouds' scale are rounding in float32. Raises ValueError where shapes do not fit.
+
+    >>> euclidean(jnp.zeros((1, 2)), jnp.array([[3.0, 4.0]]))
+    Array([[5.]], dtype=float32)
     """
     return safe_sqrt(squared_distances(x, y))
 
@@ -29,6 +36,9 @@ def cosine(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"
     """1 - <x_i, y_j> / (|x_i| |y_j|), in [0, 2]; a zero vector is at distance 1 from all.
 
     The cost of OT-GAN (Salimans et al. 2018). Raises ValueError where shapes do not fit.
+
+    >>> cosine(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0], [3.0, 0.0]]))
+    Array([[1., 0.]], dtype=float32)
     """
     checks.rank("x", x, 2)
     checks.rank("y", y, 2)

@@ -33,6 +33,12 @@ def potential_functions(
 
         f, g = potential_functions(sinkhorn(x, y, epsilon=0.1), x, y)
         f(new)
+
+    >>> x = jnp.array([[0.0], [1.0]])
+    >>> f, g = potential_functions(sinkhorn(x, x + 3, epsilon=0.01), x, x + 3)
+    >>> (x - jax.vmap(jax.grad(lambda z: f(z[None])[0]))(x) / 2).round(2)
+    Array([[3.],
+           [4.]], dtype=float32)
     """
     f_at, g_at = _extension(result, y, cost_fn), _extension(result, x, cost_fn, exchanged=True)
     return lambda z: f_at(z)[0], lambda z: g_at(z)[0]
@@ -52,6 +58,12 @@ def barycentric_map(
     ValueError where y is not that of the result.
 
         transported = barycentric_map(sinkhorn(x, y, epsilon=0.1), y)(x)
+
+    >>> x = jnp.array([[0.0], [1.0]])
+    >>> push = barycentric_map(sinkhorn(x, x + 3, epsilon=0.01), x + 3)
+    >>> push(x).round(2)
+    Array([[3.],
+           [4.]], dtype=float32)
     """
     extended = _extension(result, y, cost_fn)
     flat = at_least_float32(y).reshape(len(y), -1)

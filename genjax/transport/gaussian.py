@@ -145,6 +145,10 @@ def gaussian_wasserstein(
     |m0 - m1|^2 + tr(A + B - 2 (A^{1/2} B A^{1/2})^{1/2}) (Dowson and Landau 1982), never negative,
     0 for equal arguments. Covariances may be singular; first derivatives are finite there too,
     second ones also where eigenvalues repeat. Raises ValueError where shapes do not fit.
+
+    >>> mean, eye = jnp.zeros(2), jnp.eye(2)
+    >>> round(float(gaussian_wasserstein(mean, eye, mean + 1, 4 * eye)), 3)
+    4.0
     """
     mean0, cov0, mean1, cov1 = _prepare(mean0, cov0, mean1, cov1)
     zero = jnp.zeros((), cov0.dtype)
@@ -163,6 +167,10 @@ def gaussian_entropic_ot(
 
     min_P E_P |x - y|^2 + epsilon KL(P | N0 x N1) (Janati, Muzellec, Peyre and Cuturi 2020, theorem
     1, with epsilon = 2 sigma^2). Raises ValueError where shapes do not fit or epsilon <= 0.
+
+    >>> mean, eye = jnp.zeros(2), jnp.eye(2)
+    >>> gaussian_entropic_ot(mean, eye, mean + 1, 4 * eye, epsilon=0.1).shape
+    ()
     """
     checks.rank("epsilon", epsilon, 0)
     checks.positive("epsilon", epsilon)

@@ -52,6 +52,9 @@ def transport_1d(
     is not optimal.
 
         transport_1d(x, y, p=1).value
+
+    >>> float(transport_1d(jnp.array([0.0, 1.0]), jnp.array([3.0, 2.0])).value)
+    4.0
     """
     for name, z in (("x", x), ("y", y)):
         checks.rank(name, z, 1)

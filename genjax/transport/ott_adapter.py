@@ -20,6 +20,11 @@ def sinkhorn_from_ott(
     A squared Euclidean point cloud keeps its points; any other geometry gives its cost matrix. The
     options are those of `sinkhorn`. Potentials differ from ott's by the weights: ott's f is
     f + epsilon log a, its g is g + epsilon log b. Raises TypeError for anything else.
+
+    >>> from ott.geometry.pointcloud import PointCloud
+    >>> x = jax.random.normal(jax.random.key(0), (16, 2))
+    >>> bool(sinkhorn_from_ott(PointCloud(x, x + 1, epsilon=0.1)).converged)
+    True
     """
     with checks.extra("ott", "sinkhorn_from_ott"):
         from ott.geometry import costs as ott_costs

@@ -165,6 +165,11 @@ def sinkhorn(
     <a, gradient> = 0. Non-finite points give converged False and a NaN value. Narrow dtypes are
     computed in float32. Raises ValueError or TypeError for shapes, weights or options that do not
     fit and for epsilon <= 0.
+
+    >>> x, y = jax.random.normal(jax.random.key(0), (2, 64, 2))
+    >>> result = sinkhorn(x, y + 1, epsilon=0.1)
+    >>> bool(result.converged), result.plan().shape
+    (True, (64, 64))
     """
     method = make_method(gradient, init, chunk_size, **limits)
     return solve_clouds(x, y, cost_fn, method, epsilon=epsilon, a=a, b=b, init=init)
@@ -188,6 +193,11 @@ def sinkhorn_from_cost(
     An infinite entry forbids its pair: the plan and the gradient are 0 there. Where no plan is
     left value, cost and marginal_error are infinite; ValueError is raised, if the cost is concrete,
     where all of a row or a column that has weight is infinite.
+
+    >>> result = sinkhorn_from_cost(jnp.array([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.01)
+    >>> result.plan().round(3)
+    Array([[0.5, 0. ],
+           [0. , 0.5]], dtype=float32)
     """
     checks.rank("cost", cost, 2)
     checks.not_empty("cost", cost)

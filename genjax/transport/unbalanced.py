@@ -117,6 +117,11 @@ def unbalanced_sinkhorn(
     done only where they are asked for). Narrow dtypes are computed in float32. Raises ValueError
     or TypeError for shapes, weights or options that do not fit, and for masses that differ where
     both marginals are imposed.
+
+    >>> x, y = jnp.array([[0.0], [1.0]]), jnp.array([[0.0], [9.0]])
+    >>> result = unbalanced_sinkhorn(x, y, epsilon=0.1, marginal_penalty=1.0)
+    >>> bool(result.plan().sum() < 1)
+    True
     """
     p = _problem(x, y, cost_fn, epsilon, _pair(marginal_penalty), a, b)
     checks.positive("tolerance", tolerance)
@@ -144,6 +149,11 @@ def unbalanced_divergence(
     the costs |x - y|^p, p <= 2, at any tolerance; the gradient for equal measures is 0 to a
     thousandth of it. The cost must be symmetric, and gives the unit. Raises as
     `unbalanced_sinkhorn` does.
+
+    >>> x = jax.random.normal(jax.random.key(0), (32, 2))
+    >>> result = unbalanced_divergence(x, x + 1, epsilon=0.1, marginal_penalty=1.0)
+    >>> bool(result.value > 0)
+    True
     """
     checks.rank("marginal_penalty", marginal_penalty, 0)
     checks.positive("tolerance", tolerance)

@@ -40,6 +40,10 @@ def aggregated_log_prob(
     The best prior that there is for these posteriors: Hoffman and Johnson, "ELBO surgery", 2016;
     Tomczak and Welling 2018, eq. (7). mean, log_var: of all N examples. Raises ValueError as
     `mixture_log_prob` does.
+
+    >>> mean, log_var = jnp.array([[-1.0], [1.0]]), jnp.zeros((2, 1))
+    >>> aggregated_log_prob(jnp.zeros((1, 1)), mean, log_var).round(3)
+    Array([-1.419], dtype=float32)
     """
     return mixture_log_prob(z, mean, log_var, block=block)
 
@@ -62,6 +66,11 @@ def kl_decomposition(
     sample may be negative; their means estimate the three divergences. prior: its log-density, by
     default that of N(0, I); where it does not factorise, what its own dimensions share is in the
     last term. Raises ValueError where shapes differ and for concrete values that are not finite.
+
+    >>> mean = jax.random.normal(jax.random.key(0), (64, 2))
+    >>> terms = kl_decomposition(mean, mean, jnp.zeros((64, 2)))
+    >>> terms.total_correlation.shape
+    (64,)
     """
     checks.rank("z", z, 2)
     checks.same_shape(z=z, mean=mean, log_var=log_var)
@@ -89,6 +98,10 @@ def active_units(mean: Float[Array, "examples *latent"], threshold: float = 0.01
     The variance over the examples is that of the posterior means, divided by their number: Burda,
     Grosse and Salakhutdinov, "Importance Weighted Autoencoders", 2016, section 5.1.2. Raises
     ValueError for a negative threshold, means that are not finite, and no examples.
+
+    >>> mean = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
+    >>> int(active_units(mean))
+    1
     """
     checks.min_rank("mean", mean, 1)
     checks.not_empty("mean", mean)

@@ -34,6 +34,10 @@ def gumbel_softmax(
     The divergence of the relaxed sample's law is by `concrete_log_prob`: with the formula of
     categories (`categorical_kl`) the objective is no bound. Raises ValueError for a temperature
     that is not positive and finite.
+
+    >>> y = gumbel_softmax(jax.random.key(0), jnp.zeros((3, 4)), temperature=0.5, hard=True)
+    >>> y.sum(-1)
+    Array([1., 1., 1.], dtype=float32)
     """
     checks.min_rank("logits", logits, 1)
     checks.floating("logits", logits)
@@ -65,6 +69,10 @@ def concrete_log_prob(
     with pi = softmax(logits) and t the temperature: Maddison, Mnih and Teh 2017, eq. (10). Entries
     of y below the smallest normal number, where the density has no limit, count as that number.
     Raises ValueError where shapes differ and for a temperature that is not positive and finite.
+
+    >>> y = gumbel_softmax(jax.random.key(0), jnp.zeros((3, 4)), temperature=0.5)
+    >>> concrete_log_prob(y, jnp.zeros((3, 4)), temperature=0.5).shape
+    (3,)
     """
     checks.min_rank("y", y, 2)
     checks.same_shape(y=y, logits=logits)
@@ -88,6 +96,9 @@ def categorical_kl(
     broadcasts to the logits; by default r is uniform: log K - H(p), between 0 and log K for each
     element of the event (Jang, Gu and Poole 2017). Raises ValueError where the prior does not
     broadcast.
+
+    >>> categorical_kl(jnp.array([[0.0, 0.0], [90.0, 0.0]]))
+    Array([0.       , 0.6931], dtype=float32)
     """
     checks.min_rank("logits", logits, 2)
     logits = at_least_float32(logits)
@@ -120,6 +131,11 @@ def score_function(
     Its value says nothing. A baseline near the mean reward lowers the variance: a running average,
     or the mean of the other samples of the same example. log_prob in nats. Where the reward itself
     has parameters, add it to the surrogate. Raises ValueError where shapes differ.
+
+    >>> logits, choice = jnp.zeros(3), jnp.array([0, 2])
+    >>> log_prob = jax.nn.log_softmax(logits)[choice]
+    >>> score_function(log_prob, reward=jnp.array([1.0, 0.0]), baseline=0.5).shape
+    (2,)
     """
     checks.rank("log_prob", log_prob, 1)
     checks.same_shape(log_prob=log_prob, reward=reward)

@@ -49,6 +49,12 @@ def elbo(
 
     Raises ValueError for num_samples < 1, beta < 0, an unknown divergence, an exact one of a given
     prior, concrete data with NaN, and wrong shapes from a callable.
+
+    >>> encode = lambda x: (x[:, :2], jnp.zeros((len(x), 2)))
+    >>> log_likelihood = lambda x, z: gaussian_log_likelihood(x, jnp.tile(z, 2))
+    >>> losses, aux = elbo(encode, log_likelihood, jax.random.key(0), jnp.ones((8, 4)))
+    >>> losses.shape, sorted(aux)
+    ((8,), ['kl', 'reconstruction'])
     """
     checks.at_least("beta", beta, 0)
     if divergence is None:
@@ -95,6 +101,13 @@ def iwae(
     log q(z_k|x) - log p(z_k)), and `effective_samples` = 1 / sum_k v_k^2, between 1 and K. A weight
     on the divergence would give no bound: there is no beta. Raises ValueError as `elbo` does, and
     for an unknown estimator.
+
+    >>> encode = lambda x: (x[:, :2], jnp.zeros((len(x), 2)))
+    >>> log_likelihood = lambda x, z: gaussian_log_likelihood(x, jnp.tile(z, 2))
+    >>> x, key = jnp.ones((8, 4)), jax.random.key(0)
+    >>> losses, aux = iwae(encode, log_likelihood, key, x, num_samples=5, estimator="dreg")
+    >>> losses.shape, sorted(aux)
+    ((8,), ['effective_samples', 'kl', 'reconstruction'])
     """
     checks.one_of("estimator", estimator, ESTIMATORS)
     mean, log_var = _posterior(encode, x, num_samples)

@@ -23,6 +23,9 @@ def gaussian_kl(
     Welling, "Auto-Encoding Variational Bayes", 2014, appendix B. The log enters with a minus.
 
     Raises ValueError where the shapes differ.
+
+    >>> gaussian_kl(mean=jnp.array([[1.0, 0.0]]), log_var=jnp.zeros((1, 2)))
+    Array([0.5], dtype=float32)
     """
     checks.same_shape(mean=mean, log_var=log_var)
     mean, log_var = at_least_float32(mean), at_least_float32(log_var)
@@ -40,6 +43,10 @@ def gaussian_kl_between(
     1/2 sum [ log(s1^2 / s0^2) - 1 + (m1 - m0)^2 / s1^2 + s0^2 / s1^2 ], summed over the event.
 
     Raises ValueError where the shapes differ.
+
+    >>> m, v = jnp.zeros((1, 2)), jnp.zeros((1, 2))
+    >>> gaussian_kl_between(m, v, m + 1, v)
+    Array([1.], dtype=float32)
     """
     checks.same_shape(mean0=mean0, log_var0=log_var0, mean1=mean1, log_var1=log_var1)
     mean0, log_var0 = at_least_float32(mean0), at_least_float32(log_var0)
@@ -56,6 +63,9 @@ def gaussian_sample(
     """Draw z = mean + exp(log_var / 2) * noise, differentiable in both parameters.
 
     The noise is drawn in float32 at least. Raises ValueError where the shapes differ.
+
+    >>> gaussian_sample(jax.random.key(0), jnp.zeros((4, 2)), jnp.zeros((4, 2))).shape
+    (4, 2)
     """
     checks.same_shape(mean=mean, log_var=log_var)
     mean, log_var = at_least_float32(mean), at_least_float32(log_var)

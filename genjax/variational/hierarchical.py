@@ -80,6 +80,13 @@ def hierarchical_elbo(
 
     Raises ValueError for levels that do not fit each other, a prior on top, as many features as
     there are no levels for, beta or free_nats below 0, and concrete data with NaN.
+
+    >>> top = Level(None, lambda h, feature: (feature, 0 * feature), lambda h, z: z)
+    >>> bottom_up = lambda x: [x[:, :2]]
+    >>> log_likelihood = lambda x, h: gaussian_log_likelihood(x, jnp.tile(h, 2))
+    >>> key, x = jax.random.key(0), jnp.ones((8, 4))
+    >>> hierarchical_elbo(bottom_up, [top], log_likelihood, key, x)[0].shape
+    (8,)
     """
     checks.at_least("beta", beta, 0)
     features = _features(bottom_up, levels, x)
@@ -111,6 +118,13 @@ def hierarchical_iwae(
     aux: `reconstruction` [batch], `kl` [batch, levels], means over the samples, and
     `effective_samples` = 1 / sum_k v_k^2 for the normalised weights v. Raises ValueError as
     `hierarchical_elbo` does, and for num_samples < 1.
+
+    >>> top = Level(None, lambda h, feature: (feature, 0 * feature), lambda h, z: z)
+    >>> bottom_up = lambda x: [x[:, :2]]
+    >>> log_likelihood = lambda x, h: gaussian_log_likelihood(x, jnp.tile(h, 2))
+    >>> key, x = jax.random.key(0), jnp.ones((8, 4))
+    >>> hierarchical_iwae(bottom_up, [top], log_likelihood, key, x, num_samples=5)[0].shape
+    (8,)
     """
     checks.integer("num_samples", num_samples, 1)
     features = _features(bottom_up, levels, x)
@@ -137,6 +151,12 @@ def hierarchical_latents(
     """Draw z_l ~ q(z_l|h_l, x) from the top down; returns one array for each level.
 
     Raises ValueError as `hierarchical_elbo` does.
+
+    >>> top = Level(None, lambda h, feature: (feature, 0 * feature), lambda h, z: z)
+    >>> bottom_up = lambda x: [x[:, :2]]
+    >>> z, = hierarchical_latents(bottom_up, [top], jax.random.key(0), jnp.ones((8, 4)))
+    >>> z.shape
+    (8, 2)
     """
     return _descend(levels, _features(bottom_up, levels, x), key, len(x)).latents
 
@@ -155,6 +175,11 @@ def hierarchical_sample(
     given and not drawn, such as a data point's own of `hierarchical_latents`. Row i depends on
     (key, i) alone. Raises ValueError for a temperature that is not positive and finite, more
     latents than levels, or latents of another shape.
+
+    >>> top = Level(None, lambda h, feature: (feature, 0 * feature), lambda h, z: z)
+    >>> h, latents = hierarchical_sample(jax.random.key(0), [top], (5, 2))
+    >>> h.shape
+    (5, 2)
     """
     checks.positive("temperature", temperature)
     _check_levels(levels)
@@ -184,6 +209,9 @@ def free_nats_kl(
     Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016: a level
     whose mean over the whole batch (over axis_name too) lies below gets no gradient, so that it is
     not driven to the prior early. With 0 nothing changes. Raises ValueError below 0.
+
+    >>> free_nats_kl(jnp.array([[0.1, 2.0], [0.3, 4.0]]), 1.0).shape
+    (2, 2)
     """
     checks.rank("kl", kl, 2)
     checks.at_least("free_nats", free_nats, 0)
@@ -201,6 +229,9 @@ def kl_balance(
     Vahdat and Kautz, "NVAE", 2020, section 3.2: what a level holds already is made dearer, so that
     all of them come into use. No gradient flows through the weights; outside warm-up they make no
     bound. sizes: numbers in a latent of each level. Raises ValueError where they do not fit.
+
+    >>> kl_balance(jnp.array([[1.0, 3.0], [1.0, 5.0]]), sizes=(1, 4)).shape
+    (2,)
     """
     checks.rank("kl", kl, 2)
     checks.shape("sizes", sizes, (kl.shape[1],))

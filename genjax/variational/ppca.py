@@ -35,6 +35,10 @@ def ppca_fit(x: Float[Array, "batch dim"], num_components: int, *, ddof: int = 0
 
     Raises ValueError unless 1 <= num_components < dim, for data with NaN, and where the data have
     no variance left for the noise.
+
+    >>> x = jax.random.normal(jax.random.key(0), (100, 5))
+    >>> ppca_fit(x, 2).weights.shape
+    (5, 2)
     """
     checks.rank("x", x, 2)
     checks.floating("x", x)
@@ -67,6 +71,11 @@ def ppca_posterior(
 
     p(z|x) = N(M^{-1} W^T (x - mu), s^2 M^{-1}),  M = W^T W + s^2 I: Tipping and Bishop 1999.
     Raises ValueError where x does not have the model's dimension.
+
+    >>> x = jax.random.normal(jax.random.key(0), (100, 5))
+    >>> mean, covariance = ppca_posterior(ppca_fit(x, 2), x)
+    >>> mean.shape, covariance.shape
+    ((100, 2), (2, 2))
     """
     residual, factor = _centre(model, x)
     mean = _posterior_mean(model, residual, factor)
@@ -81,6 +90,10 @@ def ppca_log_likelihood(model: PPCA, x: Float[Array, "batch dim"]) -> Float[Arra
     log |C| = (dim - latent) log s^2 + log |M|, and r^T C^{-1} r = |r - W m|^2 / s^2 + |m|^2 with
     r = x - mu and m the posterior mean, a sum of squares, so that nothing cancels.
     Raises ValueError where x does not have the model's dimension.
+
+    >>> x = jax.random.normal(jax.random.key(0), (100, 5))
+    >>> ppca_log_likelihood(ppca_fit(x, 2), x).shape
+    (100,)
     """
     residual, factor = _centre(model, x)
     dim, latent = model.weights.shape

@@ -36,6 +36,10 @@ def mixture_log_prob(
     So many components as `block` are evaluated at once, and again in the backward pass: the memory
     is [batch, block, latent] for any K. Raises ValueError where shapes do not fit, and for concrete
     means that are not finite.
+
+    >>> means, log_vars = jnp.array([[-1.0], [1.0]]), jnp.zeros((2, 1))
+    >>> mixture_log_prob(jnp.zeros((1, 1)), means, log_vars).round(3)
+    Array([-1.419], dtype=float32)
     """
     checks.min_rank("z", z, 1)
     checks.min_rank("means", means, 1)
@@ -87,6 +91,10 @@ def mixture_sample(
     """Draw from the mixture of `mixture_log_prob`: a component k, then m_k + s_k noise.
 
     Row i depends on (key, i) alone. Raises ValueError where shapes do not fit.
+
+    >>> means, log_vars = jnp.array([[-1.0], [1.0]]), jnp.zeros((2, 1))
+    >>> mixture_sample(jax.random.key(0), means, log_vars, 5).shape
+    (5, 1)
     """
     checks.integer("num", num, 1)
     checks.min_rank("means", means, 1)
@@ -120,6 +128,11 @@ def vamp_log_prob(
     gradient reaches the encoder through q(z|x) and through every q(z|u_k): nothing is stopped. Keep
     the u_k in the range of the data (clip, or a hard tanh), where the encoder has been trained. The
     encoder is called once. Raises ValueError as `mixture_log_prob` does.
+
+    >>> encode = lambda x: (x[:, :2], jnp.zeros((len(x), 2)))
+    >>> pseudo_inputs = jax.random.normal(jax.random.key(0), (10, 4))
+    >>> vamp_log_prob(encode, pseudo_inputs, jnp.zeros((3, 2))).shape
+    (3,)
     """
     checks.min_rank("pseudo_inputs", pseudo_inputs, 1)
     checks.not_empty("pseudo_inputs", pseudo_inputs)

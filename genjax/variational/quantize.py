@@ -63,6 +63,10 @@ def vector_quantise(
 
     A latent with NaN has values of NaN and the last index, and leaves no trace in `ema_update`.
     Raises ValueError for a codebook of other width and concrete latents that are not finite.
+
+    >>> codebook = jnp.array([[0.0, 0.0], [1.0, 1.0]])
+    >>> vector_quantise(jnp.array([[0.9, 0.8]]), codebook).index
+    Array([1], dtype=int32)
     """
     check_latents(z)
     checks.rank("codebook", codebook, 2)
@@ -99,6 +103,10 @@ def residual_quantise(
     reaches the codes of an earlier one. One stage is `vector_quantise`. num_stages: only the first
     so many count, such as a random number for each batch (quantiser dropout); the index has the
     later ones too. Raises ValueError as `vector_quantise` does, and for no codebooks.
+
+    >>> codebooks = [jnp.array([[0.0], [1.0]]), jnp.array([[0.0], [0.25]])]
+    >>> residual_quantise(jnp.array([[1.2]]), codebooks).values
+    Array([[1.25]], dtype=float32)
     """
     if not len(codebooks):
         raise ValueError("codebooks must be at least one, got none")
@@ -129,6 +137,9 @@ def codebook_state(
     Sums start at codebook * count: at 0 the first averages would take the codes to the origin.
     Take the codebook from data (`kmeans`, or latents of a batch). Raises ValueError unless the
     codebook is [codes, dim] and finite where concrete, and count positive.
+
+    >>> codebook_state(jnp.zeros((16, 4))).codebook.shape
+    (16, 4)
     """
     checks.rank("codebook", codebook, 2)
     checks.finite("codebook", codebook)
@@ -144,6 +155,10 @@ def code_totals(
     """How many latents each code stands for, and the sum of those. No gradient flows.
 
     Latents that are not finite count as none. Raises ValueError where the index does not fit.
+
+    >>> counts, sums = code_totals(jnp.ones((3, 2)), jnp.array([0, 1, 1]), 2)
+    >>> counts
+    Array([1., 2.], dtype=float32)
     """
     checks.shape("index", index, z.shape[:-1])
     checks.integer("num_codes", num_codes, 1)
@@ -173,6 +188,11 @@ def ema_update(
     z, index: of the codebook before the update. axis_name: counts and sums are summed over these
     devices before they are averaged, so that n devices do what one does. Raises ValueError where
     shapes do not fit, decay is not in [0, 1) and epsilon not positive.
+
+    >>> state = codebook_state(jnp.zeros((2, 1)))
+    >>> ema_update(state, jnp.ones((3, 1)), jnp.array([0, 1, 1]), decay=0.5).codebook.round(3)
+    Array([[0.5       ],
+           [0.667]], dtype=float32)
     """
     checks.shape("z", z, (*index.shape, state.codebook.shape[1]))
     totals = code_totals(z, index, len(state.codebook))
@@ -192,6 +212,12 @@ def ema_absorb(
     """`ema_update` by the totals of a batch (`code_totals`), such as a train step has carried out.
 
     Raises ValueError as it does.
+
+    >>> state = codebook_state(jnp.zeros((2, 1)))
+    >>> counts, sums = code_totals(jnp.ones((3, 1)), jnp.array([0, 1, 1]), 2)
+    >>> ema_absorb(state, counts, sums, decay=0.5).codebook.round(3)
+    Array([[0.5       ],
+           [0.667]], dtype=float32)
     """
     checks.same_shape(**{"counts": counts, "state.counts": state.counts})
     checks.same_shape(**{"sums": sums, "state.sums": state.sums})
@@ -220,6 +246,10 @@ def reset_dead_codes(
     average would take the code back. Each code gets another latent as long as there are enough;
     latents that are not finite are none, and a batch without any changes nothing. Zeghidour et al.
     2021, section III-C. Raises ValueError for latents of other width and a threshold of 0 or less.
+
+    >>> state = codebook_state(jnp.zeros((4, 2)), count=0.1)
+    >>> reset_dead_codes(jax.random.key(0), state, jnp.ones((8, 2))).codebook.sum(1)
+    Array([2., 2., 2., 2.], dtype=float32)
     """
     dim = state.codebook.shape[1]
     checks.min_rank("z", z, 2)
@@ -247,6 +277,11 @@ def kmeans(
     Each round takes a code to the mean of the latents nearest to it, which never raises the mean of
     min_j |z - e_j|^2; one that has none stays. Raises ValueError for fewer latents than codes and
     concrete ones that are not finite.
+
+    >>> z = jnp.array([[0.0], [0.1], [5.0], [5.1]])
+    >>> jnp.sort(kmeans(jax.random.key(1), z, 2), axis=0).round(2)
+    Array([[0.05     ],
+           [5.05]], dtype=float32)
     """
     check_latents(z)
     checks.integer("num_codes", num_codes, 1)
@@ -270,6 +305,9 @@ def perplexity(index: Int[Array, "..."], num_codes: int) -> Float[Array, ""]:
     Of all the indices given: over an epoch, since a batch holds but some of the codes (van den Oord
     et al. 2017 in common code; the entropy is in nats). Indices outside are left out. Raises
     ValueError for no indices, concrete ones outside [0, num_codes), TypeError unless integers.
+
+    >>> round(float(perplexity(jnp.array([0, 1, 2, 3]), 8)), 3)
+    4.0
     """
     checks.integer("num_codes", num_codes, 1)
     if not jnp.issubdtype(jnp.result_type(index), jnp.integer):

@@ -59,6 +59,9 @@ def finite_scalar_quantise(
     the first level fastest. Raises ValueError for other than one level a feature, levels below 3
     (of two `lookup_free_quantise` makes codes), more codes than an int32 counts, and concrete
     latents that are not finite.
+
+    >>> finite_scalar_quantise(jnp.array([[0.1, -3.0]]), levels=(5, 5)).values
+    Array([[ 0., -1.]], dtype=float32)
     """
     check_latents(z)
     array = _check_levels(levels, z.shape[-1])
@@ -81,7 +84,12 @@ def finite_scalar_quantise(
 def finite_scalar_codes(
     index: Int[Array, "*batch"], levels: Sequence[int]
 ) -> Float[Array, "*batch dim"]:
-    """The values of `finite_scalar_quantise` that have these indices."""
+    """The values of `finite_scalar_quantise` that have these indices.
+
+    >>> finite_scalar_codes(jnp.array([0, 24]), levels=(5, 5))
+    Array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    """
     array = _check_levels(levels, len(levels))
     places = np.cumprod([1, *array[:-1]])
     shape = (1,) * jnp.ndim(index) + (-1,)
@@ -104,6 +112,9 @@ def lookup_free_quantise(
     codes, its mean taken over batch and grid. index: bit i counts 2^i where z_i > 0. Raises
     ValueError for more than 16 bits, concrete latents that are not finite and a temperature that is
     not positive.
+
+    >>> lookup_free_quantise(jnp.array([[0.3, -2.0]])).values
+    Array([[ 1., -1.]], dtype=float32)
     """
     check_latents(z)
     bits = z.shape[-1]
@@ -127,7 +138,11 @@ def lookup_free_quantise(
 
 
 def lookup_free_codes(index: Int[Array, "*batch"], bits: int) -> Float[Array, "*batch bits"]:
-    """The values of `lookup_free_quantise` that have these indices."""
+    """The values of `lookup_free_quantise` that have these indices.
+
+    >>> lookup_free_codes(jnp.array([0, 3]), bits=2).tolist()
+    [[-1.0, -1.0], [1.0, 1.0]]
+    """
     checks.integer("bits", bits, 1)
     places = jnp.arange(bits).reshape((1,) * jnp.ndim(index) + (-1,))
     return 2.0 * ((jnp.asarray(index)[..., None] >> places) & 1) - 1.0

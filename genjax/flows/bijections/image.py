@@ -55,6 +55,11 @@ def actnorm_init(x: Array) -> Params:
 
     A channel that is constant up to rounding keeps its scale. Raises ValueError where a standard
     deviation lies outside (e^-10, e^10); where that is traced, its log-scale is NaN.
+
+    >>> x = jax.random.normal(jax.random.key(0), (64, 3)) * 5
+    >>> y, _ = actnorm().forward(actnorm_init(x), x)
+    >>> y.std(0).round(2)
+    Array([1., 1., 1.], dtype=float32)
     """
     checks.min_rank("x", x, 2)
     checks.not_empty("x", x)
@@ -82,6 +87,11 @@ def actnorm() -> Bijection:
 
     Kingma and Dhariwal (2018), table 1; s = 10 tanh(log_scale / 10), so scales stay within e^10.
     Parameters: {"shift" [c], "log_scale" [c]}, from `actnorm_init`.
+
+    >>> x = jax.random.normal(jax.random.key(0), (64, 3)) + 7
+    >>> y, log_det = actnorm().forward(actnorm_init(x), x)
+    >>> abs(y.mean(0)).round(2)
+    Array([0., 0., 0.], dtype=float32)
     """
 
     def run(params: Params, x: Array, reverse: bool) -> tuple[Array, Array]:
@@ -100,6 +110,10 @@ def plu_init(weight: np.ndarray) -> tuple[tuple[int, ...], Params]:
 
     Raises ValueError where W is not square or is singular, and where a pivot of its LU factors
     lies outside (e^-10, e^10), the scales that `plu` can hold.
+
+    >>> order, params = plu_init(random_rotation(0, 3))
+    >>> sorted(order)
+    [0, 1, 2]
     """
     weight = np.asarray(weight, dtype=np.float64)
     if weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
@@ -124,6 +138,10 @@ def random_rotation(seed: int, channels: int) -> np.ndarray:
     """Draw an orthogonal matrix [c, c] in numpy (QR of a normal one), as Glow starts from.
 
     Drawn outside of any trace: its factors fix a permutation, which is structure.
+
+    >>> w = random_rotation(0, 3)
+    >>> bool(abs(w @ w.T - jnp.eye(3)).max() < 1e-5)
+    True
     """
     normal = np.random.default_rng(seed).normal(size=(channels, channels))
     return np.linalg.qr(normal)[0]
@@ -136,6 +154,11 @@ def plu(order: Sequence[int] | np.ndarray) -> Bijection:
     row order[i] of L), the signs carry no gradient, s = 10 tanh(log_scale / 10). Parameters:
     {"lower", "upper" [c, c], "log_scale", "sign" [c]}, from `plu_init`; of the two matrices only
     the strict triangles are read.
+
+    >>> order, params = plu_init(random_rotation(0, 3))
+    >>> y, log_det = plu(order).forward(params, jnp.ones((2, 4, 4, 3)))
+    >>> log_det.round(3)
+    Array([0., 0.], dtype=float32)
     """
     index = check_order(order)
     size = index.size
@@ -168,6 +191,9 @@ def squeeze(factor: int = 2) -> Bijection:
     """Trade space for channels: [b, h, w, c] to [b, h / f, w / f, f f c]; volume is kept.
 
     Raises ValueError where the event is no image or a side is not a multiple of the factor.
+
+    >>> squeeze().forward((), jnp.ones((1, 4, 4, 3)))[0].shape
+    (1, 2, 2, 12)
     """
     checks.integer("factor", factor, 2)
 
@@ -198,6 +224,10 @@ def split() -> Bijection:
     """x to (z_list, log_det) with z_list = [left half, right half] of the last axis; no parameters.
 
     Raises ValueError where the last axis is odd.
+
+    >>> (kept, rest), log_det = split().forward((), jnp.ones((2, 4, 4, 6)))
+    >>> kept.shape, rest.shape
+    ((2, 4, 4, 3), (2, 4, 4, 3))
     """
 
     def forward(_: Params, x: Array) -> tuple[list[Array], Array]:

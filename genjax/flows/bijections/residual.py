@@ -26,7 +26,11 @@ def _dot(x: Array, w: Array) -> Array:
 
 
 def planar_init(key: PRNGKey, dim: int, scale: Number = 0.1) -> Params:
-    """Draw planar parameters {"w" [dim], "u" [dim], "b" []}: w normal, u small."""
+    """Draw planar parameters {"w" [dim], "u" [dim], "b" []}: w normal, u small.
+
+    >>> sorted(planar_init(jax.random.key(0), 2))
+    ['b', 'u', 'w']
+    """
     key_w, key_u = jax.random.split(key)
     w = jax.random.normal(key_w, (dim,)) / dim**0.5
     return {"w": w, "u": scale * jax.random.normal(key_u, (dim,)), "b": jnp.zeros(())}
@@ -40,6 +44,11 @@ def planar(*, constrained: bool = True) -> Bijection:
     a + w.u^ tanh(a + b) = w.y, one monotone equation, by bracketed Newton steps. With
     `constrained=False` u^ = u; the map may then fold, and `inverse` raises ValueError.
     Parameters: {"w" [d], "u" [d], "b" []}; events [d].
+
+    >>> params = planar_init(jax.random.key(0), 2)
+    >>> y, log_det = planar().forward(params, jnp.ones((4, 2)))
+    >>> y.shape, log_det.shape
+    ((4, 2), (4,))
     """
 
     def prepare(params: Params, x: Array) -> tuple[Array, Array, Array, Array]:
@@ -103,7 +112,11 @@ def _solve_ridge(target: Array, slope: Array, b: Array) -> Float[Array, " batch"
 
 
 def radial_init(key: PRNGKey, dim: int) -> Params:
-    """Draw radial parameters {"z0" [dim], "alpha" [], "beta" []} that start as the identity."""
+    """Draw radial parameters {"z0" [dim], "alpha" [], "beta" []} that start as the identity.
+
+    >>> sorted(radial_init(jax.random.key(0), 2))
+    ['alpha', 'beta', 'z0']
+    """
     # softplus(beta) = softplus(alpha) makes beta^ zero.
     raw = jnp.full((), 0.5413)
     return {"z0": jax.random.normal(key, (dim,)), "alpha": raw, "beta": raw}
@@ -116,6 +129,11 @@ def radial() -> Bijection:
     (2015), eq. (14); alpha = softplus(params["alpha"]), beta^ = -alpha + softplus(params["beta"])
     (appendix A.2) keep it invertible. The radius solves a quadratic, so the inverse is exact.
     Parameters: {"z0" [d], "alpha" [], "beta" []}; events [d].
+
+    >>> params = radial_init(jax.random.key(0), 2)
+    >>> y, log_det = radial().forward(params, jnp.ones((4, 2)))
+    >>> y.shape, log_det.shape
+    ((4, 2), (4,))
     """
 
     def prepare(params: Params, x: Array) -> tuple[Array, Array, Array, Array]:

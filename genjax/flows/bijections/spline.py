@@ -30,6 +30,12 @@ def affine(bound: Number = 2.0) -> Transformer:
     """y = x exp(s) + t, with the log-scale s = bound tanh(raw / bound).
 
     Dinh et al. (2017), eqs (7)-(8). raw[0] is the log-scale, raw[1] the shift.
+
+    >>> shift_and_scale = affine()
+    >>> flow = elementwise(shift_and_scale)
+    >>> flow.forward(jnp.zeros((shift_and_scale.size, 3)), jnp.ones((2, 3)))[0]
+    Array([[1., 1., 1.],
+           [1., 1., 1.]], dtype=float32)
     """
     checks.positive("bound", bound)
 
@@ -49,6 +55,10 @@ def standardise(bound: Number = 2.0) -> Transformer:
 
     The same maps as `affine`, in the terms of an autoregressive model: mu is the mean of x.
     raw[0] is the log-scale, raw[1] is mu.
+
+    >>> transformer = standardise()
+    >>> transformer.size
+    2
     """
     checks.positive("bound", bound)
 
@@ -130,6 +140,12 @@ def rational_quadratic(
     ends. Raw parameters: `bins` widths, `bins` heights (softmax, at least `min_bin` of the
     interval each), `bins` - 1 inner slopes (softplus, at least `min_slope`). What lies inside the
     interval never leaves it by rounding. Gradients outside are those of the identity, never NaN.
+
+    >>> spline = rational_quadratic()
+    >>> y, log_det = elementwise(spline).forward(jnp.zeros((spline.size, 3)), jnp.ones((2, 3)))
+    >>> y.round(3)
+    Array([[1., 1., 1.],
+           [1., 1., 1.]], dtype=float32)
     """
     checks.integer("bins", bins, 2)
     checks.positive("high - low", high - low)
