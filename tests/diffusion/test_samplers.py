@@ -80,17 +80,19 @@ def test_algorithms_3_and_4_of_the_notes(x64):
 def test_ddpm_and_ddim_on_given_noise(x64):
     data = reference("ddpm_ancestral_trajectory")
     process = gd.discrete(jnp.array(data["inputs"]["beta"]))
+    num = process.num_steps
+    times = jnp.linspace(1.0, 0.0, num + 1)
+    noise = jnp.array(data["inputs"]["noise"])
+    # The reference starts from N(0, I), the sampler from N(0, sigma_T^2 I).
+    noise = noise.at[0].divide(process.sigma(1.0))
+    denoise = gd.mixture_denoiser(pure_mixture(), process=process)
 
     @jax.jit
-    def run(process, noise, times):
-        # The reference starts from N(0, I), the sampler from N(0, sigma_T^2 I).
-        noise = noise.at[0].divide(process.sigma(1.0))
-        denoise = gd.mixture_denoiser(pure_mixture(), process=process)
+    def run(noise):
         steps = (gd.ancestral_step, gd.ddpm_step, partial(gd.ddim_step, eta=1.0))
         return [replay(step, denoise, process, times, noise) for step in steps]
 
-    times = np.linspace(1.0, 0.0, process.num_steps + 1)
-    ancestral, ddpm, ddim = run(process, np.array(data["inputs"]["noise"]), times)
+    ancestral, ddpm, ddim = run(noise)
     small = data["expected"]["trajectory_beta_tilde"]
     np.testing.assert_allclose(ancestral, small, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(ddim, small, rtol=1e-9, atol=1e-12)
@@ -115,14 +117,12 @@ def test_deterministic_samplers_converge_at_their_order(name, spacing, order, fe
     start = np.random.default_rng(1).normal(size=(32, 2))
     expected = flow_of_vp(fixture_mixture(), start, 1.0, 0.02)
     denoise = gd.mixture_denoiser(pure_mixture(), process=process)
-
-    @jax.jit
-    def run(start):
-        grids = [gd.time_grid(process, n, spacing=spacing, to_zero=False) for n in (few, 2 * few)]
-        draw = partial(gd.sample, denoise, jax.random.key(0), (32, 2), x_init=start)
-        return [draw(process=process, times=times, step=STEPS[name]) for times in grids]
-
-    errors = [float(np.sqrt(np.mean((x - expected) ** 2))) for x in run(start)]
+    errors = []
+    for num in (few, 2 * few):
+        times = gd.time_grid(process, num, spacing=spacing, to_zero=False)
+        options = {"process": process, "times": times, "step": STEPS[name]}
+        x = gd.sample(denoise, jax.random.key(0), (32, 2), x_init=jnp.array(start), **options)
+        errors.append(float(np.sqrt(np.mean((x - expected) ** 2))))
     assert errors[1] < 0.05
     np.testing.assert_allclose(np.log2(errors[0] / errors[1]), order, atol=0.3)
 
@@ -132,21 +132,19 @@ def test_adaptive_flow_ends_where_the_flow_does(x64):
     start = np.random.default_rng(1).normal(size=(6, 2))
     end = flow_of_vp(fixture_mixture(), start, 1.0, 0.001)
     denoise = gd.mixture_denoiser(pure_mixture(), process=process)
+    expected = denoise(jnp.array(end), jnp.full(6, 0.001))
     options = {"process": process, "rtol": 1e-8, "atol": 1e-8}
     solve = partial(gd.sample_adaptive, denoise, jax.random.key(0), (6, 2), **options)
-    run = jax.jit(lambda start, end: (solve(x_init=start), denoise(end, jnp.full(6, 0.001))))
-    x, expected = run(start, end)
+    x = jax.jit(lambda start: solve(x_init=start))(jnp.array(start))
     np.testing.assert_allclose(x, expected, atol=1e-5)
 
 
-# Held to closed forms on given noise, or to their order, by the tests above.
-HELD = ["euler_maruyama", "ancestral", "ddpm", "euler", "heun", "dpm_solver", "dpm_solver_3"]
-HELD += ["ddim", "unipc"]
+# The others are variants of these: their laws are slow tests.
+QUICK = ("euler", "heun", "ddim", "euler_maruyama")
+LAWS = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in STEPS]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in HELD else ()) for n in STEPS]
-)
+@pytest.mark.parametrize("name", LAWS)
 def test_laws_of_the_samplers(name):
     """Mean and covariance of the mixture, within Monte Carlo error and the method's own bias."""
     num, oracle = 4096, fixture_mixture()
@@ -156,16 +154,11 @@ def test_laws_of_the_samplers(name):
     spacing = "edm"
     if name == "euler":
         steps, process, spacing = 500, gd.VariancePreserving(t_min=1e-3), "uniform"
+    times = gd.time_grid(process, steps, spacing=spacing)
     mixture = gd.GaussianMixture(*(jnp.float32(v) for v in vars(oracle).values()))
     denoise = gd.mixture_denoiser(mixture, process=process)
-
-    @jax.jit
-    def draw(key):
-        times = gd.time_grid(process, steps, spacing=spacing)
-        options = {"process": process, "times": times, "step": STEPS[name]}
-        return gd.sample(denoise, key, (num, 2), **options)
-
-    x = np.asarray(draw(jax.random.key(3)))
+    draw = partial(gd.sample, denoise, shape=(num, 2), process=process, times=times)
+    x = np.asarray(jax.jit(partial(draw, step=STEPS[name]))(key=jax.random.key(3)))
     error = x.mean(0) - oracle.mean
     scale = np.sqrt(np.diag(oracle.covariance) / num)
     assert np.all(np.abs(error) < 4 * scale), error / scale
@@ -186,14 +179,18 @@ def test_laws_of_the_samplers(name):
 
 def test_the_start_has_the_process_scale(key):
     """Algorithms 3 and 4 start from N(0, sigma_T^2 I): tested on the draw, which samples hide."""
-    processes = (gd.VarianceExploding(0.01, 50.0), gd.EDM(), gd.VariancePreserving())
-
-    @jax.jit
-    def run(key):
-        draw = partial(gd.trajectory, lambda x, t: 0 * x, key, (4000, 2))
-        return [draw(process=p, times=gd.time_grid(p, 1)) for p in processes]
-
-    for x, scale in zip(map(np.asarray, run(key)), (50.0, 80.0, 1.0), strict=True):
+    for process, scale in [
+        (gd.VarianceExploding(0.01, 50.0), 50.0),
+        (gd.EDM(), 80.0),
+        (gd.VariancePreserving(), 1.0),
+    ]:
+        x = gd.trajectory(
+            lambda x, t: 0 * x,
+            key,
+            (4000, 2),
+            process=process,
+            times=gd.time_grid(process, 1),
+        )
         assert x.shape == (2, 4000, 2)
         np.testing.assert_allclose(x[0].std(), scale, rtol=0.03)
         np.testing.assert_array_equal(x[1], 0)
@@ -261,13 +258,8 @@ def categorical_step(tokens, move):
 
 def test_tokens_are_sampled_by_the_same_scan(compiled, key):
     """After N steps the law of a token is a row of the N-th power of the transition matrix."""
-    times, start = np.linspace(1.0, 0.0, 4), np.zeros((4000, 5), np.int32)
-
-    @compiled
-    def run(key):
-        return gd.scan_steps(categorical_step, key, jnp.asarray(start), jnp.float32(times))
-
-    end = run(key)
+    times, start = jnp.linspace(1.0, 0.0, 4), jnp.zeros((4000, 5), jnp.int32)
+    end = compiled(lambda key: gd.scan_steps(categorical_step, key, start, times))(key)
     assert end.dtype == jnp.int32
     law = np.linalg.matrix_power(TRANSITIONS.astype(np.float64), 3)[0]
     error = np.bincount(np.asarray(end).ravel(), minlength=3) / end.size - law
@@ -276,16 +268,12 @@ def test_tokens_are_sampled_by_the_same_scan(compiled, key):
 
 def test_token_i_depends_on_the_key_and_i_alone(key):
     """In a batch of 64 and of 1; in a state of several parts; along the trajectory."""
-    times = np.linspace(1.0, 0.0, 5, dtype=np.float32)
-    start = np.random.default_rng(1).integers(0, 3, (64, 7))
-
-    @jax.jit
-    def run(start, first):
-        return gd.scan_steps(categorical_step, key, start, jnp.asarray(times), first_index=first)
-
-    whole = run(start, 0)
+    times = jnp.linspace(1.0, 0.0, 5)
+    start = jax.random.randint(jax.random.key(1), (64, 7), 0, 3)
+    whole = gd.scan_steps(categorical_step, key, start, times)
     for i in (0, 1, 37):
-        np.testing.assert_array_equal(run(start[i : i + 1], i)[0], whole[i])
+        one = gd.scan_steps(categorical_step, key, start[i : i + 1], times, first_index=i)
+        np.testing.assert_array_equal(one[0], whole[i])
     assert np.unique(np.asarray(whole), axis=0).shape[0] > 50
 
     def step(state, move):
@@ -293,12 +281,8 @@ def test_token_i_depends_on_the_key_and_i_alone(key):
         moved = state["moved"] | (tokens != state["tokens"])
         return {"tokens": tokens, "moved": moved}, state
 
-    @jax.jit
-    def keep(start):
-        parts = {"tokens": start, "moved": jnp.zeros((64, 7), bool)}
-        return gd.scan_steps(step, key, parts, jnp.asarray(times), keep=True)
-
-    states = keep(start)
+    parts = {"tokens": start, "moved": jnp.zeros((64, 7), bool)}
+    states = gd.scan_steps(step, key, parts, times, keep=True)
     np.testing.assert_array_equal(states["tokens"][0], start)
     np.testing.assert_array_equal(states["tokens"][-1], whole)
     moved = np.any(np.diff(np.asarray(states["tokens"]), axis=0) != 0, axis=0)
@@ -307,13 +291,11 @@ def test_token_i_depends_on_the_key_and_i_alone(key):
 
 def test_a_step_is_given_the_second_value_of_the_one_before(key):
     """x' = x + (x before), from 1 and 0: the Fibonacci numbers."""
-
-    def step(x, move):
-        return x + move.denoised_before, x
-
-    run = jax.jit(partial(gd.scan_steps, step, keep=True))
-    states = run(key, np.ones((1, 1), int), np.linspace(1.0, 0.0, 8))
-    np.testing.assert_array_equal(np.ravel(states), [1, 1, 2, 3, 5, 8, 13, 21])
+    times = jnp.linspace(1.0, 0.0, 8)
+    states = gd.scan_steps(
+        lambda x, move: (x + move.denoised_before, x), key, jnp.ones((1, 1), int), times, keep=True
+    )
+    np.testing.assert_array_equal(states[:, 0, 0], [1, 1, 2, 3, 5, 8, 13, 21])
 
 
 def test_a_step_keeps_the_state_as_it_is(key):
@@ -365,15 +347,9 @@ def test_bfloat16_network_samples_without_nan(key):
 def test_the_start_has_the_noise_of_the_first_time(key):
     """With D = x the samples are the start: sigma(times[0]), not sigma(t_max), and stated so."""
     times = jnp.array([0.5, 0.25, 0.0])
-
-    @jax.jit
-    def run(key):
-        options = {"process": gd.EDM(), "times": times, "step": gd.ddim_step}
-        x = gd.sample(lambda x, t: x, key, (4000, 1), **options)
-        return x, gd.initial_noise(key, (4000, 1), process=gd.EDM(), t=0.5)
-
-    x, start = run(key)
+    x = gd.sample(lambda x, t: x, key, (4000, 1), process=gd.EDM(), times=times, step=gd.ddim_step)
     np.testing.assert_allclose(np.std(x), 0.5, rtol=0.05)
+    start = gd.initial_noise(key, (4000, 1), process=gd.EDM(), t=0.5)
     np.testing.assert_allclose(x, start, rtol=1e-5)
 
 
@@ -391,14 +367,14 @@ def test_samples_have_gradients(key):
         )
         return x.sum()
 
-    np.testing.assert_allclose(jax.jit(jax.grad(mean))(0.3), 3.0, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(mean)(0.3), 3.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("process", [gd.Cosine(), gd.RectifiedFlow()])
 def test_grids_are_taken_without_jit(process, key):
     """t_max = 0.999 rounds up in float32: the grid's own start lies in the range."""
     for spacing in ("uniform", "log_snr", "edm"):
-        times = jax.jit(partial(gd.time_grid, process, 3, spacing=spacing))()
+        times = gd.time_grid(process, 3, spacing=spacing)
         x = gd.sample(lambda x, t: 0.5 * x, key, (2, 3), process=process, times=times)
         assert np.isfinite(x).all()
 
@@ -407,7 +383,7 @@ def test_bad_input(unchecked, key):
     process = gd.VariancePreserving()
 
     def run(denoise=lambda x, t: x, shape=(2, 3), step=gd.heun_step, times=None, **options):
-        times = jnp.array([1.0, 0.5, 0.25, 0.0]) if times is None else times
+        times = gd.time_grid(process, 4) if times is None else times
         return gd.sample(denoise, key, shape, process=process, times=times, step=step, **options)
 
     with pytest.raises(ValueError, match="denoiser must keep the shape"):
