@@ -26,11 +26,14 @@ DIRECT_DIMS = 8
 def at_least_float32(x: ArrayLike) -> Float[Array, "..."]:
     """Cast to float32 what is narrower or not floating; float64 stays as it is.
 
+    A Python number takes the type of what it meets, with 64-bit types enabled too.
+
     >>> at_least_float32(jnp.ones(2, jnp.bfloat16)).dtype
     dtype('float32')
     """
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = jnp.asarray(float(x) if type(x) is float or type(x) is int else x)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def sum_event(x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:

@@ -177,12 +177,13 @@ def optimal_policy(
 
     over strings that can be listed; the value has the units of the reward. Where the reference is
     0 the optimum is 0. Rafailov et al. 2023, eq. (4); Korbak et al. 2022. Raises ValueError unless
-    both are [strings] and beta is positive.
+    both are [strings], one at least, and beta is positive.
 
     >>> log_p, value = optimal_policy(jnp.log(jnp.full(4, 0.25)), jnp.arange(4.0), beta=0.5)
     """
     checks.rank("log_ref", log_ref, 1)
     checks.same_shape(log_ref=log_ref, rewards=rewards)
+    checks.not_empty("log_ref", log_ref)
     checks.positive("beta", beta)
     tilted = at_least_float32(log_ref) + at_least_float32(rewards) / beta
     log_total = jax.nn.logsumexp(tilted)

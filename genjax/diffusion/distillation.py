@@ -96,7 +96,7 @@ def progressive_distillation_loss(
     checks.min_rank("x", x, 1)
     x = at_least_float32(x)
     key_time, key_noise = jax.random.split(key)
-    place = jax.random.randint(key_time, x.shape[:1], 1, num_steps + 1)
+    place = jax.random.randint(key_time, x.shape[:1], 1, num_steps + 1).astype(x.dtype)
     t_max = jnp.asarray(process.t_max, x.dtype)
     t, s = place / num_steps * t_max, (place - 1) / num_steps * t_max
     noise = jax.random.normal(key_noise, x.shape, x.dtype)

@@ -170,13 +170,15 @@ def pseudoinverse_guidance(
 
 
 def _conjugate_gradient(system: Operator, target: Array, num_steps: int) -> Array:
-    """Solve system(v) = target for each example; a solved example stays as it is."""
+    """Solve system(v) = target for each example; one solved to rounding stays as it is."""
+    whole = sum_event(jnp.square(target))
+    rounding = jnp.finfo(whole.dtype).eps ** 2 * jax.lax.stop_gradient(whole)
 
     def body(_: Array, state: tuple) -> tuple:
         v, residual, direction, square = state
         image = system(direction)
         curvature = sum_event(direction * image)
-        usable = (curvature > 0) & (square > 0)
+        usable = (curvature > 0) & (square > rounding)
         size = jnp.where(usable, square / jnp.where(usable, curvature, 1.0), 0.0)
         v = v + expand_to(size, v) * direction
         residual = residual - expand_to(size, v) * image
@@ -185,5 +187,5 @@ def _conjugate_gradient(system: Operator, target: Array, num_steps: int) -> Arra
         direction = residual + expand_to(turn, v) * direction
         return v, residual, direction, jnp.where(usable, new, 0.0)
 
-    start = (jnp.zeros_like(target), target, target, sum_event(jnp.square(target)))
+    start = (jnp.zeros_like(target), target, target, whole)
     return jax.lax.fori_loop(0, num_steps, body, start)[0]

@@ -72,9 +72,11 @@ class Process:
     def log_snr(self, t: Time) -> Float[Array, "..."]:
         """log(alpha^2 / sigma^2); at sigma = 0 the largest value the dtype can hold, finite."""
         variance = self.variance(t)
-        return 2 * self.log_alpha(t) - jnp.log(
-            jnp.maximum(variance, float(jnp.finfo(variance.dtype).tiny))
-        )
+        tiny = float(jnp.finfo(variance.dtype).tiny)
+        # Not the log of a maximum, whose second derivative divides by tiny^2.
+        end = variance <= tiny
+        log_variance = jnp.where(end, math.log(tiny), jnp.log(jnp.where(end, 1, variance)))
+        return 2 * self.log_alpha(t) - log_variance
 
     def noise_ratio(self, t: Time) -> Float[Array, "..."]:
         """sigma(t) / alpha(t): the noise level of x_t / alpha(t), and the clock of the samplers."""

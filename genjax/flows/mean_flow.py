@@ -99,7 +99,7 @@ def mean_flow_loss(
     if velocity_fn is not None:
         velocity = _returned("velocity_fn", velocity_fn(x_t, t), x_t)
 
-    t = t.astype(x_t.dtype)
+    t, s = t.astype(x_t.dtype), s.astype(x_t.dtype)
 
     def ahead(r: Array) -> Array:
         """u after a time r along the path, of which the derivative is taken."""

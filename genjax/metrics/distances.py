@@ -216,6 +216,7 @@ def sinkhorn_distance(
     if epsilon is None:
         of_means = jnp.sum((jnp.mean(x, axis=0) - jnp.mean(y, axis=0)) ** 2)
         epsilon = 0.05 * (of_means + jnp.sum(jnp.var(x, axis=0)) + jnp.sum(jnp.var(y, axis=0)))
+        epsilon = jnp.where(epsilon > 0, epsilon, 1)  # all points are one, and so are their costs
     result = divergence(x, y, epsilon=epsilon)
     converged = getattr(result, "converged", True)
     if checks.is_concrete(converged) and not converged:

@@ -133,11 +133,16 @@ def _diagonal_sum(kernel: KernelFn, x: Array) -> Array:
 
 
 def median_distance(x: Array, y: Array) -> Array:
-    """Median Euclidean distance between different points, of at most 1,000 of either sample."""
+    """Median Euclidean distance between points that differ, of at most 1,000 of either sample.
+
+    1 where no points differ: every kernel is then 1 at all pairs, whatever its width.
+    """
     few = [v[:: -(-v.shape[0] // 1000)] for v in (x, y)]
     pooled = jnp.concatenate(few)
     rows, columns = jnp.triu_indices(pooled.shape[0], 1)
-    return jnp.median(safe_sqrt(squared_distances(pooled, pooled)[rows, columns]))
+    squared = squared_distances(pooled, pooled)[rows, columns]
+    median = jnp.nanmedian(jnp.where(squared > 0, safe_sqrt(squared), jnp.nan))
+    return jnp.where(jnp.any(squared > 0), median, 1)
 
 
 def _kernel_sum(kernel: KernelFn, x: Array, y: Array, off_diagonal: bool) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from genjax import checks
-from genjax.numerics import HIGHEST, at_least_float32, safe_norm, safe_sqrt, squared_distances
+from genjax.numerics import at_least_float32, safe_norm, safe_sqrt, squared_distances
 
 
 def squared_euclidean(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
@@ -44,9 +44,11 @@ def cosine(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"
     checks.rank("y", y, 2)
     checks.same_event(x=x, y=y)
 
-    def unit(z: Array) -> Array:
+    def unit(z: Array) -> tuple[Array, Array]:
         z = at_least_float32(z)
         norm = safe_norm(z, axis=1, keepdims=True)
-        return z / jnp.where(norm > 0, norm, 1)
+        return z / jnp.where(norm > 0, norm, 1), norm[:, 0] > 0
 
-    return 1 - jnp.matmul(unit(x), unit(y).T, precision=HIGHEST)
+    # |u - v|^2 / 2 of unit vectors, which loses nothing where 1 - <u, v> cancels.
+    (u, some), (v, others) = unit(x), unit(y)
+    return jnp.where(some[:, None] & others[None], squared_distances(u, v) / 2, 1)

@@ -8,6 +8,7 @@ crosses it. Mass that does is told by the value: with a plan,
 over the pairs that are allowed, and a share s across the bar costs s BAR times the width of that.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ def barred(cost: Array, epsilon: Array) -> tuple[Array, Array, Array]:
     low = jnp.min(fixed)
     some = low < jnp.inf
     top, low = jnp.where(some, top, 0), jnp.where(some, low, 0)
-    entropy = jax.lax.stop_gradient(epsilon) * np.log(min(cost.shape))
+    entropy = jax.lax.stop_gradient(epsilon) * math.log(min(cost.shape))
     width = top - low + entropy + jax.lax.stop_gradient(epsilon)
     count = jnp.maximum(jnp.sum(open_pairs.astype(cost.dtype)), 1)
     spread = jnp.sum(jnp.where(open_pairs, fixed - low, 0)) / count

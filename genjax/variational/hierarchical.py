@@ -228,12 +228,14 @@ def kl_balance(
 
     Vahdat and Kautz, "NVAE", 2020, section 3.2: what a level holds already is made dearer, so that
     all of them come into use. No gradient flows through the weights; outside warm-up they make no
-    bound. sizes: numbers in a latent of each level. Raises ValueError where they do not fit.
+    bound. sizes: numbers in a latent of each level. Raises ValueError where they do not fit
+    and for an empty batch.
 
     >>> kl_balance(jnp.array([[1.0, 3.0], [1.0, 5.0]]), sizes=(1, 4)).shape
     (2,)
     """
     checks.rank("kl", kl, 2)
+    checks.not_empty("kl", kl)
     checks.shape("sizes", sizes, (kl.shape[1],))
     mean = jax.lax.stop_gradient(_batch_mean(kl, axis_name))
     weights = jnp.asarray(sizes, mean.dtype) * mean
