@@ -25,6 +25,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.viewcode",
     "docstrings",
+    "links",
     "mathml",
 ]
 html_theme = "furo"
@@ -43,10 +44,10 @@ intersphinx_mapping = mapping(HERE / "_inventories")
 intersphinx_timeout = 3
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = "auto"
-nb_execution_timeout = 120
-nb_execution_raise_on_error = True
-suppress_warnings = ["mystnb.unknown_mime_type"]
+# Outputs are stored in the notebooks, by docs/outputs.py; only solutions are hidden.
+nb_execution_mode = "off"
+nb_code_prompt_show = "Show the solution"
+nb_code_prompt_hide = "Hide the solution"
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 

@@ -2,6 +2,8 @@
 
 import re
 import unicodedata
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 from docutils import nodes
 from latex2mathml.converter import convert
@@ -36,6 +38,44 @@ def letter(match: re.Match[str]) -> str:
     return match[0]
 
 
+NAMESPACE = "http://www.w3.org/1998/Math/MathML"
+ElementTree.register_namespace("", NAMESPACE)
+BELOW = ("min", "max", "inf", "sup", "argmin", "argmax")
+
+
+def word(element: ElementTree.Element) -> str:
+    """The name of a function, such as log or KL, without its index."""
+    if element.tag.endswith(("msub", "msup", "munder")):
+        return word(element[0])
+    return element.text if len(element.text or "") > 1 and element.text.isalpha() else ""
+
+
+def spaced(found: str, block: bool) -> str:
+    """Thin spaces around names of functions, and in a block the range of a minimum below it."""
+    # The converter leaves a sign of less as it is.
+    root = ElementTree.fromstring(re.sub(r">([<&])</", lambda m: f">{escape(m[1])}</", found))
+    tag = f"{{{NAMESPACE}}}"
+    for parent in root.iter():
+        if block and parent.tag == f"{tag}msub" and word(parent[0]) in BELOW:
+            parent.tag = f"{tag}munder"
+    for parent in root.iter(f"{tag}mrow"):
+        children = list(parent)
+        for i, child in reversed(list(enumerate(children))):
+            if not word(child):
+                continue
+            for inner in (child, *child):
+                if inner.tag == f"{tag}mo":
+                    inner.set("lspace", "0")
+                    inner.set("rspace", "0")
+            after = children[i + 1] if i + 1 < len(children) else None
+            before = children[i - 1] if i else None
+            if after is not None and (after.tag != f"{tag}mo" or after.text in "|∥{⟨"):
+                parent.insert(i + 1, ElementTree.Element(f"{tag}mspace", width="0.167em"))
+            if before is not None and (before.tag != f"{tag}mo" or before.text == ")"):
+                parent.insert(i, ElementTree.Element(f"{tag}mspace", width="0.167em"))
+    return ElementTree.tostring(root, encoding="unicode")
+
+
 def mathml(tex: str, *, block: bool = False) -> str:
     """One `<math>` element; raises ValueError for TeX that cannot be read."""
     if tex.count("{") - tex.count(r"\{") != tex.count("}") - tex.count(r"\}"):
@@ -53,7 +93,7 @@ def mathml(tex: str, *, block: bool = False) -> str:
     if "\\" in found:
         at = found.index("\\")
         raise ValueError(f"unknown command near {found[at : at + 20]!r}")
-    return found
+    return spaced(found, block)
 
 
 def needs_lines(tex: str) -> bool:

@@ -1,7 +1,11 @@
-"""Every notebook runs from top to bottom, in under a minute; its names and options exist."""
+"""Every notebook runs from top to bottom, each cell in under a minute, solutions too.
+
+Its names and options exist, and the outputs that it stores are those of its code.
+"""
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import pathlib
 import typing
@@ -35,6 +39,55 @@ def test_notebook_runs(path):
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
     ).execute()
+
+
+def module_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+OUTPUTS = module_of(pathlib.Path(__file__).parents[1] / "docs" / "outputs.py")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_outputs_are_those_of_the_code(path):
+    """Pictures and text, small, without warnings; made again by docs/outputs.py."""
+    notebook = nbformat.read(path, as_version=4)
+    stale = f"run `python docs/outputs.py notebooks/{path.name}`"
+    assert notebook.metadata.get("outputs_of") == OUTPUTS.digest(notebook), stale
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert any('type="range"' in o.get("data", {}).get("text/html", "") for o in outputs)
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert path.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_exercises_end_the_notebook_with_solutions_that_are_hidden_and_check_themselves(path):
+    cells = nbformat.read(path, as_version=4).cells
+    at = [i for i, cell in enumerate(cells) if cell.source.startswith("## Exercises")]
+    assert len(at) == 1, "no exercises"
+    questions, solutions = cells[at[0] :: 2], cells[at[0] + 1 :: 2]
+    assert len(questions) == len(solutions) >= 2
+    for question, solution in zip(questions, solutions, strict=True):
+        assert (question.cell_type, solution.cell_type) == ("markdown", "code")
+        assert solution.metadata.tags == ["hide-cell"]
+        assert "assert" in solution.source
+
+
+def test_a_slider_has_a_picture_for_each_value():
+    """The first value shown, the others hidden until the control moves."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    pytest.importorskip("IPython")
+    slider = module_of(NOTEBOOKS[0].parent / "slider.py").slider
+    html = slider("k", [1, 2, 5], lambda k: plt.figure(figsize=(k, 1)), start=1).data
+    assert html.count("<img") == 3
+    assert html.count(" hidden>") == 2
+    assert 'max="2" value="1"' in html
+    assert "<output>k = 2</output>" in html
+    assert not plt.get_fignums()
 
 
 def code(path):
