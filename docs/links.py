@@ -45,7 +45,7 @@ def target(text: str, page: str) -> str | None:
     if room:
         return f"genjax.{name}" if room in rooms else None
     here = [r for r in rooms if page.rpartition("/")[2] in PAGES.get(r, ())]
-    if len(here or rooms) == 1 and len(short) > 3:
+    if len(here or rooms) == 1 and (here or len(short) > 3):
         return f"genjax.{(here or rooms)[0]}.{short}"
     return None
 
