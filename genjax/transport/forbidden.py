@@ -21,11 +21,11 @@ from genjax import checks
 BAR = 1e4  # widths above the largest cost that is allowed
 
 
-def barred(cost: Array, epsilon: Array) -> tuple[Array, Array, Array]:
+def barred(cost: Array, epsilon: Array) -> tuple[Array, Array, tuple[Array, Array]]:
     """The cost with a bar for what is infinite.
 
-    And of the pairs that are allowed the largest value of a problem with a plan, and the mean less
-    the least cost.
+    And of the pairs that are allowed the largest value of a problem with a plan, and two sizes: the
+    mean less the least cost, and the mean of |C|.
     """
     open_pairs = cost != jnp.inf
     fixed = jax.lax.stop_gradient(cost)
@@ -37,7 +37,8 @@ def barred(cost: Array, epsilon: Array) -> tuple[Array, Array, Array]:
     width = top - low + entropy + jax.lax.stop_gradient(epsilon)
     count = jnp.maximum(jnp.sum(open_pairs.astype(cost.dtype)), 1)
     spread = jnp.sum(jnp.where(open_pairs, fixed - low, 0)) / count
-    return jnp.where(open_pairs, cost, top + BAR * width), top + entropy + 0.01 * width, spread
+    sizes = spread, jnp.sum(jnp.where(open_pairs, jnp.abs(fixed), 0)) / count
+    return jnp.where(open_pairs, cost, top + BAR * width), top + entropy + 0.01 * width, sizes
 
 
 def refuse_isolated(cost: Any, a: Any, b: Any) -> None:

@@ -47,8 +47,8 @@ class Problem(NamedTuple):
 
     arrays: (cost,), or (x, y, ...) for the method's cost_fn. start: potentials (f, g) to start
     from. guess: potentials that bound the value from below, are returned where they meet the
-    tolerance, and are started from where nothing else is known; or None. spread: that of the pairs
-    that are allowed, where some may be forbidden.
+    tolerance, and are started from where nothing else is known; or None. sizes: mean less least
+    cost, and mean of |C|, of the pairs that are allowed, where some may be forbidden.
     """
 
     arrays: tuple[Array, ...]
@@ -57,7 +57,7 @@ class Problem(NamedTuple):
     epsilon: Array
     start: tuple[Array, Array]
     guess: tuple[Array, Array] | None = None
-    spread: Array | None = None
+    sizes: tuple[Array, Array] | None = None
 
     def blocks(self, method: Method) -> Blocks:
         return blocks.make(self.arrays, method.cost_fn, method.chunk_size)
@@ -97,8 +97,9 @@ def _spread(method: Method, problem: Problem) -> tuple[Array, Array]:
         spread, size = blocks.sums(jnp.ones_like(s), s + t, s + t + between)
         # Differences lose nothing but the last digit of a cost that is small where the plan is.
         return spread, size - spread / 2 if len(s) <= DIRECT_DIMS else size
-    if problem.spread is not None:
-        return problem.spread, jnp.zeros_like(problem.spread)
+    if problem.sizes is not None:
+        spread, size = problem.sizes
+        return spread, 0 * size if method.floor is None else jnp.maximum(size, method.floor)
     sample = arrays[0]
     if cost_fn is not None:
         # A sample of rows stands for the rest: as many as a block has, where the cost was traced

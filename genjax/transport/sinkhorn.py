@@ -99,16 +99,19 @@ class SinkhornResult:
         if self.gradient == "unroll":
             return self.potentials
         arrays, cost_fn = self.geometry, self.cost_fn
-        if cost_fn is not None and cost_fn not in COSTS:
+        known = cost_fn in COSTS
+        if cost_fn is not None and not known:
             cost_fn, closed = jax.closure_convert(cost_fn, *arrays)
             arrays = (*arrays, *closed)
         f, g = self.potentials
         problem = Problem(arrays, self.a, self.b, self.epsilon, (f, g))
 
         def run(problem: Problem, f: Array, g: Array) -> tuple[Array, Array]:
-            if cost_fn is None:
-                problem = problem._replace(arrays=(barred(problem.arrays[0], problem.epsilon)[0],))
-            return derivatives.implicit(Method(cost_fn), problem, f, g)
+            if not known:
+                given = cost_fn(*problem.arrays) if cost_fn else problem.arrays[0]
+                finite = barred(at_least_float32(given), problem.epsilon)[0]
+                problem = problem._replace(arrays=(finite,))
+            return derivatives.implicit(Method(cost_fn if known else None), problem, f, g)
 
         for _ in range(f.ndim - 1):  # results that came out of jax.vmap
             run = jax.vmap(run)
@@ -161,10 +164,11 @@ def sinkhorn(
     the matrix, unless plan() or derivatives of f and g are asked for; cost_fn is then called on
     blocks of one cloud.
 
-    Weights are divided by their sum, so their gradients are the potentials less a constant:
-    <a, gradient> = 0. Non-finite points give converged False and a NaN value. Narrow dtypes are
-    computed in float32. Raises ValueError or TypeError for shapes, weights or options that do not
-    fit and for epsilon <= 0.
+    An infinite cost of a cost_fn of one's own forbids its pair, as in `sinkhorn_from_cost`, but not
+    in blocks (chunk_size). Weights are divided by their sum, so their gradients are the potentials
+    less a constant: <a, gradient> = 0. Non-finite points give converged False and a NaN value.
+    Narrow dtypes are computed in float32. Raises ValueError or TypeError for shapes, weights or
+    options that do not fit and for epsilon <= 0.
 
     >>> x, y = jax.random.normal(jax.random.key(0), (2, 64, 2))
     >>> result = sinkhorn(x, y + 1, epsilon=0.1)
@@ -208,8 +212,8 @@ def sinkhorn_from_cost(
     n, m = cost.shape
     problem = _problem((cost,), (n, m), cost.dtype, epsilon, a, b, init)
     refuse_isolated(cost, a, b)
-    finite, most, spread = barred(cost, problem.epsilon)
-    problem = problem._replace(arrays=(finite,), spread=spread)
+    finite, most, sizes = barred(cost, problem.epsilon)
+    problem = problem._replace(arrays=(finite,), sizes=sizes)
     exchanged = ends_with_columns(method)
     if exchanged:
         problem = _exchange(problem)._replace(arrays=(finite.T,))
@@ -261,12 +265,12 @@ def solve_clouds(
     """`sinkhorn` with its options packed, and the `guess` of a `Problem`."""
     x, y, dtype = checked_clouds(x, y, cost_fn)
     problem = _problem((x, y), (len(x), len(y)), dtype, epsilon, a, b, init)._replace(guess=guess)
-    exchanged, block_cost = ends_with_columns(method), cost_fn
+    exchanged, block_cost, most = ends_with_columns(method), cost_fn, jnp.inf
     if exchanged:
         problem = _exchange(problem)
         if cost_fn not in COSTS:
             block_cost = lambda y, x: cost_fn(x, y).T  # noqa: E731
-    # A cosine is the difference of two numbers near 1, however small it is.
+    # The unit vectors of a cosine are rounded, however small it is.
     method = method._replace(floor=1.0 if cost_fn is cosine else 0.0)
     if method.chunk_size is not None and cost_fn not in COSTS:
         # What the cost closes over (learned parameters) becomes an argument, to differentiate.
@@ -275,9 +279,13 @@ def solve_clouds(
         block_cost, closed = jax.closure_convert(block_cost, some, second)
         problem = problem._replace(arrays=(first, second, *closed))
     elif cost_fn not in COSTS or method.gradient == "unroll":
-        cost = at_least_float32(block_cost(*problem.arrays))
-        problem, block_cost = problem._replace(arrays=(cost,)), None
-    return _solve(method._replace(cost_fn=block_cost), problem, (x, y), cost_fn, exchanged)
+        cost, block_cost = at_least_float32(block_cost(*problem.arrays)), None
+        if cost_fn not in COSTS:
+            refuse_isolated(cost.T if exchanged else cost, a, b)
+            cost, most, sizes = barred(cost, problem.epsilon)
+            problem = problem._replace(sizes=sizes)
+        problem = problem._replace(arrays=(cost,))
+    return _solve(method._replace(cost_fn=block_cost), problem, (x, y), cost_fn, exchanged, most)
 
 
 def checked_clouds(x: Any, y: Any, cost_fn: CostFn) -> tuple[Array, Array, Any]:

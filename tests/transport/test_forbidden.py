@@ -8,7 +8,7 @@ import numpy as np
 import ot
 import pytest
 
-from genjax.transport import sinkhorn_from_cost
+from genjax.transport import sinkhorn, sinkhorn_from_cost, squared_euclidean
 from tests.transport.reference import solve64
 
 EPSILON = 0.05
@@ -113,3 +113,37 @@ def test_no_plan_is_left():
         sinkhorn_from_cost(jnp.asarray(cost), epsilon=0.1)
     with pytest.raises(ValueError, match=r"column 1 is infinite throughout, and 0 more"):
         sinkhorn_from_cost(jnp.ones((3, 2)).at[:, 1].set(jnp.inf), epsilon=0.1)
+
+
+@pytest.mark.parametrize("gradient", ["envelope", "implicit"])
+def test_a_cost_function_forbids_as_a_matrix_does(x64, unchecked, gradient):
+    """Value, plan, and the gradients of both, through the points and what the cost closes over."""
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(9, 2)), rng.normal(size=(8, 2))
+    open_pairs, weights = np.isfinite(problem()), rng.normal(size=(9, 8))
+
+    def cost(scale, x, y):
+        return jnp.where(open_pairs, scale * squared_euclidean(x, y), jnp.inf)
+
+    def total(result):
+        return 3 * result.value + result.cost + jnp.sum(weights * result.plan())
+
+    options = {"epsilon": 0.3, "tolerance": 1e-10, "gradient": gradient}
+
+    def by_points(s, x):
+        return total(sinkhorn(x, y, cost_fn=lambda x, y: cost(s, x, y), **options))
+
+    def by_matrix(s, x):
+        return total(sinkhorn_from_cost(cost(s, x, y), **options))
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(f, (0, 1)))(2.0, x) for f in (by_points, by_matrix)
+    )
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-6), found, expected)
+
+
+def test_a_cost_function_that_leaves_a_point_alone_is_refused(unchecked):
+    x = np.array([[0.0], [9.0]], np.float32)
+    near = lambda x, y: jnp.where(squared_euclidean(x, y) < 1, 0.0, jnp.inf)  # noqa: E731
+    with pytest.raises(ValueError, match="row 1 is infinite"):
+        sinkhorn(x, x[:1], epsilon=0.1, cost_fn=near)
