@@ -8,7 +8,7 @@ HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 # Generated pages: the table from the notes to the code, the gallery, the reference of each room.
-from coverage import table  # noqa: E402
+from coverage import page as page_of_notes  # noqa: E402
 from gallery import cards  # noqa: E402
 from inventories import mapping  # noqa: E402
 from reference import ROOMS, page  # noqa: E402
@@ -56,7 +56,7 @@ copybutton_prompt_is_regexp = True
 for notebook in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
     shutil.copy(notebook, HERE / "tutorials" / notebook.name)
 
-(HERE / "notes_to_code.md").write_text("# From the notes to the code\n\n" + table())
+(HERE / "notes_to_code.md").write_text(page_of_notes())
 (HERE / "gallery.md").write_text(cards())
 (HERE / "reference").mkdir(exist_ok=True)
 for room in ROOMS:

@@ -41,3 +41,16 @@ def table() -> str:
             f"| [{row.notebook}](tutorials/{row.notebook}.ipynb) |"
         )
     return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """The table with what its columns mean."""
+    return f"""# From the notes to the code
+
+The notes are those of a lecture on deep generative models, from the linear latent model to
+alignment. A line for each of its systems: the functions that compute it, the test that holds them
+against a closed form, the experiment that trains it and the tutorial that explains it. Where the
+notes or their slides print another formula than the papers, the page of the family says which one
+is computed and why.
+
+{table()}"""
