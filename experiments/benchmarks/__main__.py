@@ -60,6 +60,7 @@ JOBS: dict[str, Job] = {
     "sinkhorn_compile": Job("sinkhorn", COMPILE, {"n": (256,), "rounds": 2}),
     "vae": Job("vae", {"workloads": ("vae",)}, {"rounds": 3, "steps": 20}),
     "wgan_gp": Job("wgan_gp", {}, {"rounds": 3, "width": 16}),
+    "stylegan": Job("stylegan", {}, {"rounds": 2, "width": 16, "batch_size": 4}),
     "realnvp": Job("flows", {}, {"rounds": 3}),
     "continuous_flow": Job("flow_paths", CNF, {"rounds": 3}),
     "flow_matching": Job("flow_paths", {"workloads": ("fm", "fm_ot")}, {"rounds": 3}),
