@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,19 @@ VP = gd.VariancePreserving()
 def _conversion_case():
     """alpha = 0.8, sigma = 0.6: a variance-preserving process and the time at which it is there."""
     data = reference("parameterisation_conversions")
-    x0, eps = (jnp.array(data["inputs"][k]) for k in ("x0", "eps"))
-    t = jnp.full(3, VP.time_of_log_snr(2 * np.log(0.8 / 0.6)))
+    x0, eps = (np.array(data["inputs"][k]) for k in ("x0", "eps"))
+    # beta_min t + (beta_max - beta_min) t^2 / 2 = -2 log 0.8
+    root = np.sqrt(0.1**2 - 4 * 19.9 * np.log(0.8))
+    t = np.full(3, (root - 0.1) / 19.9)
     expected = data["expected"]
-    kinds = {"x0": x0, "epsilon": eps, "v": jnp.array(expected["v"])}
-    kinds["score"] = jnp.array(expected["score_cond"])
+    kinds = {"x0": x0, "epsilon": eps, "v": np.array(expected["v"])}
+    kinds["score"] = np.array(expected["score_cond"])
     # EDM's residual from its definition, at noise level 0.6 / 0.8.
     s, sd = 0.75, 0.5
     beta = float(0.1 + 19.9 * t[0])
     kinds["velocity"] = -0.5 * beta * 0.8 * x0 + 0.5 * beta * 0.8**2 / 0.6 * eps
     c_skip, c_out = sd**2 / (s**2 + sd**2), s * sd / np.sqrt(s**2 + sd**2)
-    x_t = jnp.array(expected["x_t"])
+    x_t = np.array(expected["x_t"])
     kinds["edm"] = (x0 - c_skip * x_t / 0.8) / c_out
     return x_t, t, kinds
 
@@ -34,20 +37,21 @@ def test_every_pair_of_predictions_converts(x64):
     assert set(kinds) == set(gd.PREDICTIONS)
 
     @jax.jit
-    def table(values):
+    def table(values, x_t, t):
         return {
             (a, b): gd.convert(values[a], x_t, t, source=a, target=b, process=VP)
             for a, b in itertools.product(kinds, kinds)
         }
 
-    for (_, target), value in table(kinds).items():
+    for (_, target), value in table(kinds, x_t, t).items():
         np.testing.assert_allclose(value, kinds[target], rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.slow
 def test_losses_agree_under_every_pair(x64, key):
     """One mean, stated in five ways, has one loss under each weighting."""
-    x = jax.random.normal(key, (16, 2))
+    x, noise = np.random.default_rng(0).normal(size=(2, 16, 2))
+    times = np.linspace(0.05, 1.0, 16)
 
     def predict(kind):
         def network(x_t, t):
@@ -56,11 +60,9 @@ def test_losses_agree_under_every_pair(x64, key):
 
         return network
 
-    times, noise = jnp.linspace(0.05, 1.0, 16), jax.random.normal(jax.random.key(1), x.shape)
-
     @jax.jit
-    def losses():
-        return {
+    def losses(x, times, noise):
+        found = {
             (kind, weighting): gd.denoising_score_matching(
                 predict(kind),
                 key,
@@ -74,39 +76,29 @@ def test_losses_agree_under_every_pair(x64, key):
             for kind in gd.PREDICTIONS
             for weighting in (*gd.PREDICTIONS, "likelihood")
         }
+        weights = {w: gd.loss_weight(w, times, VP) for w in (*gd.PREDICTIONS, "likelihood")}
+        return found, weights, VP.log_snr(times)
 
-    found = losses()
+    found, weights, log_snr = jax.device_get(losses(x, times, noise))
     for (_, weighting), (value, aux) in found.items():
+        np.testing.assert_array_equal(aux["time"], times)
         np.testing.assert_allclose(value, found["x0", weighting][0], rtol=1e-8)
-        weight = gd.loss_weight(weighting, aux["time"], VP)
-        np.testing.assert_allclose(value, weight * aux["x0_error"], rtol=1e-8)
+        np.testing.assert_allclose(value, weights[weighting] * aux["x0_error"], rtol=1e-8)
         assert value.shape == (16,)
     # The definitions: eps error = (alpha / sigma)^2 x0 error, v error = (1 + snr) x0 error.
     value, aux = found["v", "v"]
-    snr = np.exp(VP.log_snr(aux["time"]))
+    snr = np.exp(log_snr)
     np.testing.assert_allclose(value, (1 + snr) * aux["x0_error"], rtol=1e-8)
     value, aux = found["v", "epsilon"]
     np.testing.assert_allclose(value, snr * aux["x0_error"], rtol=1e-8)
 
 
 def test_loss_is_the_closed_form_for_given_noise(compiled, key):
-    x = jnp.array([[1.0, -2.0], [0.5, 0.25]])
-    eps = jnp.array([[0.3, 0.1], [-1.0, 2.0]])
-    t = jnp.array([0.5, 2.0])
-
-    def loss(scale, weighting):
-        return gd.denoising_score_matching(
-            lambda x_t, _: scale * x_t,
-            key,
-            x,
-            process=gd.EDM(),
-            weighting=weighting,
-            times=t,
-            noise=eps,
-        )[0]
-
+    x = np.array([[1.0, -2.0], [0.5, 0.25]], np.float32)
+    eps = np.array([[0.3, 0.1], [-1.0, 2.0]], np.float32)
+    t = np.array([0.5, 2.0], np.float32)
     error = np.sum((x - 0.5 * (x + t[:, None] * eps)) ** 2, axis=1)
-    for weighting, weight in [
+    weightings = [
         ("x0", 1.0),
         ("epsilon", 1 / t**2),
         ("edm", (t**2 + 0.25) / (0.5 * t) ** 2),
@@ -114,28 +106,29 @@ def test_loss_is_the_closed_form_for_given_noise(compiled, key):
         ("min_snr", np.minimum(1 / t**2, 5)),
         (gd.min_snr(gd.EDM(), 1.5), np.minimum(1 / t**2, 1.5)),
         (lambda t: 3 * t, 3 * t),
-    ]:
-        value = compiled(lambda s, w=weighting: loss(s, w))(0.5)
+    ]
+
+    @compiled
+    def losses(scale):
+        loss = [
+            gd.denoising_score_matching(
+                lambda x_t, _: scale * x_t,
+                key,
+                jnp.asarray(x),
+                process=gd.EDM(),
+                weighting=weighting,
+                times=jnp.asarray(t),
+                noise=jnp.asarray(eps),
+            )[0]
+            for weighting, _ in weightings
+        ]
+        return loss[0].sum(), loss
+
+    (_, values), slope = jax.value_and_grad(losses, has_aux=True)(0.5)
+    for value, (_, weight) in zip(values, weightings, strict=True):
         np.testing.assert_allclose(value, weight * error, rtol=1e-5)
-    slope = jax.grad(lambda s: loss(s, "x0").sum())(0.5)
     x_t = x + t[:, None] * eps
     np.testing.assert_allclose(slope, np.sum(-2 * (x - 0.5 * x_t) * x_t), rtol=1e-5)
-
-
-def test_logit_normal_times(key):
-    """log(t / (1 - t)) is normal; for the straight path these are EDM's times."""
-    process = gd.RectifiedFlow(t_min=1e-6, t_max=1 - 1e-6)
-    for spread in (True, False):
-        t = gd.logit_normal_times(process, mean=0.4, std=0.8, spread=spread)(key, 20_000)
-        logit = np.log(t) - np.log1p(-np.asarray(t))
-        atol = 1e-3 if spread else 0.02
-        found = np.quantile(logit, [0.16, 0.5, 0.84])
-        np.testing.assert_allclose(found, 0.4 + 0.8 * np.array([-0.9945, 0, 0.9945]), atol=atol)
-        edm = gd.edm_times(process, mean=0.4, std=0.8, spread=spread)(key, 20_000)
-        np.testing.assert_allclose(t, edm, rtol=2e-5)
-    narrow = gd.logit_normal_times(gd.RectifiedFlow(t_min=0.3, t_max=0.6), std=5.0)(key, 100)
-    assert narrow.min() >= np.float32(0.3)
-    assert narrow.max() <= np.float32(0.6)
 
 
 def test_dsm_identities(x64):
@@ -146,11 +139,15 @@ def test_dsm_identities(x64):
     weights = weights / weights.sum()
     x, eps = (g.ravel()[:, None] for g in np.meshgrid(std * nodes, nodes, indexing="ij"))
     mass = np.outer(weights, weights).ravel()
-    t = jnp.full(x.shape[0], sigma)
+    law = gd.GaussianMixture(
+        *(jnp.asarray(a) for a in (np.ones(1), np.zeros((1, 1)), np.full((1, 1, 1), std**2)))
+    )
 
     @jax.jit
     def losses(c, x, eps):
-        return [
+        t = jnp.full(x.shape[0], sigma)
+        exact = gd.mixture_denoiser(law, process=gd.EDM())(jnp.ones((1, 1)), t[:1])[0, 0]
+        return exact, [
             gd.denoising_score_matching(
                 lambda x_t, _: c * x_t,
                 jax.random.key(0),
@@ -164,14 +161,9 @@ def test_dsm_identities(x64):
         ]
 
     for i, c in enumerate(data["inputs"]["c_values"]):
-        denoise, dsm = losses(c, jnp.array(x), jnp.array(eps))
+        optimum, (denoise, dsm) = losses(c, x, eps)
         np.testing.assert_allclose(mass @ denoise, data["expected"]["denoiser_loss"][i], rtol=1e-11)
         np.testing.assert_allclose(mass @ dsm, data["expected"]["dsm_loss"][i], rtol=1e-11)
-    exact = gd.mixture_denoiser(
-        gd.GaussianMixture(jnp.ones(1), jnp.zeros((1, 1)), jnp.full((1, 1, 1), std**2)),
-        process=gd.EDM(),
-    )
-    optimum = exact(jnp.ones((1, 1)), t[:1])[0, 0]
     np.testing.assert_allclose(optimum, data["expected"]["optimal_c"], rtol=1e-11)
 
 
@@ -180,10 +172,10 @@ def test_simple_loss_has_the_exact_noise_as_optimum(key):
     mixture = Mixture([0.4, 0.6], [[-1.0], [0.5]], [[[0.04]], [[0.25]]])
     pure = gd.GaussianMixture(*(jnp.float32(v) for v in vars(mixture).values()))
     exact = gd.mixture_denoiser(pure, process=VP)
-    keys = jax.random.split(key, 3)
-    which = jax.random.bernoulli(keys[0], 0.6, (60_000,)).astype(int)
-    std = jnp.sqrt(pure.covariances[which, 0])
-    x = pure.means[which] + std * jax.random.normal(keys[1], (60_000, 1))
+    rng = np.random.default_rng(0)
+    which = rng.choice(2, size=60_000, p=[0.4, 0.6])
+    std = np.sqrt(mixture.covariances[which, 0])
+    x = np.float32(mixture.means[which] + std * rng.normal(size=(60_000, 1)))
 
     def predict(disturb):
         def epsilon(x_t, t):
@@ -193,94 +185,76 @@ def test_simple_loss_has_the_exact_noise_as_optimum(key):
         return epsilon
 
     @jax.jit
+    @jax.value_and_grad
     def mean_loss(disturb):
         loss, _ = gd.denoising_score_matching(
-            predict(disturb), keys[2], x, process=VP, prediction="epsilon"
+            predict(disturb), key, jnp.asarray(x), process=VP, prediction="epsilon"
         )
         return loss.mean()
 
-    value, slope = jax.value_and_grad(mean_loss)(0.0)
+    value, slope = mean_loss(0.0)
     assert abs(slope) < 0.01
-    assert mean_loss(0.2) > value + 0.01
-    assert mean_loss(-0.2) > value + 0.01
+    assert mean_loss(0.2)[0] > value + 0.01
+    assert mean_loss(-0.2)[0] > value + 0.01
 
 
 def test_edm_preconditioning(x64):
     data = reference("edm_preconditioning")
-    sigma, expected = jnp.array(data["inputs"]["sigma"]), data["expected"]
-    seen = {}
+    sigma, expected = np.array(data["inputs"]["sigma"]), data["expected"]
 
-    def network(x, c_noise):
-        seen["x"], seen["c_noise"] = x, c_noise
-        return jnp.full_like(x, 3.0)
+    @jax.jit
+    def run(x, sigma):
+        seen = {}
 
-    x = jnp.full((7, 1), 2.0)
-    denoised = gd.denoiser(network, process=gd.EDM(), prediction="edm")(x, sigma)
+        def network(x, c_noise):
+            seen["x"], seen["c_noise"] = x, c_noise
+            return jnp.full_like(x, 3.0)
+
+        denoised = gd.denoiser(network, process=gd.EDM(), prediction="edm")(x, sigma)
+        with jax.numpy_rank_promotion("allow"):
+            times = gd.edm_times(gd.EDM(), spread=False)(jax.random.key(1), 40_000)
+        return denoised, seen, gd.loss_weight("edm", sigma, gd.EDM()), times
+
+    denoised, seen, weight, times = run(np.full((7, 1), 2.0), sigma)
     c_skip, c_out = np.array(expected["c_skip"]), np.array(expected["c_out"])
     np.testing.assert_allclose(denoised[:, 0], 2 * c_skip + 3 * c_out, rtol=1e-10)
     np.testing.assert_allclose(seen["x"][:, 0], 2 * np.array(expected["c_in"]), rtol=1e-11)
     np.testing.assert_allclose(seen["c_noise"], expected["c_noise"], rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(weight, expected["loss_weight"], rtol=1e-11)
     np.testing.assert_allclose(
-        gd.loss_weight("edm", sigma, gd.EDM()), expected["loss_weight"], rtol=1e-11
-    )
-    with jax.numpy_rank_promotion("allow"):
-        quantiles = gd.edm_times(gd.EDM(), spread=False)(jax.random.key(1), 40_000)
-    np.testing.assert_allclose(
-        np.quantile(quantiles, [0.25, 0.5, 0.75]), expected["sigma_quantiles"][1:4], rtol=0.03
+        np.quantile(times, [0.25, 0.5, 0.75]), expected["sigma_quantiles"][1:4], rtol=0.03
     )
 
 
 @pytest.mark.parametrize("prediction", gd.PREDICTIONS)
 def test_denoisers_are_finite_at_both_ends(prediction):
-    for process in (gd.EDM(), VP, gd.Cosine()):
-        denoise = gd.denoiser(
-            lambda x, t: 0.1 * x + 0 * t[:, None], process=process, prediction=prediction
-        )
-        t = jnp.array([0.0, process.t_min, process.t_max])
-        value, grad = jax.jit(
-            jax.value_and_grad(lambda x, t, f=denoise: f(x, t).sum(), argnums=(0, 1))
-        )(jnp.ones((3, 2)), t)
-        assert np.isfinite(value)
-        assert all(np.all(np.isfinite(g)) for g in grad)
-
-
-def test_times(key):
-    u = gd.low_discrepancy(key, 10)
-    np.testing.assert_allclose(np.diff(np.sort(u)), 0.1, atol=1e-6)
-    assert u.min() >= 0
-    assert u.max() < 1
-    first = jax.vmap(lambda k: gd.low_discrepancy(k, 4)[1])(jax.random.split(key, 4000))
-    np.testing.assert_allclose(np.quantile(first, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.03)
-    t = gd.uniform_times(gd.EDM())(key, 50)
-    assert t.min() >= 0.002
-    assert t.max() <= 80
-    np.testing.assert_allclose(t.mean(), 40, rtol=0.03)
-    steps = gd.discrete_times(8)(key, 8)
-    np.testing.assert_allclose(np.sort(steps), np.arange(1, 9) / 8, atol=1e-6)
-
-
-def test_spread_times_lower_the_variance(key):
-    """Mean of 32 uniform times: standard deviation 1 / (32 sqrt 12) against 1 / sqrt(32 * 12)."""
+    processes = (gd.EDM(), VP, gd.Cosine())
 
     @jax.jit
-    def deviations(keys):
-        return [
-            jax.vmap(lambda k, f=f: f(k, 32).mean())(keys).std()
-            for f in (gd.uniform_times(VP), gd.uniform_times(VP, spread=False))
-        ]
+    @jax.value_and_grad
+    def run(points):
+        return sum(
+            gd.denoiser(
+                lambda x, t: 0.1 * x + 0 * t[:, None], process=process, prediction=prediction
+            )(*point).sum()
+            for process, point in zip(processes, points, strict=True)
+        )
 
-    spread, free = deviations(jax.random.split(key, 2000))
-    np.testing.assert_allclose(spread, 1 / (32 * np.sqrt(12)), rtol=0.05)
-    np.testing.assert_allclose(free, 1 / np.sqrt(12 * 32), rtol=0.05)
+    points = [
+        (np.ones((3, 2), np.float32), np.array([0.0, p.t_min, p.t_max], np.float32))
+        for p in processes
+    ]
+    value, grad = run(points)
+    assert np.isfinite(value)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grad))
 
 
 def test_bfloat16_network_gives_float32_losses(key):
     def network(x, t):
         return x.astype(jnp.bfloat16) * jnp.bfloat16(0.5)
 
-    loss, aux = gd.denoising_score_matching(
-        network, key, jnp.ones((4, 3)), process=VP, prediction="epsilon"
-    )
+    run = partial(gd.denoising_score_matching, network, process=VP, prediction="epsilon")
+    loss, aux = jax.jit(run)(key, np.ones((4, 3), np.float32))
     assert loss.dtype == jnp.float32
     assert aux["x0_error"].dtype == jnp.float32
     assert np.all(np.isfinite(loss))
@@ -291,7 +265,7 @@ def test_bfloat16_network_gives_float32_losses(key):
 )
 def test_the_ends_are_times_of_the_process(process, key):
     """Without jit: 0.999 rounds up in float32, and is t_max all the same. Losses are finite."""
-    x = jnp.ones((3, 2))
+    x = jnp.asarray(np.ones((3, 2), np.float32))
     t = jnp.array([0.0, process.t_min, process.t_max])
     # Every prediction and every weighting once: the pairs agree (above).
     pairs = [(kind, kind) for kind in gd.PREDICTIONS] + [("epsilon", "likelihood")]
@@ -347,24 +321,32 @@ def test_a_flow_matching_velocity_is_a_denoiser_under_any_process(process, compi
         gain = (u * var - (1 - u)) / (u**2 * var + (1 - u) ** 2)
         return mean + gain * (x - u * mean)
 
-    def exact(x, t):
+    @compiled
+    def run(x, t):
         alpha, variance = process.alpha(t)[:, None], process.variance(t)[:, None]
-        return mean + alpha * var / (alpha**2 * var + variance) * (x - alpha * mean)
+        exact = mean + alpha * var / (alpha**2 * var + variance) * (x - alpha * mean)
+        return gd.flow_denoiser(velocity, process=process)(x, t), exact
 
     t = jnp.array([0.0, process.t_min, 0.3, 0.7, process.t_max])
-    x = jnp.linspace(-2.0, 2.0, 5)[:, None]
-    found = compiled(gd.flow_denoiser(velocity, process=process))(x, t)
-    np.testing.assert_allclose(found, exact(x, t), rtol=2e-4, atol=2e-5)
+    found, exact = run(jnp.asarray(np.linspace(-2.0, 2.0, 5, dtype=np.float32)[:, None]), t)
+    np.testing.assert_allclose(found, exact, rtol=2e-4, atol=2e-5)
 
 
 def test_velocity_of_the_straight_path_is_noise_minus_data(compiled):
     """Also at t = 0 and as a network's prediction; with slope 1 / t of the mean's error."""
-    process, t = gd.RectifiedFlow(), jnp.array([0.0, 1e-3, 0.5, 0.999])
-    x0, eps = jnp.array([[1.0], [-2.0], [0.5], [3.0]]), jnp.array([[0.3], [0.1], [-1.0], [2.0]])
+    process, t = gd.RectifiedFlow(), np.float32([0.0, 1e-3, 0.5, 0.999])
+    x0 = np.float32([[1.0], [-2.0], [0.5], [3.0]])
+    eps = np.float32([[0.3], [0.1], [-1.0], [2.0]])
     x_t = x0 + t[:, None] * (eps - x0)
-    denoise = gd.denoiser(lambda x, t: eps - x0, process=process, prediction="velocity")
-    np.testing.assert_allclose(compiled(denoise)(x_t, t), x0, rtol=1e-5)
     to = {"source": "x0", "target": "velocity", "process": process}
-    np.testing.assert_allclose(gd.convert(x0, x_t, t, **to)[1:], (eps - x0)[1:], rtol=1e-3)
-    weight = gd.loss_weight("velocity", t[1:], process)
-    np.testing.assert_allclose(weight, 1 / t[1:] ** 2, rtol=1e-5)
+
+    @compiled
+    def run(x0, eps, x_t, t):
+        denoise = gd.denoiser(lambda x, t: eps - x0, process=process, prediction="velocity")
+        weight = gd.loss_weight("velocity", t, process)
+        return denoise(x_t, t), gd.convert(x0, x_t, t, **to), weight
+
+    denoised, velocity, weight = run(*map(jnp.asarray, (x0, eps, x_t, t)))
+    np.testing.assert_allclose(denoised, x0, rtol=1e-5)
+    np.testing.assert_allclose(velocity[1:], (eps - x0)[1:], rtol=1e-3)
+    np.testing.assert_allclose(weight[1:], 1 / t[1:] ** 2, rtol=1e-5)
