@@ -30,6 +30,7 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = "genjax"
+html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["genjax.css"]
 html_math_renderer = "mathml"

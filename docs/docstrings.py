@@ -11,6 +11,7 @@ import functools
 import inspect
 import re
 import tomllib
+import typing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,38 @@ def formula(tex: str) -> list[str]:
     return [".. math::", "", *(f"    {line}" for line in tex.strip().splitlines()), ""]
 
 
-def pages(name: str, lines: list[str]) -> list[str]:
+def prose(block: list[str], known: frozenset[str]) -> list[str]:
+    """A paragraph, and then a list of the parameters or fields that its sentences begin with."""
+    text = " ".join(block)
+    starts = []
+    for found in re.finditer(r"(?:^|(?<=[.;)] ))(\w+(?:, \w+)*): ", text):
+        if known.issuperset(found[1].split(", ")):
+            starts.append(found)
+    if not starts:
+        return [*escaped("\n".join(block)).splitlines(), ""]
+    first = text[: starts[0].start()].strip()
+    out = [escaped(first), ""] if first else []
+    ends = [found.start() for found in starts[1:]] + [len(text)]
+    for found, end in zip(starts, ends, strict=True):
+        out.append(f"- **{found[1]}**: {escaped(text[found.end() : end].strip())}")
+    return [*out, ""]
+
+
+def names_of(value: object) -> frozenset[str]:
+    """Parameters of a function, those of `**options: Unpack[Some]` too; fields of a class."""
+    names = set(getattr(value, "__annotations__", ()))
+    try:
+        parameters = inspect.signature(value).parameters
+    except (TypeError, ValueError):
+        return frozenset(names)
+    for name, parameter in parameters.items():
+        names.add(name)
+        if typing.get_origin(parameter.annotation) is typing.Unpack:
+            names |= set(typing.get_args(parameter.annotation)[0].__annotations__)
+    return frozenset(names)
+
+
+def pages(name: str, lines: list[str], known: frozenset[str] = frozenset()) -> list[str]:
     """A docstring as reStructuredText."""
     tex = FORMULAS.get(name.removeprefix("genjax."))
     out: list[str] = []
@@ -79,7 +111,7 @@ def pages(name: str, lines: list[str]) -> list[str]:
             continue
         if block[0].startswith("- ") and out and out[-1]:
             out.append("")
-        out += [*escaped("\n".join(block)).splitlines(), ""]
+        out += prose(block, known)
         # A formula without a place of its own comes after the first sentence.
         if tex and i == 0 and not any(line.startswith("    ") for line in lines):
             out += formula(tex)
@@ -174,7 +206,7 @@ def signature(value: object) -> tuple[str, str] | None:
 
 
 def on_docstring(app: "Sphinx", what: str, name: str, value: object, options, lines: list[str]):
-    lines[:] = pages(name, lines)
+    lines[:] = pages(name, lines, names_of(value))
 
 
 def on_signature(app: "Sphinx", what: str, name: str, value: object, options, args, returns):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Where rooms share a name the page decides.
 PAGES = {
-    "variational": ("variational", "latents", "01_elbo", "08_latents"),
+    "variational": ("variational", "latents", "choices", "01_elbo", "08_latents"),
     "transport": ("transport", "02_sinkhorn"),
     "adversarial": ("adversarial", "03_from_f_divergence_to_wgan"),
     "diffusion": ("diffusion", "04_score_and_denoiser"),
@@ -45,7 +45,8 @@ def target(text: str, page: str) -> str | None:
     if room:
         return f"genjax.{name}" if room in rooms else None
     here = [r for r in rooms if page.rpartition("/")[2] in PAGES.get(r, ())]
-    if len(here or rooms) == 1 and (here or len(short) > 3):
+    plain = short.isalpha() and short.islower()  # a word, which may mean something else
+    if len(here or rooms) == 1 and (here or not plain):
         return f"genjax.{(here or rooms)[0]}.{short}"
     return None
 

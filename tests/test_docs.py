@@ -120,6 +120,12 @@ def test_docstrings_are_pages(monkeypatch):
     assert "::\n\n        a = b\n" in page
     assert "`arXiv:1312.61140 <https://arxiv.org/abs/1312.61140>`__" in page
     assert ">>> 1" in page
+    text = ["Solves. x: the points. y,", "z: more. tol, n: when to stop (late). As: usual."]
+    page = docstrings.pages("genjax.nowhere", text, frozenset({"x", "y", "z", "tol", "n"}))
+    assert page[:2] == ["Solves.", ""]
+    assert page[2:4] == ["- **x**: the points.", "- **y, z**: more."]
+    assert page[4] == "- **tol, n**: when to stop (late). As: usual."
+    assert "max_iterations" in docstrings.names_of(genjax.transport.sinkhorn)
     for name in docstrings.FORMULAS:
         page = docstrings.pages(f"genjax.{name}", ["First.", "", "    a = b"])
         assert ".. math::" in page
