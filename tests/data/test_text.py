@@ -63,7 +63,7 @@ def test_bytes_and_bpe_go_there_and_back(pydoc):
         tokens = bpe.encode(data)
         assert bpe.decode(tokens) == data
         assert bpe.lengths(tokens).sum() == len(data)
-    assert len(bpe.encode(pydoc.test)) < 0.6 * len(pydoc.test)
+    assert len(bpe.encode(pydoc.test)) < 0.65 * len(pydoc.test)
 
 
 def test_every_token_is_scored_once_with_what_is_before_it():
