@@ -8,6 +8,7 @@ place of the first such lines. Papers become links, by their arXiv number.
 import ast
 import copy
 import functools
+import importlib.util
 import inspect
 import re
 import tomllib
@@ -79,18 +80,29 @@ def prose(block: list[str], known: frozenset[str]) -> list[str]:
     return [*out, ""]
 
 
-def names_of(value: object) -> frozenset[str]:
-    """Parameters of a function, those of `**options: Unpack[Some]` too; fields of a class."""
-    names = set(getattr(value, "__annotations__", ()))
+def unpacked(value: object) -> dict[str, type]:
+    """The dictionaries of options that a function takes as `**options: Unpack[Some]`."""
     try:
         parameters = inspect.signature(value).parameters
     except (TypeError, ValueError):
+        return {}
+    found = {name: parameter.annotation for name, parameter in parameters.items()}
+    return {
+        name: typing.get_args(annotation)[0]
+        for name, annotation in found.items()
+        if typing.get_origin(annotation) is typing.Unpack
+    }
+
+
+def names_of(value: object) -> frozenset[str]:
+    """Parameters of a function, those of its `**options` too; fields of a class."""
+    names = set(getattr(value, "__annotations__", ()))
+    for options in unpacked(value).values():
+        names |= set(options.__annotations__)
+    try:
+        return frozenset(names | set(inspect.signature(value).parameters))
+    except (TypeError, ValueError):
         return frozenset(names)
-    for name, parameter in parameters.items():
-        names.add(name)
-        if typing.get_origin(parameter.annotation) is typing.Unpack:
-            names |= set(typing.get_args(parameter.annotation)[0].__annotations__)
-    return frozenset(names)
 
 
 def pages(name: str, lines: list[str], known: frozenset[str] = frozenset()) -> list[str]:
@@ -136,9 +148,18 @@ def shorthands(file: str) -> dict[str, ast.expr]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("genjax."):
             for name in node.names:  # in full, so that a link leads to the one that is meant
                 if name.name[0].isupper() and not name.name.isupper() and not name.asname:
-                    full = f"{node.module}.{name.name}"
-                    found[name.name] = ast.parse(full, mode="eval").body
+                    full = ast.parse(f"{node.module}.{name.name}", mode="eval").body
+                    found[name.name] = borrowed(node.module).get(name.name, full)
     return found
+
+
+def borrowed(module: str) -> dict[str, ast.expr]:
+    """The shorthands of another module, spelled out; those of `genjax.typing` have a page."""
+    spec = importlib.util.find_spec(module)
+    if module == "genjax.typing" or spec is None or not spec.origin:
+        return {}
+    names = shorthands(spec.origin)
+    return {name: Spelled(names).visit(copy.deepcopy(value)) for name, value in names.items()}
 
 
 class Spelled(ast.NodeTransformer):
@@ -206,7 +227,12 @@ def signature(value: object) -> tuple[str, str] | None:
 
 
 def on_docstring(app: "Sphinx", what: str, name: str, value: object, options, lines: list[str]):
+    if lines == ["Call self as a function.", ""] or lines == ["Call self as a function."]:
+        lines.clear()  # what Python says of any `__call__` that has no docstring
     lines[:] = pages(name, lines, names_of(value))
+    for options, kind in unpacked(value).items():  # which have no page of their own
+        text = (inspect.getdoc(kind) or "").splitlines()
+        lines += ["", f"``**{options}``", "", *pages("", text, names_of(kind))]
 
 
 def on_signature(app: "Sphinx", what: str, name: str, value: object, options, args, returns):

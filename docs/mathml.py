@@ -58,6 +58,10 @@ def spaced(found: str, block: bool) -> str:
     for parent in root.iter():
         if block and parent.tag == f"{tag}msub" and word(parent[0]) in BELOW:
             parent.tag = f"{tag}munder"
+    for bar in root.iter(f"{tag}mo"):
+        if bar.text in ("|", "\u2016"):  # no relation, unlike \mid
+            bar.set("lspace", "0")
+            bar.set("rspace", "0")
     for parent in root.iter(f"{tag}mrow"):
         children = list(parent)
         for i, child in reversed(list(enumerate(children))):

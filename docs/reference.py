@@ -58,6 +58,7 @@ def entry(package: str, name: str, value: object) -> list[str]:
         if (attribute == "__call__" or not attribute.startswith("_"))
         and (inspect.isfunction(member) or isinstance(member, property))
         and inspect.getdoc(member)
+        and attribute != "setup"  # what flax calls, and nobody else
     ]
     options = [f"   :members: {', '.join(members)}"] if members else []
     return [f".. autoclass:: {package}.{name}", *options, ""]
