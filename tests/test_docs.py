@@ -176,6 +176,11 @@ def test_built_pages_show_their_formulas_and_their_links_resolve(tmp_path):
     diffusion = pages[tmp_path / "families" / "diffusion.html"]
     assert diffusion.count("<math") > 10
     reference = pages[tmp_path / "reference" / "transport.html"]
+    assert 'href="../reference/diffusion.html#genjax.diffusion.heun_step"' in diffusion
+    for path in (tmp_path / "tutorials").glob("*.html"):
+        assert pages[path].count("Show the solution") >= 2
+        assert 'type="range"' in pages[path]
+    assert (tmp_path / "_static" / "formulas.woff2").is_file()
     assert 'class="viewcode-link"' in reference
     assert reference.count("<math") > 5
     assert "https://docs.jax.dev/en/latest/_autosummary/jax.Array.html" in reference
