@@ -52,6 +52,10 @@ class TrainConfig(RunConfig):
     """The optimiser's largest rate; along which schedule it falls is the experiment's."""
     ema: float = 0.99
     """Decay of the averaged weights, which are the ones that are sampled and reported."""
+    shift: int = 0
+    """Move each training image by up to so many pixels either way, its border repeated."""
+    flip: bool = False
+    """Turn every other training image left to right (not for digits)."""
     devices: int | None = None
     """How many devices to use (default: all)."""
     sharding: Literal["replicated", "fsdp"] = "replicated"

@@ -287,16 +287,23 @@ def best_state(run: Run, like: Any) -> Any:
 
 def batches(config: TrainConfig, arrays: Any) -> Callable[[int], Any]:
     """Give the batch of each step: a function of (seed, step), this process' share of it."""
-    from genjax.data import batch_at
+    from genjax.data import batch_at, crop_and_flip
 
-    return lambda step: batch_at(
-        arrays,
-        seed=config.seed,
-        step=step,
-        batch_size=config.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    place, count = jax.process_index(), jax.process_count()
+    share = {"batch_size": config.batch_size, "process_index": place, "process_count": count}
+
+    def varied(step: int) -> Any:
+        batch = batch_at(arrays, seed=config.seed, step=step, **share)
+        if not (config.shift or config.flip):
+            return batch
+        if getattr(batch.get("x"), "ndim", 0) != 4:
+            raise ValueError(f"shift and flip are for images, got {config.dataset!r}")
+        how = {"shift": config.shift, "flip": config.flip}
+        first = place * len(batch["x"])
+        moved = crop_and_flip(batch["x"], seed=config.seed, step=step, first_row=first, **how)
+        return {**batch, "x": moved}
+
+    return varied
 
 
 def finish(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,3 +22,4 @@ from genjax.data.text import scored_windows as scored_windows
 from genjax.data.text import text as text
 from genjax.data.text import tokeniser as tokeniser
 from genjax.data.text import windows as windows
+from genjax.data.varying import crop_and_flip as crop_and_flip

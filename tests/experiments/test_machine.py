@@ -139,6 +139,16 @@ def test_a_split_on_disk_is_judged_by_a_part_of_it(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, *batches)
 
 
+def test_training_images_are_moved(tmp_path):
+    plain, moved = (config(tmp_path, shift=s) for s in (0, 1))
+    data = load_data(plain)
+    before, after = (_run.batches(c, data.train)(7) for c in (plain, moved))
+    np.testing.assert_array_equal(before["label"], after["label"])
+    assert (before["x"] != after["x"]).any()
+    with pytest.raises(ValueError, match="shift and flip are for images, got 'digits'"):
+        _run.batches(moved, {"x": np.zeros((200, 2))})(0)
+
+
 @pytest.mark.slow
 def test_a_trace_is_written(tmp_path, capsys):
     diffusion.main(config(tmp_path, profile=2))
