@@ -22,6 +22,7 @@ from tests.transport.reference import (
     exact_plan,
     load,
     marginal_error,
+    plan_of,
     solve64,
     squared,
 )
@@ -58,7 +59,7 @@ def check_against_float64(d, levels):
 
 def test_values_of_the_fixture(compiled):
     case = load("entropic_ot_values")
-    x, y = (jnp.asarray(case["inputs"][k], jnp.float32) for k in "XY")
+    x, y = jax.device_put([np.float32(case["inputs"][k]) for k in "XY"])
     run = functools.partial(sinkhorn, tolerance=1e-4)
     for row in case["expected"]["rows"][:: 1 if compiled is jax.jit else 3]:
         result = compiled(run)(x, y, epsilon=jnp.asarray(row["eps"]))
@@ -68,18 +69,18 @@ def test_values_of_the_fixture(compiled):
         np.testing.assert_allclose(result.value, row["ot_eps_kl"], rtol=1e-6)
         np.testing.assert_allclose(result.cost, row["sharp_cost"], rtol=1e-4)
         if row["P"] is not None:
-            np.testing.assert_allclose(result.plan(), row["P"], atol=2e-5)
+            np.testing.assert_allclose(plan_of(result), row["P"], atol=2e-5)
 
 
 def test_float64_reaches_float64(x64):
     case = load("entropic_ot_values")
-    x, y = (jnp.asarray(case["inputs"][k]) for k in "XY")
+    x, y = (np.array(case["inputs"][k]) for k in "XY")
     row = case["expected"]["rows"][2]
     result = jax.jit(functools.partial(sinkhorn, tolerance=1e-11))(x, y, epsilon=row["eps"])
     assert result.value.dtype == jnp.float64
     assert result.converged
     np.testing.assert_allclose(result.value, row["ot_eps_kl"], rtol=1e-12)
-    f = result.f - jnp.mean(result.f)
+    f = np.asarray(result.f) - np.mean(np.asarray(result.f))
     np.testing.assert_allclose(f, row["f"], atol=1e-9)
 
 
@@ -116,21 +117,21 @@ def test_cost_meets_the_assignment_as_epsilon_vanishes():
     result = solve(x, y, epsilon=1e-4 * cost.mean())
     np.testing.assert_allclose(result.cost, exact, rtol=1e-3)
     case = load("ot_exact_uniform")
-    x, y = (jnp.asarray(case["inputs"][k], jnp.float32) for k in "XY")
+    x, y = (np.float32(case["inputs"][k]) for k in "XY")
     for cost_fn, name in ((squared_euclidean, "w2sq"), (euclidean, "w1_euclid")):
         result = solve(x, y, epsilon=2e-4, cost_fn=cost_fn)
         np.testing.assert_allclose(result.cost, case["expected"][name]["value"], rtol=1e-3)
-        assert jnp.argmax(result.plan(), axis=1).tolist() == case["expected"][name]["assignment"]
+        assert np.argmax(plan_of(result), axis=1).tolist() == case["expected"][name]["assignment"]
 
 
 def test_weighted_meets_linear_programs():
     case = load("ot_exact_weighted")
-    inputs = {k: jnp.asarray(v, jnp.float32) for k, v in case["inputs"].items()}
+    inputs = {k: np.float32(v) for k, v in case["inputs"].items()}
     x, y, a, b = (inputs[k] for k in "XYab")
     result = solve(x, y, epsilon=1e-3, a=a, b=b, tolerance=1e-5)
     np.testing.assert_allclose(result.cost, case["expected"]["w2sq"], rtol=2e-3)
     case = load("ot_1d")
-    inputs = {k: jnp.asarray(v, jnp.float32) for k, v in case["inputs"].items()}
+    inputs = {k: np.float32(v) for k, v in case["inputs"].items()}
     result = solve(
         inputs["x"][:, None], inputs["yb"][:, None], epsilon=3e-3, a=inputs["xw"], b=inputs["yw"]
     )
@@ -148,10 +149,10 @@ def test_pot_and_ott_agree():
     a, b = rng.dirichlet(np.ones(30)), rng.dirichlet(np.ones(20))
     cost = squared(x, y)
     epsilon = 0.05 * float(cost.mean())
-    a32, b32 = (jnp.asarray(w, jnp.float32) for w in (a, b))
+    a32, b32 = jax.device_put((np.float32(a), np.float32(b)))
     mine = solve(x, y, epsilon=epsilon, a=a32, b=b32, tolerance=1e-4)
     plan = ot.sinkhorn(a, b, cost, epsilon, method="sinkhorn_log", stopThr=1e-10)
-    np.testing.assert_allclose(mine.plan(), plan, atol=2e-5)
+    np.testing.assert_allclose(plan_of(mine), plan, atol=2e-5)
     np.testing.assert_allclose(mine.cost, (plan * cost).sum(), rtol=1e-4)
 
     cloud = pointcloud.PointCloud(jnp.asarray(x), jnp.asarray(y), epsilon=epsilon)
@@ -168,47 +169,50 @@ def test_pot_and_ott_agree():
 
 def test_zero_weights_are_absent_points():
     x, y = clouds(12, 9, 2)
-    a = jnp.asarray(np.random.default_rng(2).dirichlet(np.ones(12)), jnp.float32).at[3].set(0)
-    b = jnp.asarray(np.random.default_rng(3).dirichlet(np.ones(9)), jnp.float32).at[5].set(0)
-    a, b = a / a.sum(), b / b.sum()
+    a = np.random.default_rng(2).dirichlet(np.ones(12)).astype(np.float32)
+    b = np.random.default_rng(3).dirichlet(np.ones(9)).astype(np.float32)
+    a[3] = b[5] = 0
+    a, b, x, y = a / a.sum(), b / b.sum(), np.asarray(x), np.asarray(y)
     for epsilon in (1.0, 0.01):
         full = solve(x, y, epsilon=epsilon, a=a, b=b)
         keep_x, keep_y = np.flatnonzero(a), np.flatnonzero(b)
         part = solve(x[keep_x], y[keep_y], epsilon=epsilon, a=a[keep_x], b=b[keep_y])
         assert full.converged
         np.testing.assert_allclose(full.value, part.value, rtol=1e-4)
-        plan = full.plan()
-        assert jnp.isfinite(full.f).all()
-        assert jnp.isfinite(full.g).all()
+        plan = np.asarray(plan_of(full))
+        assert np.isfinite(full.f).all()
+        assert np.isfinite(full.g).all()
         assert (plan[3] == 0).all()
         assert (plan[:, 5] == 0).all()
 
 
 def test_single_duplicated_and_identical_points():
-    one = solve(jnp.ones((1, 2)), jnp.zeros((1, 2)), epsilon=0.1)
+    one = solve(np.ones((1, 2), np.float32), np.zeros((1, 2), np.float32), epsilon=0.1)
     np.testing.assert_allclose(one.value, 2.0)
     assert one.converged
-    x = jnp.tile(jnp.asarray([[0.0, 1.0]]), (5, 1))
+    x = np.tile(np.float32([[0.0, 1.0]]), (5, 1))
     same = solve(x, x, epsilon=0.1)
     assert same.converged
     np.testing.assert_allclose(same.value, 0, atol=1e-7)
-    spread = solve(x, jnp.asarray([[0.0, 1.0], [2.0, 1.0]]), epsilon=0.1)
+    spread = solve(x, np.float32([[0.0, 1.0], [2.0, 1.0]]), epsilon=0.1)
     np.testing.assert_allclose(spread.value, 2.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_points_never_look_plausible(bad):
     x, y = clouds(6, 5, 2)
-    x = x.at[2, 1].set(bad)
+    x = np.array(x)
+    x[2, 1] = bad
     for count in (None, 20):
         result = solve(x, y, epsilon=0.5, num_iterations=count)
         assert not result.converged
-        assert jnp.isnan(result.value)
-        assert jnp.isnan(result.cost)
-    cost = jnp.full((3, 3), jnp.nan)  # an infinite entry forbids its pair
-    result = sinkhorn_from_cost(cost, epsilon=0.5, num_iterations=5)
+        assert np.isnan(result.value)
+        assert np.isnan(result.cost)
+    cost = np.full((3, 3), np.nan, np.float32)  # an infinite entry forbids its pair
+    run = functools.partial(sinkhorn_from_cost, epsilon=0.5, num_iterations=5)
+    result = jax.jit(run)(cost)
     assert not result.converged
-    assert jnp.isnan(result.value)
+    assert np.isnan(result.value)
 
 
 @pytest.mark.parametrize("count", [None, 5])
@@ -217,13 +221,13 @@ def test_a_traced_epsilon_that_is_not_positive(count):
     run = jax.jit(lambda e: sinkhorn(x, y, epsilon=e, num_iterations=count))
     for epsilon in (0.0, -1.0):
         result = run(epsilon)
-        assert jnp.isnan(result.value)
+        assert np.isnan(result.value)
         assert not result.converged
 
 
 def test_vmap_meets_the_loop():
-    x, y = (jnp.stack(z) for z in zip(*[clouds(16, 12, 2, seed=s) for s in range(3)], strict=True))
-    epsilon = jnp.asarray([0.5, 0.05, 0.005])
+    x, y = (np.stack(z) for z in zip(*[clouds(16, 12, 2, seed=s) for s in range(3)], strict=True))
+    epsilon = np.float32([0.5, 0.05, 0.005])
     batch = jax.jit(jax.vmap(lambda x, y, e: sinkhorn(x, y, epsilon=e)))(x, y, epsilon)
     for i in range(3):
         single = solve(x[i], y[i], epsilon=epsilon[i])
@@ -232,9 +236,9 @@ def test_vmap_meets_the_loop():
 
 
 def test_bfloat16_points_are_solved_in_float32():
-    x, y = (jnp.asarray(z, jnp.bfloat16) for z in clouds(24, 24, 16))
+    x, y = (jax.device_put(np.asarray(z, jnp.bfloat16)) for z in clouds(24, 24, 16))
     result = solve(x, y, epsilon=1.0)
-    wide = solve(x.astype(jnp.float32), y.astype(jnp.float32), epsilon=1.0)
+    wide = solve(np.asarray(x, np.float32), np.asarray(y, np.float32), epsilon=1.0)
     assert result.value.dtype == jnp.float32
     assert result.f.dtype == jnp.float32
     np.testing.assert_allclose(result.value, wide.value, rtol=1e-6)
@@ -244,13 +248,13 @@ def test_warm_start_saves_iterations():
     x, y = clouds(64, 64, 2)
     epsilon = 0.01 * squared(x, y).mean()
     cold = solve(x, y, epsilon=epsilon)
-    moved = x + 1e-3
+    moved = np.asarray(x) + np.float32(1e-3)
     warm = solve(moved, y, epsilon=epsilon, init=(cold.f, cold.g))
     assert warm.converged
     assert warm.num_iterations < cold.num_iterations / 2
     np.testing.assert_allclose(warm.value, solve(moved, y, epsilon=epsilon).value, rtol=1e-4)
     for start in (0.0, jnp.nan):  # NaN: those of a step that failed
-        useless = solve(x, y, epsilon=epsilon, init=(jnp.full(64, start), jnp.zeros(64)))
+        useless = solve(x, y, epsilon=epsilon, init=tuple(np.float32([[start] * 64, [0] * 64])))
         assert useless.converged
         np.testing.assert_allclose(useless.value, cold.value, rtol=1e-4)
 
@@ -260,7 +264,7 @@ def test_running_out_of_iterations_is_said():
     result = jax.jit(lambda x, y: sinkhorn(x, y, epsilon=1e-3, max_iterations=3))(x, y)
     assert not result.converged
     assert result.marginal_error > 1e-3
-    assert jnp.isfinite(result.value)
+    assert np.isfinite(result.value)
 
 
 @pytest.mark.parametrize(
@@ -274,8 +278,8 @@ def test_running_out_of_iterations_is_said():
 )
 def test_the_rounding_of_the_cost_is_no_convergence(options):
     """A cosine near 0 is rounded as 1 is, and a small distance between far points as theirs."""
-    x, y = clouds(20, 16, 2)
-    far, small = jnp.asarray([[30.0, 30.0]]), 0.3
+    x, y = map(np.asarray, clouds(20, 16, 2))
+    far, small = np.float32([[30.0, 30.0]]), np.float32(0.3)
     unit = [
         z / np.linalg.norm(z, axis=1, keepdims=True) for z in map(np.float64, (x + far, y + far))
     ]
@@ -317,15 +321,15 @@ shapes = st.sampled_from([(1, 5, 1), (17, 11, 20)])
 )
 def test_finite_and_honest_everywhere(shape, relative, tolerance, scale, seed, dtype):
     n, m, d = shape
-    x, y = (jnp.asarray(scale * z, dtype) for z in clouds(n, m, d, seed))
+    x, y = (np.asarray(scale * np.asarray(z), dtype) for z in clouds(n, m, d, seed))
     cost = squared(x, y)
     epsilon = relative * cost.mean()
     (_, result), gradient = _value_and_grad(x, y, epsilon, tolerance)
-    assert jnp.isfinite(result.value)
-    assert jnp.isfinite(result.cost)
-    assert jnp.isfinite(gradient.astype(jnp.float32)).all()
-    assert jnp.isfinite(result.f).all()
-    assert jnp.isfinite(result.g).all()
+    assert np.isfinite(result.value)
+    assert np.isfinite(result.cost)
+    assert np.isfinite(np.float32(gradient)).all()
+    assert np.isfinite(result.f).all()
+    assert np.isfinite(result.g).all()
     a, b = uniform(n), uniform(m)
     error = marginal_error(exact_plan(cost, result.f, result.g, a, b, epsilon), a, b)
     assert not (result.converged and error > tolerance)
