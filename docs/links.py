@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from docutils import nodes
-from reference import ROOMS, public
+from reference import ROOMS, public, tables
 from sphinx import addnodes
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
@@ -29,7 +29,8 @@ def homes() -> dict[str, list[str]]:
     """The rooms that have a name, by name."""
     found: dict[str, list[str]] = {}
     for room in ROOMS:
-        for name, _ in public(f"genjax.{room}"):
+        names = [name for name, _ in public(f"genjax.{room}")]
+        for name in [*names, *tables(f"genjax.{room}")]:
             found.setdefault(name, []).append(room)
     return found
 

@@ -32,6 +32,16 @@ def public(package: str) -> list[tuple[str, object]]:
     return [(name, value) for name, value in own if callable(value) and inspect.getdoc(value)]
 
 
+def tables(package: str) -> dict[str, dict]:
+    """The dictionaries that a room exports: one entry by each name."""
+    members = vars(importlib.import_module(package))
+    return {
+        n: v
+        for n, v in sorted(members.items())
+        if n.isupper() and n[0] != "_" and isinstance(v, dict)
+    }
+
+
 def sections(package: str) -> dict[str, list[tuple[str, object]]]:
     """The names by the module that defines them, the package's own modules first."""
     found: dict[str, list[tuple[str, object]]] = {}
@@ -94,4 +104,7 @@ def page(package: str) -> str:
         parts.append("")
         for name, value in pairs:
             parts += entry(package, name, value)
+    for name, table in tables(package).items():
+        parts += [*title(name, "-"), f".. py:data:: {package}.{name}", ""]
+        parts += [f"   A table, by name: {', '.join(f'``{key}``' for key in table)}.", ""]
     return "\n".join(parts)

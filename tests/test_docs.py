@@ -96,6 +96,7 @@ def test_reference_and_gallery_name_everything(monkeypatch):
         page = reference.page(f"genjax.{room}")
         for name, _ in reference.public(f"genjax.{room}"):
             assert re.search(rf":: genjax\.{room}\.{name}$", page, re.MULTILINE), name
+    assert "``moons``" in reference.page("genjax.data")
     parameters, returned = docstrings.signature(genjax.variational.elbo)
     assert parameters.startswith("(encode: genjax.typing.EncoderFn, log_likelihood: ")
     assert "x: Shaped[Array, 'batch *event'], *, num_samples: int=1, " in parameters
