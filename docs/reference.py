@@ -105,6 +105,6 @@ def page(package: str) -> str:
         for name, value in pairs:
             parts += entry(package, name, value)
     for name, table in tables(package).items():
-        parts += [*title(name, "-"), f".. py:data:: {package}.{name}", ""]
+        parts += [*title(name, "-"), f".. py:data:: {name}", ""]
         parts += [f"   A table, by name: {', '.join(f'``{key}``' for key in table)}.", ""]
     return "\n".join(parts)
