@@ -57,11 +57,11 @@ class Config(_run.TrainConfig):
     """Codebooks one after another (residual)."""
     fsq_levels: tuple[int, ...] = (5, 4, 3)
     """Values of each feature (fsq)."""
-    channels: tuple[int, ...] = (32, 64, 64)
+    channels: tuple[int, ...] = (16, 32, 32)
     """Channels of the image's resolution, then of each halving down to the (bottom) codes."""
     blocks: int = 1
     """Residual blocks of each resolution."""
-    dropout: float = 0.2
+    dropout: float = 0.3
     """Share of hidden units dropped in training."""
     commitment: float = 0.25
     """Weight of |z - sg e|^2, summed over the latents; of lfq, of its entropies."""
@@ -88,7 +88,7 @@ class Config(_run.TrainConfig):
     clip: float = 5.0
     """Largest norm of the gradient."""
     ema: float = 0.99
-    steps: int = 3000
+    steps: int = 1200
     steps_per_call: int = 1
     """Updates in one call; more do not help convolutions on a CPU."""
 
