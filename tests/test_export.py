@@ -18,7 +18,6 @@ from tests.test_laws import CASES, FLOW, FLOW_PARAMS, OBJECTIVES, VE, W, X, Y
 pytestmark = [pytest.mark.usefixtures("unchecked"), pytest.mark.slow]
 PLATFORMS = ("cuda", "tpu")
 VP = diffusion.VariancePreserving()
-DDPM = diffusion.discrete(diffusion.ddpm_betas(VP, 1000, rule="euler"))
 KEY = np.asarray(jax.random.key_data(jax.random.key(0)))
 
 
@@ -55,10 +54,16 @@ def test_objectives(name):
     export(lambda key, *samples: case.numbers(case.call(*samples)), *case.samples)
 
 
-def sampled(step, process=VE):
-    times = diffusion.time_grid(process, 4)
+def ddpm():
+    return diffusion.discrete(diffusion.ddpm_betas(VP, 1000, rule="euler"))
 
+
+def sampled(step, make=lambda: VE):
+    # The process and its times are made in the program: this file is collected by every fast run.
     def call(key, w):
+        process = make()
+        times = diffusion.time_grid(process, 4)
+
         def denoise(x, t):
             return jnp.tanh(x @ w) / (1 + t[:, None])
 
@@ -72,7 +77,7 @@ STEPS = ("ancestral", "ddim", "dpm_solver", "euler", "euler_maruyama", "heun", "
 STEPS += ("predictor_corrector",)
 SAMPLERS = {name: sampled(getattr(diffusion, f"{name}_step")) for name in STEPS}
 SAMPLERS |= {
-    "ddpm_step": sampled(diffusion.ddpm_step, DDPM),
+    "ddpm_step": sampled(diffusion.ddpm_step, ddpm),
     "sample_adaptive": lambda key, w: diffusion.sample_adaptive(
         lambda x, t: jnp.tanh(x @ w), key, (4, 3), process=VE
     ),
@@ -157,7 +162,7 @@ def test_a_call_to_the_host_is_found():
         export(back, BITS)
 
 
-BITS = jnp.arange(3)
+BITS = np.arange(3)
 
 
 def test_a_solve_that_ends_early_is_nan_in_a_program_and_an_error_outside():

@@ -20,16 +20,17 @@ from genjax.variational import (
 
 RNG = np.random.default_rng(0)
 DATA = RNG.normal(size=(90, 5)) @ RNG.normal(size=(5, 5))
-X = jnp.array(DATA[:8], jnp.float32)
-MODEL = ppca_fit(jnp.array(DATA, jnp.float32), 2)
+X = jax.device_put(np.float32(DATA[:8]))
+MODEL = jax.jit(ppca_fit, static_argnums=1)(np.float32(DATA), 2)
 # The posterior is diagonal because the columns of the fitted W are orthogonal.
-POST_MEAN, POST_COV = map(np.asarray, ppca_posterior(MODEL, X))
+POST_MEAN, POST_COV = map(np.asarray, jax.jit(ppca_posterior)(MODEL, X))
 SOLVE = np.asarray(MODEL.weights) @ POST_COV / float(MODEL.noise_variance)
 # Near the posterior but not it, with a variance that is too large in one place, small in another.
 LOOSE = {
-    "w": jnp.array(0.9 * SOLVE + 0.02 * RNG.normal(size=(5, 2)), jnp.float32),
-    "v": jnp.array(np.log(np.diag(POST_COV)) + np.array([0.5, -0.3]), jnp.float32),
+    "w": np.float32(0.9 * SOLVE + 0.02 * RNG.normal(size=(5, 2))),
+    "v": np.float32(np.log(np.diag(POST_COV)) + np.array([0.5, -0.3])),
 }
+LOOSE = jax.device_put(LOOSE)
 
 
 def exact_encode(x):
@@ -52,7 +53,7 @@ def as_float64(tree):
     return jax.tree.map(lambda a: jnp.array(a, jnp.float64), tree)
 
 
-EXACT = np.asarray(ppca_log_likelihood(MODEL, X))
+EXACT = np.asarray(jax.jit(ppca_log_likelihood)(MODEL, X))
 
 
 def average(bound, keys):
