@@ -63,7 +63,7 @@ class Config(_run.TrainConfig):
     """Residual blocks of each resolution."""
     dropout: float = 0.3
     """Share of hidden units dropped in training."""
-    commitment: float = 0.25
+    commitment: float = 1.0
     """Weight of |z - sg e|^2, summed over the latents; of lfq, of its entropies."""
     decay: float = 0.99
     """Of the codebooks' averages."""
@@ -78,7 +78,7 @@ class Config(_run.TrainConfig):
     """Give the prior the labels; the density is that without a label."""
     label_drop: float = 0.1
     """Share of labels dropped in conditional training."""
-    likelihood: Literal["mixture", "categorical"] = "mixture"
+    likelihood: Literal["mixture", "categorical"] = "categorical"
     """p(x|z) of one pixel: a mixture of discretised logistics, or one probability per level."""
     components: int = 3
     """Logistics in the mixture."""
