@@ -11,7 +11,7 @@ the prior is over the top ones, then the bottom ones given those.
     python -m experiments.vqvae --quantiser residual --stages 2 --codes 8
     python -m experiments.vqvae --quantiser fsq --fsq-levels 5 4 3
     python -m experiments.vqvae --quantiser lfq --codes 32
-    python -m experiments.vqvae --dataset mnist_5k --levels 2 --channels 32 64 --conditional
+    python -m experiments.vqvae --dataset mnist_5k --levels 2 --channels 32 64 --likelihood mixture
 
 A codebook is no parameter: averages of its latents are in the state's carry, started by k-means,
 and a code that is used less than a share of the mean becomes a random latent. The run folder gets
