@@ -168,7 +168,7 @@ CASES = {
         lambda k, x: V.mixture_log_prob(x, Y[:2], 0 * Y[:2]), (X,), extremes=(0.0, 10.0, -10.0)
     ),
     "diffusion.mixture_log_prob": Case(
-        lambda k, x: diffusion.mixture_log_prob(MIXTURE, x, jnp.ones_like(x[:, 0]), process=VE),
+        lambda k, x: diffusion.mixture_log_prob(MIXTURE, x, jnp.ones(4, jnp.float32), process=VE),
         (X,),
     ),
     "loss_weight": Case(

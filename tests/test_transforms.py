@@ -1,7 +1,7 @@
 """Laws of numbers over every public function: float32, 64-bit types, derivatives, ties.
 
 Each function has an entry in tests/tables, by which it is called; a new one without is refused. The
-fast test traces all of them and runs nothing; the slow ones run them.
+laws over all of them are slow tests; the fast ones hold that each law catches what breaks it.
 """
 
 import jax
@@ -29,6 +29,7 @@ def test_every_public_function_has_an_entry_or_a_reason():
     assert not set(ENTRIES) & set(EXEMPT)
 
 
+@pytest.mark.slow
 @every
 def test_values_are_traced_with_64_bit_types(name):
     rules.traced_with_64_bit_types(entry_of(name), order=False)
