@@ -55,7 +55,7 @@ class TrainConfig(RunConfig):
     shift: int = 0
     """Move each training image by up to so many pixels either way, its border repeated."""
     flip: bool = False
-    """Turn every other training image left to right (not for digits)."""
+    """Turn each training image left to right with probability 1/2 (not for digits)."""
     devices: int | None = None
     """How many devices to use (default: all)."""
     sharding: Literal["replicated", "fsdp"] = "replicated"

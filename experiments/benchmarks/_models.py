@@ -58,6 +58,22 @@ def plain_trainer(loss_fn: Any, params: Any, x: Any) -> Side:
     return run
 
 
+def timed_steps(steps: dict[str, Any], start: Any, key: Any) -> dict[str, Callable[..., Any]]:
+    """Each step (state, key) -> state compiled, donated and waited for; "work": that of a step."""
+
+    def timed(step: Any) -> Side:
+        compiled = jax.jit(step, donate_argnums=0)
+        state = [jax.tree.map(jnp.copy, start)]
+
+        def run() -> None:
+            state[0] = jax.block_until_ready(compiled(state[0], key))
+
+        return run
+
+    work = lambda part: work_of(jax.jit(steps[part]), start, key)  # noqa: E731
+    return {"work": work, **{part: timed(step) for part, step in steps.items()}}
+
+
 def torch_trainer(parameters: Any, loss_fn: Callable[[], Any], **adam: Any) -> Side:
     """A step of Adam, at 1e-3 unless `adam` says so, in eager PyTorch, the loss read back."""
     import torch

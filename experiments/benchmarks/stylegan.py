@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.benchmarks._ceilings import work_of
-from experiments.benchmarks._models import torch_trainer
+from experiments.benchmarks._models import timed_steps, torch_trainer
 from experiments.benchmarks._workload import OURS, Options, Row, compare, every, launch
 from genjax import adversarial as ga
 from genjax.networks import StyleCritic, StyleGenerator
@@ -98,17 +97,7 @@ def ours(config: Config) -> dict[str, Callable[..., Any]]:
         "path": step(path_loss, 1),
     }
 
-    def timed(step: Any) -> Callable[[], Any]:
-        compiled = jax.jit(step, donate_argnums=0)
-        state = [jax.tree.map(jnp.copy, start)]
-
-        def run() -> None:
-            state[0] = jax.block_until_ready(compiled(state[0], key))
-
-        return run
-
-    work = lambda part: work_of(jax.jit(steps[part]), start, key)  # noqa: E731
-    return {"work": work, **{part: timed(step) for part, step in steps.items()}}
+    return timed_steps(steps, start, key)
 
 
 class Layers:

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.benchmarks._ceilings import work_of
-from experiments.benchmarks._models import torch_trainer
+from experiments.benchmarks._models import timed_steps, torch_trainer
 from experiments.benchmarks._workload import OURS, Options, Row, compare, every, launch
 from genjax.adversarial import gradient_penalty, wasserstein
 from genjax.networks import DCGANCritic, DCGANGenerator
@@ -80,19 +79,9 @@ def ours(config: Config) -> dict[str, Callable[..., Any]]:
         g, g_opt = update(loss, g, g_opt)
         return c, g, c_opt, g_opt
 
-    def timed(step: Any) -> Callable[[], Any]:
-        compiled = jax.jit(step, donate_argnums=0)
-        state = [jax.tree.map(jnp.copy, start)]
-
-        def run() -> None:
-            state[0] = jax.block_until_ready(compiled(state[0], key))
-
-        return run
-
     both = lambda state, key: generator_step(critic_step(state, key), key)  # noqa: E731
     steps = {"critic": critic_step, "generator": generator_step, "both": both}
-    work = lambda part: work_of(jax.jit(steps[part]), start, key)  # noqa: E731
-    return {"work": work, **{part: timed(step) for part, step in steps.items()}}
+    return timed_steps(steps, start, key)
 
 
 @cache

@@ -223,11 +223,6 @@ def beam_search(
     # Beams of a row lie beside each other: [batch, width, ...] as [batch * width, ...] for steps.
     cache = jax.tree.map(lambda z: jnp.repeat(z, width, axis=0), cache)
 
-    def pick(tree: Any, index: Array) -> Any:
-        """Entry index[b, w] of the second axis of every leaf."""
-        at = lambda z: index.reshape(*index.shape, *(1,) * (z.ndim - 2))  # noqa: E731
-        return jax.tree.map(lambda z: jnp.take_along_axis(z, at(z), axis=1), tree)
-
     def one(carry: tuple, n: Array) -> tuple[tuple, None]:
         cache, token, live, log_probs, ended, ended_log_probs, scores = carry
         logits, cache = step(cache, token.reshape(-1), jnp.full(batch * width, length + n))
@@ -263,6 +258,12 @@ def beam_search(
     scores, best = jax.lax.top_k(ranked, width)
     strings, together = pick((strings, together), best)
     return Beams(strings, together, scores)
+
+
+def pick(tree: Any, index: Array) -> Any:
+    """Entry index[b, w] of the second axis of every leaf."""
+    at = lambda z: index.reshape(*index.shape, *(1,) * (z.ndim - 2))  # noqa: E731
+    return jax.tree.map(lambda z: jnp.take_along_axis(z, at(z), axis=1), tree)
 
 
 def recomputing_step(logits_fn: Callable[[Array], Array]) -> StepFn:

@@ -10,12 +10,13 @@ __all__ = ["crop_and_flip"]
 def crop_and_flip(
     x: np.ndarray, *, seed: int, step: int, shift: int = 0, flip: bool = False, first_row: int = 0
 ) -> np.ndarray:
-    """Move each image of a batch by whole pixels, and turn every other one left to right.
+    """Move each image of a batch by whole pixels, and turn it left to right by chance.
 
     x: [batch, height, width, channels]. shift: at most so many pixels up, down, left and right,
     each move as likely as the others; the border is repeated (a crop of the padded image). flip:
-    with probability one half; not for digits or text, whose meaning it changes. first_row: the
-    place of row 0 in the batch of all processes; a row's move depends on its place alone.
+    left to right with probability 1/2; not for digits or text, whose meaning it changes.
+    first_row: the place of row 0 in the batch of all processes; a row's move depends on its place
+    alone.
 
     Raises ValueError unless x has rank 4, and for a shift below 0 or above a side.
 

@@ -67,7 +67,7 @@ def fit(
 ) -> Any:
     """Train from `state.step` to `num_steps` and return the last state.
 
-    batches(n) is the batch of step n, so that nothing of the data needs saving. With
+    batches(n) is the batch of step n and of n alone, so that no place in the data is saved. With
     steps_per_call = k, step_fn takes k batches stacked; calls end at multiples of k, so that a
     resumed run makes the same calls. Metrics are read while the next call runs and go to
     metrics.jsonl in `folder`. evaluate(state) gives numbers every `evaluate_every` steps, logged
@@ -77,19 +77,13 @@ def fit(
     With `max_seconds` training ends after the first call at whose end that many seconds have passed
     since the end of the very first one, which compiles (0: no limit); evaluations count.
 
-    The batches of `prefetch` further calls are made in threads while a call runs, so `batches` must
-    be a function of the step alone (0: each when its call comes), and are put on the devices where
-    step_fn has a `place`, as compiled steps have. timings: is given data_wait_seconds, for how long
-    calls waited for their batches, but for the first.
+    The batches of `prefetch` further calls are made in threads while a call runs (0: each when its
+    call comes), and put on the devices where step_fn has a `place`, as compiled steps have.
+    timings: is given data_wait_seconds, how long calls but the first waited for their batches.
 
-    on_metrics(step, metrics) is called with the numbers of each line of metrics.jsonl, those of
-    training and of evaluations, once they are read: a hook for other trackers, such as
-
-        on_metrics=lambda step, metrics: wandb.log(metrics, step=step)
-
-    Training waits for it. Of several processes the first one calls it. A resumed run gives again
-    the steps after its checkpoint. Numbers that end the training are left to the error. progress:
-    a bar on standard error, or a line every 30 seconds where that is no terminal.
+    on_metrics(step, metrics): a hook for other trackers, called by the first process with each line
+    of metrics.jsonl, for which training waits; a resumed run gives again the steps after its
+    checkpoint. progress: a bar on standard error, or without a terminal a line every 30 seconds.
 
     Raises NonFiniteError at the first step with a number that is not finite, before anything
     later is saved. An error in `batches`, `evaluate` or `on_metrics` is raised after the state is
@@ -107,10 +101,8 @@ def fit(
     with checks.extra("train", "fit"):
         from genjax.training.progress import Progress
 
-    often = {"save_every": save_every, "log_every": log_every, "steps_per_call": steps_per_call}
-    least = {"num_steps": num_steps, "evaluate_every": evaluate_every, "prefetch": prefetch}
-    for name, value in {**often, **least}.items():
-        checks.integer(name, value, int(name in often))
+    _check_counts(1, save_every=save_every, log_every=log_every, steps_per_call=steps_per_call)
+    _check_counts(0, num_steps=num_steps, evaluate_every=evaluate_every, prefetch=prefetch)
     checks.at_least("max_seconds", max_seconds, 0)
     first = jax.process_index() == 0
     log = MetricsLog(folder, start=int(state.step), tensorboard=tensorboard) if first else None
@@ -133,6 +125,11 @@ def fit(
         if timings is not None:
             timings["data_wait_seconds"] = run.waited
         return run.state
+
+
+def _check_counts(least: int, **counts: int) -> None:
+    for name, value in counts.items():
+        checks.integer(name, value, least)
 
 
 @dataclasses.dataclass

@@ -38,7 +38,9 @@ def barred(cost: Array, epsilon: Array) -> tuple[Array, Array, tuple[Array, Arra
     count = jnp.maximum(jnp.sum(open_pairs.astype(cost.dtype)), 1)
     spread = jnp.sum(jnp.where(open_pairs, fixed - low, 0)) / count
     sizes = spread, jnp.sum(jnp.where(open_pairs, jnp.abs(fixed), 0)) / count
-    return jnp.where(open_pairs, cost, top + BAR * width), top + entropy + 0.01 * width, sizes
+    # Of equal costs the width is epsilon's, which may be below the rounding of the value.
+    most = top + entropy + 0.01 * width + 8 * jnp.finfo(cost.dtype).eps * jnp.abs(top)
+    return jnp.where(open_pairs, cost, top + BAR * width), most, sizes
 
 
 def refuse_isolated(cost: Any, a: Any, b: Any) -> None:

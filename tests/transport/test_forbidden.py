@@ -147,3 +147,16 @@ def test_a_cost_function_that_leaves_a_point_alone_is_refused(unchecked):
     near = lambda x, y: jnp.where(squared_euclidean(x, y) < 1, 0.0, jnp.inf)  # noqa: E731
     with pytest.raises(ValueError, match="row 1 is infinite"):
         sinkhorn(x, x[:1], epsilon=0.1, cost_fn=near)
+
+
+def test_equal_costs_far_above_epsilon_leave_a_plan():
+    """The value rounds by more than the width that epsilon leaves: it is not taken for a bar."""
+    rng = np.random.default_rng(0)
+    a, b = rng.dirichlet(np.ones(40), (2, 64)).astype(np.float32)
+    levels = np.geomspace(1e2, 1e7, 64, dtype=np.float32)
+
+    def value(level, a, b):
+        cost = jnp.full((40, 40), level)
+        return sinkhorn_from_cost(cost, epsilon=1e-6, a=a, b=b, max_iterations=20).value
+
+    np.testing.assert_allclose(jax.jit(jax.vmap(value))(levels, a, b), levels, rtol=1e-6)
