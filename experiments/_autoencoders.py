@@ -9,14 +9,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 
 from experiments import _run, _system, vae, vqvae
 from experiments._codes import make_quantiser
 from experiments._data import Data
-from genjax.networks import GridDecoder, GridEncoder, latent_scale
+from genjax import adversarial, checks
+from genjax.metrics import feature_extractor
+from genjax.metrics.extractors import SHIPPED
+from genjax.networks import (
+    GridDecoder,
+    GridEncoder,
+    PatchCritic,
+    adaptive_weight,
+    latent_scale,
+    perceptual_distance,
+)
 from genjax.networks.layers import Norm
 from genjax.numerics import sum_event
 from genjax.variational import gaussian_kl, gaussian_sample
+
+LAST = "Conv_1"  # the decoder's last layer, by whose gradients the critic is weighted
 
 
 class Autoencoder(NamedTuple):
@@ -40,12 +53,14 @@ class Own(NamedTuple):
 
 
 def own(config: Any, data: Data) -> Own:
-    """|x - decoded|_1 + kl_weight KL(q(z|x) || N(0, 1)), or + the commitment to a codebook; all
-    summed over the event. weights: {"networks", "codes"}."""
+    """|x - decoded|_1 + kl_weight KL(q(z|x) || N(0, 1)), or + the commitment to a codebook, all
+    summed over the event; + perceptual distance; + a patch critic, which is trained in the same
+    step. weights: {"networks", "codes"}."""
     scaling, event, quantised = data.scaling(), data.spec.shape, config.latents == "vq"
     dim, channels = config.features, tuple(config.channels)
     encoder = GridEncoder(dim if quantised else 2 * dim, channels, dropout=config.dropout)
     decoder = GridDecoder(event[-1], channels[::-1], dropout=config.dropout)
+    critic, distance = PatchCritic((16, 32)), perceptual(config, data)
     quantiser = make_quantiser(
         "vq", num_codes=config.codes, dim=dim, stages=1, levels=(), decay=0.99, commitment=0.25,
         reset=0.3,
@@ -57,7 +72,9 @@ def own(config: Any, data: Data) -> Own:
         key_e, key_d = jax.random.split(key)
         z = jnp.zeros((1, *shape))
         x = jnp.zeros((1, *event))
-        return {"encoder": encoder.init(key_e, x), "decoder": decoder.init(key_d, z)}
+        made = {"encoder": encoder.init(key_e, x), "decoder": decoder.init(key_d, z)}
+        key_c = jax.random.fold_in(key, 2)
+        return made | ({"critic": critic.init(key_c, x)} if config.critic else {})
 
     def encoded(networks: Any, key: Any, y: jax.Array, key_drop: Any = None) -> Any:
         """z and its divergence from N(0, 1); the latents of a codebook are of one size."""
@@ -73,13 +90,22 @@ def own(config: Any, data: Data) -> Own:
 
     def loss(weights: Any, key: Any, x: jax.Array) -> Any:
         key_z, key_code, key_e, key_d = jax.random.split(key, 4)
-        y = scaling.to_continuous(x)
-        z, kl = encoded(weights["networks"], key_z, y, key_e)
+        y, networks = scaling.to_continuous(x), weights["networks"]
+        z, kl = encoded(networks, key_z, y, key_e)
         values, penalty, seen = z, config.kl_weight * kl, None
         if quantised:
             values, _, penalty, seen = quantiser.apply(key_code, z, weights["codes"])
-        l1 = sum_event(jnp.abs(decoded(weights["networks"], values, key_d) - y))
-        return l1 + penalty, {"l1": l1 / y[0].size, "kl": kl}, seen, z
+        l1 = lambda image: sum_event(jnp.abs(image - y))  # noqa: E731
+        error = lambda image: l1(image) + distance(image, y)  # noqa: E731
+        image = decoded(networks, values, key_d)
+        losses = error(image) + penalty
+        terms = {"l1": l1(image) / y[0].size, "kl": kl}
+        if config.critic:
+            held = stop_gradient(values)
+            decode = lambda params: decoded({"decoder": params}, held, key_d)  # noqa: E731
+            more, found = critic_loss(config, critic, networks, decode, error, y, image)
+            losses, terms = losses + more, terms | found
+        return losses, terms, seen, z
 
     def encode(weights: Any, key: Any, x: jax.Array) -> jax.Array:
         return encoded(weights["networks"], key, scaling.to_continuous(x))[0]
@@ -98,6 +124,40 @@ def own(config: Any, data: Data) -> Own:
         return quantiser.absorb(codes, seen, config.batch_size) if quantised else None
 
     return Own(Autoencoder(shape, encode, decode), init, start, loss, absorb)
+
+
+def critic_loss(
+    config: Any, critic: Any, networks: Any, decode: Any, error: Any, y: jax.Array, image: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Hinge loss of the patch critic, and of the decoder its scores times the adaptive weight.
+
+    decode: decoder's parameters -> image; error: image -> the losses that the weight compares.
+    """
+    hinge = lambda params, fake: adversarial.hinge(  # noqa: E731
+        *(critic.apply(params, x).ravel() for x in (y, fake))
+    )
+    fooled = lambda image: hinge(stop_gradient(networks["critic"]), image).generator  # noqa: E731
+    layers = stop_gradient(networks["decoder"]["params"])
+
+    def by_last(loss: Any) -> Any:
+        """The gradient of a mean loss for the decoder's last layer."""
+        moved = lambda last: jnp.mean(loss(decode({"params": {**layers, LAST: last}})))  # noqa: E731
+        return jax.grad(moved)(layers[LAST])
+
+    weight = config.critic * adaptive_weight(by_last(error), by_last(fooled))
+    own_loss = hinge(networks["critic"], stop_gradient(image)).critic
+    return weight * fooled(image) + own_loss, {"critic": own_loss, "critic_weight": weight}
+
+
+def perceptual(config: Any, data: Data) -> Callable[[jax.Array, jax.Array], Any]:
+    """`perceptual_distance` on the maps of a trained network, times the weight and the numbers of
+    an image: a distance of 1 counts as an absolute error of 1 everywhere."""
+    if not config.perceptual:
+        return lambda x, y: 0.0
+    if config.feature_network is None:
+        checks.one_of("dataset without --feature-network", data.spec.name, SHIPPED)
+    maps: Any = feature_extractor(data.spec.name, path=config.feature_network).maps
+    return lambda x, y: config.perceptual * x[0].size * perceptual_distance(maps, x, y)
 
 
 def taken(folder: str, data: Data, dataset: str) -> Autoencoder:

@@ -8,6 +8,7 @@
     python -m experiments.latent
     python -m experiments.latent --model diffusion --conditional --guidance 2
     python -m experiments.latent --latents vq --network unet
+    python -m experiments.latent --critic 0.5 --perceptual 1
     python -m experiments.latent --dataset mnist_5k --network dit --width 128 --conditional
     python -m experiments.latent --autoencoder runs/vae/1
 
@@ -58,6 +59,13 @@ class Config(NetworkConfig):
     """Weight of the divergence, summed over the latents, beside the summed absolute error (kl)."""
     codes: int = 64
     """Vectors of the codebook (vq)."""
+    perceptual: float = 0.0
+    """Weight of the autoencoder's perceptual distance, on the maps of a trained classifier."""
+    feature_network: str | None = None
+    """features.npz of experiments.features for that distance (default: the shipped one)."""
+    critic: float = 0.0
+    """Weight of a patch critic of decoded images, times |gradient of the error| / |gradient of the
+    critic| for the decoder's last layer."""
     share: float = 0.4
     """Share of the steps that train the autoencoder too, which stays as it is afterwards."""
     model: Literal["flow", "diffusion"] = "flow"
@@ -223,7 +231,8 @@ def check(config: Config, data: Data) -> None:
     data.require("images", labels=config.conditional)
     for name in ("features", "codes", "num_steps"):
         checks.integer(name, getattr(config, name), 1)
-    checks.at_least("kl_weight", config.kl_weight, 0)
+    for name in ("kl_weight", "perceptual", "critic"):
+        checks.at_least(name, getattr(config, name), 0)
     for name in ("share", "label_drop"):
         checks.between(name, getattr(config, name), 0, 1)
     if config.guidance != 1 and not config.conditional:

@@ -25,12 +25,15 @@ class Extractor(NamedTuple):
     """What turns examples into features. name and sha256 (of the file of weights) go into records.
 
     `extract(x [n, *event]) -> [n, d]` is pure; `parameters` is the pytree that it depends on.
+    `maps(y [n, h, w, c])`, of images in [-1, 1], lists what each convolution gives: the features of
+    a perceptual distance.
     """
 
     name: str
     sha256: str
     parameters: Any
     extract: Callable[[Any], Float[Array, "n d"]]
+    maps: Callable[[Float[Array, "n h w c"]], list[Array]] | None = None
 
 
 def feature_extractor(
@@ -59,7 +62,7 @@ def feature_extractor(
     if sha256 is not None and found != sha256:
         raise ValueError(f"{path} has the SHA-256 {found}, expected {sha256}: its weights differ")
     levels, shape, parameters = _read(Path(path), content)
-    return Extractor(name, found, parameters, _extract(levels, shape, parameters))
+    return Extractor(name, found, parameters, *_functions(levels, shape, parameters))
 
 
 def _read(path: Path, content: bytes) -> tuple[int, tuple[int, ...], Any]:
@@ -79,7 +82,8 @@ def _read(path: Path, content: bytes) -> tuple[int, tuple[int, ...], Any]:
     return levels, shape, tree
 
 
-def _extract(levels: int, shape: tuple[int, ...], parameters: Any) -> Callable[[Any], Array]:
+def _functions(levels: int, shape: tuple[int, ...], parameters: Any) -> tuple[Any, Any]:
+    """Features of images' levels, and maps of images in [-1, 1]."""
     from genjax.data import Scaling
     from genjax.networks.features import FeatureNetwork
 
@@ -90,16 +94,20 @@ def _extract(levels: int, shape: tuple[int, ...], parameters: Any) -> Callable[[
         width=layers["hidden"]["kernel"].shape[1],
         channels=tuple(kernel.shape[-1] for kernel in convolutions),
     )
-    scaling = Scaling(levels)
+    scaling, weights = Scaling(levels), {"params": layers}
 
     def extract(x: Any) -> Float[Array, "n d"]:
         checks.shape("x", x, (None, *shape))
         y = scaling.to_continuous(x)
 
         def one(image: Array) -> Array:
-            weights = {"params": parameters["params"]}
             return network.apply(weights, image[None], method="embed")[0] / parameters["scale"]
 
         return jax.lax.map(one, y, batch_size=1024)
 
-    return extract
+    def maps(y: Array) -> list[Array]:
+        checks.shape("y", y, (None, *shape))
+        found: Any = network.apply(weights, y, method="maps")
+        return found
+
+    return extract, maps

@@ -37,9 +37,16 @@ class FeatureNetwork(nn.Module):
         self, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch features"]:
         """Features of images in [-1, 1]."""
+        x = self.maps(x)[-1]
+        return self.activation(self.hidden(x.reshape(x.shape[0], -1)))
+
+    def maps(self, x: Float[Array, "batch height width channels"]) -> list[Array]:
+        """What each convolution gives of images in [-1, 1], for `perceptual_distance`."""
+        found = []
         for convolution in self.convolutions:
             x = self.activation(convolution(x))
-        return self.activation(self.hidden(x.reshape(x.shape[0], -1)))
+            found.append(x)
+        return found
 
     def __call__(
         self,

@@ -7,10 +7,13 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import _autoencoders, _run, _system, latent, vae, vqvae
 from experiments._data import load_data
+from genjax.metrics import feature_extractor
+from genjax.networks import GridDecoder, PatchCritic, perceptual_distance
 
 TINY = latent.Config(
     channels=(4, 8), features=2, width=8, depth=1, steps=4, share=0.5, batch_size=8, num_steps=2,
@@ -56,12 +59,60 @@ def test_runs_that_have_no_autoencoder_for_the_data(stored, message, data, tmp_p
         ({"guidance": 2.0}, "guidance must be 1 without --conditional, got 2"),
         ({"share": 1.5}, "share must"),
         ({"features": 0}, "features must be at least 1, got 0"),
+        ({"critic": -1.0}, "critic must be at least 0, got -1"),
+        ({"perceptual": 1.0, "dataset": "mnist_5k"}, "dataset without --feature-network must be"),
         ({"dataset": "8gaussians"}, "dataset must be of images, got '8gaussians'"),
     ],
 )
 def test_bad_options(changes, message):
     with pytest.raises(ValueError, match=message):
         latent.main(dataclasses.replace(TINY, **changes))
+
+
+def test_the_critic_moves_the_last_layer_as_much_as_the_error_does(data):
+    """A step's loss is |x - y|_1 + perceptual distance + KL + weight * score + hinge; the weight is
+    the ratio of two gradients, taken here through the whole decoder."""
+    config = dataclasses.replace(TINY, critic=0.5, perceptual=0.1, kl_weight=0.0, dropout=0.0)
+    model, scaling = _autoencoders.own(config, data), data.scaling()
+    networks = jax.jit(model.init)(jax.random.key(0))
+    x, key = jnp.asarray(data.train["x"][:6]), jax.random.key(1)
+    decoder, critic = GridDecoder(1, (8, 4)), PatchCritic((16, 32))
+    y = scaling.to_continuous(x)
+    maps = feature_extractor().maps
+
+    def loss(networks):
+        losses, terms, _, z = model.loss({"networks": networks, "codes": None}, key, x)
+        return jnp.mean(losses), (terms, z)
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (total, (terms, z)), slopes = run(networks)
+
+    @jax.jit
+    def by_hand(params, z):
+        score = lambda image: critic.apply(networks["critic"], image)  # noqa: E731
+
+        def parts(params):
+            image = decoder.apply(params, z)
+            error = jnp.sum(jnp.abs(image - y), (1, 2, 3))
+            error = error + 6.4 * perceptual_distance(maps, image, y)
+            return jnp.mean(error), -jnp.mean(score(image))
+
+        error, fooled = (jax.grad(lambda p, i=i: parts(p)[i])(params) for i in (0, 1))
+        sizes = [optax.tree.norm(g["params"]["Conv_1"]) for g in (error, fooled)]
+        weight = 0.5 * sizes[0] / (sizes[1] + 1e-4)
+        image = decoder.apply(params, z)
+        hinge = jnp.mean(jax.nn.relu(1 - score(y))) + jnp.mean(jax.nn.relu(1 + score(image)))
+        slope = jax.tree.map(lambda a, b: a + weight * b, error, fooled)
+        return weight, hinge, parts(params)[0] + weight * parts(params)[1] + hinge, slope
+
+    weight, hinge, expected, slope = by_hand(networks["decoder"], z)
+    np.testing.assert_allclose(terms["critic_weight"], weight, rtol=1e-3)
+    np.testing.assert_allclose(terms["critic"], hinge, rtol=1e-5)
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-3),
+        slopes["decoder"], slope,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -94,7 +145,7 @@ def test_a_short_run_and_one_with_its_autoencoder(data, tmp_path):
 
 @pytest.mark.slow
 def test_the_autoencoder_stays_after_its_share(data):
-    config = dataclasses.replace(TINY, latents="vq", codes=4, steps=8)
+    config = dataclasses.replace(TINY, latents="vq", codes=4, steps=8, critic=0.5, perceptual=0.1)
     system = latent.build(config, data)
     state, step, batches = _system.prepare(config, system, data)
     kept = []

@@ -80,6 +80,11 @@ def test_weights_of_ones_own(tmp_path):
     x = np.random.default_rng(0).integers(4, size=(6, 4, 4, 1), dtype=np.uint8)
     expected = embed(network, {**params, "scale": 2}, Scaling(4).to_continuous(x))
     np.testing.assert_allclose(net.extract(x), expected, atol=1e-6)
+    y = Scaling(4).to_continuous(x)
+    last = network.apply(params, y, method="maps")[-1]
+    np.testing.assert_allclose(net.maps(y)[-1], last, atol=1e-6)
+    with pytest.raises(ValueError, match="y must have shape"):
+        net.maps(y[:, :2])
     record = measure(width, x, extractor=net)
     assert record[1:5] == ("width", "mine", hash_of(net.parameters), (6,))
     assert record.value == 5

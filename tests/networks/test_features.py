@@ -19,8 +19,12 @@ def test_layers_in_plain_jax(key):
         )
         return jax.nn.silu(x + layer["bias"][None, None, None])
 
-    h = convolve(convolve(x, layers["convolutions_0"], 1), layers["convolutions_1"], 2)
+    first = convolve(x, layers["convolutions_0"], 1)
+    h = convolve(first, layers["convolutions_1"], 2)
     assert h.shape == (2, 3, 3, 4)
+    maps = network.apply(params, x, method="maps")
+    for found, expected in zip(maps, (first, h), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
     h = jax.nn.silu(h.reshape(2, -1) @ layers["hidden"]["kernel"] + layers["hidden"]["bias"][None])
     np.testing.assert_allclose(network.apply(params, x, method="embed"), h, atol=1e-5)
     logits = h @ layers["output"]["kernel"] + layers["output"]["bias"][None]
