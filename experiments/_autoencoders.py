@@ -69,11 +69,10 @@ def own(config: Any, data: Data) -> Own:
     shape = (event[0] // factor, event[1] // factor, dim)
 
     def init(key: jax.Array) -> Any:
-        key_e, key_d = jax.random.split(key)
+        key_e, key_d, key_c = jax.random.split(key, 3)
         z = jnp.zeros((1, *shape))
         x = jnp.zeros((1, *event))
         made = {"encoder": encoder.init(key_e, x), "decoder": decoder.init(key_d, z)}
-        key_c = jax.random.fold_in(key, 2)
         return made | ({"critic": critic.init(key_c, x)} if config.critic else {})
 
     def encoded(networks: Any, key: Any, y: jax.Array, key_drop: Any = None) -> Any:
