@@ -38,7 +38,10 @@ from genjax.networks import GPT, GridDecoder, GridEncoder
 from genjax.networks.layers import Norm
 from genjax.variational import perplexity
 
-ROWS = (Row("vqvae", "VQ-VAE with its prior", images={}),)
+ROWS = (
+    Row("vqvae", "VQ-VAE with its prior", images={}),
+    Row("vqvae_2", "VQ-VAE-2", images={"levels": 2, "channels": (16, 32)}),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
