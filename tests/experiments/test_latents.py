@@ -158,10 +158,11 @@ def test_bad_input(data, tmp_path):
 def test_28_by_28_shapes():
     spec = DataSpec("mnist_5k", "images", (28, 28, 1), 256, 10)
     data = load_data(LEVELS)._replace(spec=spec)
-    config = dataclasses.replace(CODES, conditional=True, levels=2)
-    model = vqvae.make_model(config, data)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    assert params["prior"]["params"]["places"].shape == (1 + 7 * 7 + 14 * 14, 16)
+    row = vqvae.ROWS[1].images  # VQ-VAE-2: for either size
+    for data_set, codes in ((data, 7 * 7 + 14 * 14), (load_data(LEVELS), 2 * 2 + 4 * 4)):
+        model = vqvae.make_model(dataclasses.replace(CODES, conditional=True, **row), data_set)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        assert params["prior"]["params"]["places"].shape == (1 + codes, 16)
     config = dataclasses.replace(LEVELS, sides=(1, 7))
     params = jax.eval_shape(hierarchical_vae.make_model(config, data).init, jax.random.key(0))
     assert params["params"]["out"]["kernel"].shape == (16, 16 * 9)
