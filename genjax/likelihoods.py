@@ -25,6 +25,8 @@ __all__ = [
 Levels = Int[Array, "batch *event"] | UInt[Array, "batch *event"]
 # PixelCNN++: below this scale (in units of [-1, 1]) a logistic is narrower than any bin.
 MIN_LOG_SCALE = -7.0
+# Above this one the share of a bin is its width over 4 scales to float32; from 87 on it would be 0.
+MAX_LOG_SCALE = 60.0
 
 
 def gaussian_log_prob(
@@ -202,12 +204,13 @@ def log_bins(x: Array, mean: Array, log_scale: Array, levels: int) -> Float[Arra
     _check_levels(x, levels)
     mean, log_scale = at_least_float32(mean), at_least_float32(log_scale)
     half = 1 / (levels - 1)
-    inverse = jnp.exp(-jnp.maximum(log_scale, MIN_LOG_SCALE))
+    inverse = jnp.exp(-jnp.clip(log_scale, MIN_LOG_SCALE, MAX_LOG_SCALE))
     centred = x.astype(mean.dtype) * (2 * half) - 1 - mean
     log_below = -jax.nn.softplus(-(centred + half) * inverse)
     log_above = -jax.nn.softplus((centred - half) * inverse)
     log_width = jnp.log(-jnp.expm1(-2 * half * inverse))
-    inside = log_below + log_above + log_width
+    wider = jnp.maximum(log_scale - MAX_LOG_SCALE, 0)
+    inside = log_below + log_above + log_width - wider
     return jnp.where(x == 0, log_below, jnp.where(x == levels - 1, log_above, inside))
 
 

@@ -149,13 +149,18 @@ def test_probabilities_of_all_levels_sum_to_one():
 def test_logistic_extremes_are_finite_in_value_and_gradient(compiled):
     mean, log_scale, x = (
         jnp.array(a.reshape(-1, 1))
-        for a in np.meshgrid([-200.0, 0.0, 200.0], [-200.0, -7.0, 60.0], np.arange(LEVELS))
+        for a in np.meshgrid([-200.0, 0.0, 200.0], [-200.0, -7.0, 60.0, 1e3], np.arange(LEVELS))
     )
     loss = lambda m, s: logistic_log_likelihood(x.astype(int), m, s, levels=LEVELS).sum()  # noqa: E731
     out = compiled(jax.value_and_grad(loss, argnums=(0, 1)))(
         mean.astype(jnp.float32), log_scale.astype(jnp.float32)
     )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(out))
+    # A bin well inside holds its width over 4 scales, however wide: the gradient leads back.
+    wide = jnp.array([[59.0], [61.0], [1e3]])
+    inside = lambda s: logistic_log_likelihood(jnp.full((3, 1), 5), 0 * s, s, levels=17)  # noqa: E731
+    np.testing.assert_allclose(inside(wide), np.log(1 / 32) - wide[:, 0], rtol=1e-6)
+    np.testing.assert_array_equal(jax.grad(lambda s: inside(s).sum())(wide), -1)
 
 
 def test_gradients(x64):
