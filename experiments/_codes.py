@@ -32,12 +32,13 @@ Kind = Literal["vq", "residual", "fsq", "lfq"]
 
 class Coded(NamedTuple):
     """values [batch, *grid, dim], codes [batch, places, stages], penalty [batch] to be added to the
-    loss, and what `absorb` takes."""
+    loss, and what `absorb` takes; latents: what was quantised, where the caller keeps it."""
 
     values: jax.Array
     codes: jax.Array
     penalty: jax.Array
     seen: Any
+    latents: Any = None
 
 
 class Quantiser(NamedTuple):
@@ -152,6 +153,20 @@ def _nothing(*given: Any) -> None:
 
 def _places(index: jax.Array, stages: int) -> jax.Array:
     return index.reshape(len(index), -1, stages)
+
+
+def nearest_tuples(z: jax.Array, codebook: jax.Array, most: int) -> jax.Array:
+    """Every choice among the nearest codes of each place: [tuples, batch, places], of latents
+    [batch, *grid, dim]; as many codes a place as make at most `most` tuples, the nearest first."""
+    z = z.reshape(len(z), -1, z.shape[-1])
+    places, count = z.shape[1], 1
+    while count < len(codebook) and (count + 1) ** places <= most:
+        count += 1
+    square = jnp.sum(jnp.square(z[:, :, None] - codebook[None, None]), axis=-1)
+    _, nearest = jax.lax.top_k(-square, count)
+    choices = jnp.stack(jnp.unravel_index(jnp.arange(count**places), (count,) * places), axis=-1)
+    take = lambda chosen: jnp.take_along_axis(nearest, chosen[None, :, None], axis=2)  # noqa: E731
+    return jax.vmap(take)(choices)[..., 0]
 
 
 def code_prior(

@@ -1,6 +1,7 @@
 """Learnt priors, codes and hierarchies as experiments: short runs, files, refusals."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -63,6 +64,8 @@ def test_codes_run(tmp_path):
     # Everything is counted: the codes alone cost what the prior says.
     assert 0 < summary["bits_per_dim_of_codes"] <= 16 * 3 / 64 + 1e-3
     assert summary["bits_per_dim"] > summary["bits_per_dim_of_codes"]
+    # 4x4 places are too many for a sum over choices.
+    np.testing.assert_allclose(summary["bits_per_dim_of_one"], summary["bits_per_dim"], rtol=1e-5)
     assert (folder / "reconstructions.png").stat().st_size > 500
     system, params, _ = _system.reopen(folder)
     assert len(params["carried"]) == 1
@@ -108,6 +111,35 @@ def test_codebooks_follow_their_latents(data):
     )
     coded = model.encode(state.params, state.carry, None, jnp.asarray(data.train["x"][:400]))
     assert perplexity(coded[0].codes, 8) > 4
+
+
+def test_bound_over_several_codes_nears_the_likelihood(data):
+    """Of 3 codes at 2x2 places, 81 choices are all there are: log sum_c p(x|c) P(c) is exact."""
+    config = dataclasses.replace(CODES, codes=3, channels=(4, 4, 8), prior_width=8)
+    model, state = vqvae.make_model(config, data), _system.start(config, vqvae.build(config, data))
+    params = {**state.params, "carried": state.carry}
+    x = jnp.asarray(data.test["x"][:5])
+
+    def bound(tuples):
+        system = vqvae.build(dataclasses.replace(config, tuples=tuples), data)
+        return jax.jit(lambda x: system.log_prob(params, None, x))(x)
+
+    @jax.jit
+    def joint(codes):
+        tokens = jnp.broadcast_to(codes[None], (5, 4))
+        values = model.quantiser.values(tokens[..., None], state.carry[0]).reshape(5, 2, 2, -1)
+        raw = model.decode(params, [values], None)
+        return model.log_likelihood(x, raw) + model.log_codes(params, tokens, None, None)
+
+    every = jnp.asarray(list(itertools.product(range(3), repeat=4)))
+    terms = jax.lax.map(joint, every)
+    np.testing.assert_allclose(bound(81), jax.nn.logsumexp(terms, axis=0), rtol=1e-5)
+    chosen = vqvae.tokens_of(model.encode(params, state.carry, None, x))
+    mine = (chosen[:, None] == every[None]).all(-1)
+    alone = np.asarray(terms).T[np.asarray(mine)]
+    np.testing.assert_allclose(bound(15), alone, rtol=1e-5)  # fewer than 2^4
+    assert (bound(16) > alone).all()
+    assert (bound(81) > bound(16)).all()
 
 
 @pytest.mark.parametrize("prior", ["vamp", "mixture", pytest.param("flow", marks=pytest.mark.slow)])
