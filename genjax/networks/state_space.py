@@ -66,8 +66,9 @@ class StateSpaceBlock(nn.Module):
     projection to z, x, B, C and dt and an RMS norm of y silu(z). states: N, by default 64, 16 for
     mamba and 128 for mamba2. expand, taps: width of the inner features over that of x, and length
     of the short convolution (mamba). head, groups: features of a head, by default 64 or all where
-    they are fewer, and sets of B and C (mamba2). chunk: positions scanned together. dt_range: of
-    the first steps, log-uniform (s4, s4d; with mamba it is [1e-3, 0.1]).
+    they are fewer, and sets of B and C (mamba2). chunk: positions scanned together, by default that
+    of `selective_scan` or `ssd`. dt_range: of the first steps, log-uniform (s4, s4d; with mamba it
+    is [1e-3, 0.1]).
 
     Returns (x, cache). cache: (tail, state) of the positions before, as `empty` gives it; None
     begins at 0 and gives None. where: positions that exist, the others change nothing.
@@ -79,7 +80,7 @@ class StateSpaceBlock(nn.Module):
     taps: int = 4
     head: int | None = None
     groups: int = 1
-    chunk: int = 64
+    chunk: int | None = None
     dt_range: tuple[float, float] = (1e-3, 0.1)
     norm: Literal["layer", "rms"] = "rms"
     dropout: float = 0.0
@@ -224,7 +225,7 @@ class StateSpaceBlock(nn.Module):
             B,
             C,
             D=self.param("skip", nn.initializers.ones, (heads,)),
-            chunk=self.chunk,
+            chunk=self.chunk or 64,
             h0=cache[1],
             where=where,
         )

@@ -5,6 +5,7 @@ leaves the state as it is, its inputs may be anything, and its output is 0.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -103,7 +104,7 @@ def selective_scan(
     *,
     h0: Float[Array, "batch channels states"] | None = None,
     where: Bool[Array, "batch length"] | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
     discretisation: Literal["delta", "zoh"] = "delta",
     method: Method | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch channels states"]]:
@@ -112,9 +113,10 @@ def selective_scan(
     B_bar_t = dt_t B_t as in the released code ("delta"), or (exp(dt_t A) - 1) / A B_t as in the
     paper's equation (4) ("zoh"). dt is after its softplus; one of 0 leaves the state as it is.
     States are formed one chunk of positions at a time, and again in the backward pass, so that
-    memory is batch * channels * states * (length / chunk + chunk). Returns (y, last state), y in
-    the type of u. Gu & Dao 2023 (arXiv:2312.00752), Algorithm 2. Raises ValueError by name for
-    shapes that do not fit, A above 0, steps below 0.
+    memory is batch * channels * states * (length / chunk + chunk); chunk is 16 by default where
+    `method` is sequential, 64 where it is associative. Returns (y, last state), y in the type of
+    u. Gu & Dao 2023 (arXiv:2312.00752), Algorithm 2. Raises ValueError by name for shapes that do
+    not fit, A above 0, steps below 0.
 
     >>> u, dt, A = jnp.ones((2, 16, 3)), jnp.full((2, 16, 3), 0.1), -jnp.ones((3, 4))
     >>> y, h = selective_scan(u, dt, A, jnp.ones((2, 16, 4)), jnp.ones((2, 16, 4)))
@@ -125,6 +127,8 @@ def selective_scan(
     _checks.state(h0, (len(u), *A.shape))
     _checks.mask(where, u.shape[:2])
     _checks.decays(A, dt, where)
+    method = _method(method)
+    chunk = (16 if method == "sequential" else 64) if chunk is None else chunk
     checks.integer("chunk", chunk, 1)
     checks.one_of("discretisation", discretisation, ("delta", "zoh"))
     dtype, (u, dt, B, C) = u.dtype, (at_least_float32(x) for x in (u, dt, B, C))
@@ -133,29 +137,33 @@ def selective_scan(
         z = z if z is None else jnp.where(where[..., None], z, 0)
     if h0 is None:
         h0 = jnp.zeros((len(u), *A.shape), u.dtype)
-    # Channels last: sums over states then run along whole vectors.
-    rates = jnp.swapaxes(at_least_float32(A), 0, 1)[None, None]
-    method = _method(method)
+    # Channels last, whole vectors of them. Products are einsums, so that their transposes, which
+    # sum over channels, are products of matrices too: a sum along the last axis is much slower.
+    rates = jnp.swapaxes(at_least_float32(A), 0, 1)
 
     def coefficients(dt: Array, u: Array, B: Array) -> tuple[Array, Array]:
-        rate = dt[:, :, None] * rates
-        drive = (dt * u)[:, :, None] * B[..., None]
+        rate = dt[..., None, :] * rates.reshape((1,) * (dt.ndim - 1) + rates.shape)
+        drive = jnp.einsum("...n,...c->...nc", B, dt * u, precision=HIGHEST)
         drive = drive * relative_expm1(rate) if discretisation == "zoh" else drive
         return jnp.exp(rate), drive
 
+    def read(C: Array, h: Array) -> Array:
+        return jnp.einsum("...n,...nc->...c", C, h, precision=HIGHEST)
+
+    # Of a position the backward pass keeps the state alone; its coefficients are formed again.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(h: Array, now: Any) -> tuple[Array, Array]:
+        dt, u, B, C = now
+        a, b = coefficients(dt, u, B)
+        h = a * h + b
+        return h, read(C, h)
+
     def run(h: Array, inputs: Any) -> tuple[Array, Array]:
+        if method == "sequential":
+            return jax.lax.scan(step, h, inputs)
         dt, u, B, C = inputs
-        if method == "associative":
-            h = _scan(*coefficients(dt, u, B), h, method)
-            return h[-1], jnp.sum(h * C[..., None], axis=2)
-
-        def step(h: Array, now: Any) -> tuple[Array, Array]:
-            dt, u, B, C = (x[None] for x in now)
-            a, b = coefficients(dt, u, B)
-            h = a[0] * h + b[0]
-            return h, jnp.sum(h * C[0, ..., None], axis=1)
-
-        return jax.lax.scan(step, h, inputs)
+        h = _scan(*coefficients(dt, u, B), h, method)
+        return h[-1], read(C, h)
 
     by_time = tuple(jnp.swapaxes(x, 0, 1) for x in (dt, u, B, C))
     start = jnp.swapaxes(at_least_float32(h0), 1, 2)

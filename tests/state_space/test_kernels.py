@@ -112,8 +112,11 @@ def test_convolution_and_recurrence_are_the_loop(kind, length, double):
 
 
 @pytest.mark.parametrize("kind", ["zoh", "dplr"])
-def test_gradients_of_both_forms_agree_with_differences(x64, kind):
-    u = np.random.default_rng(1).normal(size=(BATCH, 64, CHANNELS))
+@pytest.mark.parametrize(
+    "length", [64, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 7, 1000))]
+)
+def test_gradients_of_both_forms_agree_with_differences(x64, kind, length):
+    u = np.random.default_rng(1).normal(size=(BATCH, length, CHANNELS))
     names = ("eigenvalues", "p", "b", "c", "dt") if kind == "dplr" else S4D
     model, h0, _ = arrays(True, names)
     inputs = (jnp.asarray(u), h0, *model)
