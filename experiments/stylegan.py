@@ -115,9 +115,7 @@ def stylegan2(config: Config, data: Data) -> System:
     height, batch = data.spec.shape[0], config.batch_size
     gamma = 0.0002 * height**2 / batch if config.gamma is None else config.gamma
     layers = generator.num_layers
-
-    def labels(batch: Any) -> Any:
-        return batch["label"] if config.conditional else None
+    labels = lambda batch: batch["label"] if config.conditional else None  # noqa: E731
 
     def make_styles(params: Any, key: Any, n: int, label: Any) -> tuple[jax.Array, jax.Array]:
         z = jax.random.normal(jax.random.fold_in(key, 0), (2, n, config.latent_dim))
@@ -157,7 +155,10 @@ def stylegan2(config: Config, data: Data) -> System:
             part = w[: max(n // 2, 1)]
             noise = jax.random.normal(jax.random.fold_in(key, 5), (len(part), *data.spec.shape))
             make = lambda w: make_images(params, key, w)  # noqa: E731
-            found = ga.path_length_penalty(make, part, noise, mean=carry["path"])
+            # The mean of all lengths so far at first: one that rises from 0 would make images
+            # blind to their styles.
+            decay = jnp.maximum(0.01, 1 / (1 + carry["step"] // PATH_EVERY))
+            found = ga.path_length_penalty(make, part, noise, mean=carry["path"], decay=decay)
             return jnp.stack([jnp.mean(found.penalties), found.mean])
 
         found = ga.every_nth(carry["step"], PATH_EVERY, lengths)

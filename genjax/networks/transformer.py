@@ -6,6 +6,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from genjax import checks, sharding
@@ -14,6 +15,14 @@ from genjax.numerics import expand_to
 from genjax.typing import Params, PRNGKey
 
 __all__ = ["Block"]
+
+ATTENDED = "attended"
+# What a block keeps for its backward pass: products and what attention gave. Norms and activations
+# are cheaper to compute again than to write to memory and read.
+KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.save_only_these_names(ATTENDED),
+)
 
 
 class Block(nn.Module):
@@ -126,6 +135,7 @@ class Block(nn.Module):
             before = jnp.arange(k.shape[1])[None, None] <= places[:, :, None]
             mask = before if mask is None else before & mask.reshape(-1, *mask.shape[-2:])
         out = attention(q, k, v, mask=mask, causal=self.causal and cache is None)
+        out = checkpoint_name(out, ATTENDED)
         return self._dense(out.reshape(h.shape), width, "out", residual=True), cache
 
     def _mlp(self, h: Array) -> Array:
@@ -163,7 +173,7 @@ def apply_stack(
     """Apply the blocks whose parameters are `stacked` one after another, in one scan.
 
     cache: of `empty_cache`, or another pytree that the block takes, stacked. remat: recompute each
-    block in the backward pass instead of keeping what it computes. options: what every block is
+    block in the backward pass, not only its norms and activations. options: what every block is
     called with.
     """
 
@@ -174,7 +184,8 @@ def apply_stack(
         return block.apply({"params": layer}, x, cache=kept, dropout_key=key, **options)
 
     num = len(jax.tree.leaves(params)[0])
-    step = jax.checkpoint(step) if remat else step
+    # In a loop nothing is computed twice by accident: CSE need not be prevented.
+    step = jax.checkpoint(step, policy=None if remat else KEPT, prevent_cse=False)
     return jax.lax.scan(step, x, (params, cache, jnp.arange(num)))
 
 
