@@ -9,12 +9,17 @@
     python -m experiments.latent --model diffusion --conditional --guidance 2
     python -m experiments.latent --latents vq --network unet
     python -m experiments.latent --critic 0.5 --perceptual 1
-    python -m experiments.latent --dataset mnist_5k --network dit --width 128 --conditional
+    python -m experiments.latent --dataset mnist_5k --channels 8 32 64 --width 512 --conditional
     python -m experiments.latent --autoencoder runs/vae/1
 
 The autoencoder is trained in the first part of the same run, the model in all of it; or the
 autoencoder is that of a finished run. The summary's `sampling_seconds` include decoding, and can be
 read beside those of experiments.flow_matching; the run folder gets reconstructions.png.
+
+Of 28 x 28 pixels the full resolution is what costs: the line above has few channels there, latents
+of 7 x 7 x 4 and a perceptron of them. With --batch-size 64 --steps 2500 --guidance 2 a step takes
+0.2 s on one core while the autoencoder trains, 0.11 after it, and the whole seven minutes; then a
+classifier reads the label asked for in 98.7%.
 """
 
 import dataclasses
