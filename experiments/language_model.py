@@ -29,7 +29,7 @@ from experiments._system import System, adamw, train
 from experiments._text_baselines import baselines
 from genjax import checks
 from genjax import data as text_data
-from genjax.autoregressive import bits_per_byte, generate, next_token, select
+from genjax.autoregressive import bits_per_byte, dynamic_evaluation, generate, next_token, select
 from genjax.data import DataSpec
 from genjax.networks import GPT, StateSpace, state_space_groups
 
@@ -38,7 +38,7 @@ from genjax.networks import GPT, StateSpace, state_space_groups
 class Config(_run.TrainConfig):
     """Train a language model and measure it on the part held out."""
 
-    evaluation: ClassVar = ("samples", "temperature", "top_k", "top_p", "min_p")
+    evaluation: ClassVar = ("samples", "temperature", "top_k", "top_p", "min_p", "adapt")
 
     dataset: str = "pydoc"
     """pydoc (the running Python's own documentation), or the path of a text or a folder of .txt."""
@@ -82,6 +82,8 @@ class Config(_run.TrainConfig):
     batch_size: int = 16
     held_out: float = 0.0
     """Share of the training part that is scored instead of trained on, to choose options by."""
+    adapt: float = 0.1
+    """Rate of the gradient step on each scored window, in bits_per_byte_adapted."""
     samples: int = 8
     """Texts that are drawn."""
     temperature: float = 1.0
@@ -146,11 +148,13 @@ def main(config: Config) -> dict[str, Any]:
     def report(run: _run.Run, params: Any, samples: np.ndarray) -> dict[str, Any]:
         _run.write_texts(run.folder / "samples.txt", texts(config, samples))
         plot_losses(run.folder, tokens.lengths(tokens.encode(text.train)).mean())
-        split = {"test": data.test} | ({} if data.held_out is None else {"held": data.held_out})
-        found = {name: score(config, params, part, tokens) for name, part in split.items()}
+        split = {"": data.test} | ({} if data.held_out is None else {"_held_out": data.held_out})
+        found: dict[str, float] = {}
+        for name, part in split.items():
+            found[name] = score(config, params, part, tokens)
+            found[f"{name}_adapted"] = score_adapted(config, params, part, tokens)
         return {
-            "bits_per_byte": found["test"],
-            **({"bits_per_byte_held_out": found["held"]} if "held" in found else {}),
+            **{f"bits_per_byte{name}": bits for name, bits in found.items()},
             **baselines(text.train, text.test),
             "train_bytes": len(text.train),
             "test_bytes": len(text.test),
@@ -265,6 +269,18 @@ def score(config: Config, params: Any, part: Mapping[str, np.ndarray], tokens: A
         fill = ((0, max(0, i + 32 - len(x))), (0, 0))  # one shape, so one program
         total += float(nats(params, np.pad(x[i : i + 32], fill), np.pad(where[i : i + 32], fill)))
     return float(bits_per_byte(total, int(tokens.lengths(x[where]).sum())))
+
+
+def score_adapted(
+    config: Config, params: Any, part: Mapping[str, np.ndarray], tokens: Any
+) -> float:
+    """Bits per byte by weights that take a step on each window after its score."""
+    network = NETWORKS[config.network](config, tokens.vocabulary)
+    losses, _ = jax.jit(functools.partial(dynamic_evaluation, network.apply, rate=config.adapt))(
+        params, part["x"], part["where"]
+    )
+    length = int(tokens.lengths(part["x"][part["where"]]).sum())
+    return float(bits_per_byte(jnp.sum(losses), length))
 
 
 def continue_prompt(config: Config) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from genjax import checks
 from genjax.numerics import at_least_float32
+from genjax.typing import Params
 
-__all__ = ["bits_per_byte", "next_token"]
+__all__ = ["bits_per_byte", "dynamic_evaluation", "next_token"]
 
 Tokens = Int[Array, "batch length"] | UInt[Array, "batch length"]
 
@@ -95,6 +96,48 @@ def next_token(
 def _and_before(where: Array) -> Array:
     """True up to a row's last True."""
     return jax.lax.cummax(where.astype(jnp.int8), axis=1, reverse=True) > 0
+
+
+def dynamic_evaluation(
+    logits_fn: Callable[[Params, Array], Array],
+    params: Params,
+    windows: Tokens,
+    where: Bool[Array, "batch length"],
+    *,
+    rate: float | Float[Array, ""],
+) -> tuple[Float[Array, " batch"], Params]:
+    """-log p of each window's kept tokens in nats by a model that learns from the windows before.
+
+    losses[i] = -log p_theta_i(kept tokens of window i), then
+    theta_i+1 = theta_i - rate * gradient of the mean -log p_theta_i over all its tokens,
+
+    so that every token is scored before it is learnt: the losses add up to the length of a code, as
+    a compressor's that adapts (Krause et al. 2018, arXiv:1709.07432, eq. (3) to (5), plain steps).
+    windows: consecutive pieces of one text, as of `data.scored_windows`, in order. A rate of 0 is
+    `next_token` window by window. Returns (losses, the last parameters). One scan. Raises
+    ValueError for a negative rate, and as `next_token`.
+
+    >>> logits_fn = lambda params, tokens: jnp.broadcast_to(params, (*tokens.shape, 2))
+    >>> windows, where = jnp.zeros((3, 4), jnp.int32), jnp.ones((3, 4), bool)
+    >>> losses, _ = dynamic_evaluation(logits_fn, jnp.zeros(2), windows, where, rate=1.0)
+    >>> [round(float(loss), 3) for loss in losses]
+    [2.773, 1.253, 0.741]
+    """
+    checks.at_least("rate", rate, 0)
+    checks.same_shape(windows=windows, where=where)
+
+    def mean_loss(params: Params, window: Array) -> Array:
+        losses, _ = next_token(lambda x: logits_fn(params, x), window[None], divisor=len(window))
+        return losses[0]
+
+    def one(params: Params, given: tuple[Array, Array]) -> tuple[Params, Array]:
+        window, kept = given
+        losses, _ = next_token(lambda x: logits_fn(params, x), window[None], where=kept[None])
+        slope = jax.grad(mean_loss)(params, window)
+        return jax.tree.map(lambda p, g: p - (rate * g).astype(p.dtype), params, slope), losses[0]
+
+    params, losses = jax.lax.scan(one, params, (windows, where))
+    return losses, params
 
 
 def bits_per_byte(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax.autoregressive import bits_per_byte, next_token
+from genjax.autoregressive import bits_per_byte, dynamic_evaluation, next_token
 
 FIXTURE = json.loads(
     (Path(__file__).parents[1] / "references" / "language_model_loss.json").read_text()
@@ -128,3 +128,47 @@ def test_bad_input(unchecked):
     found = jax.jit(lambda t: run(t)[0])(tokens.at[0, 0].set(7))
     assert np.isnan(found[0])
     assert np.isfinite(found[1:]).all()
+
+
+def bigrams(params, tokens):
+    """Logits of each token by the one before it, of the first by a row of its own."""
+    before = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=params.shape[1])[:, :-1]
+    return params[before]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_dynamic_evaluation_is_a_loop_of_scores_and_steps(x64, dtype):
+    rng = np.random.default_rng(0)
+    params = rng.normal(size=(4, 3)).astype(dtype)
+    windows = jnp.asarray(rng.integers(0, 3, (5, 6)), jnp.int32)
+    where = jnp.arange(6)[None] >= jnp.array([[0], [3], [3], [3], [5]])
+    losses, last = jax.jit(
+        lambda p: dynamic_evaluation(bigrams, p, windows, where, rate=0.7)
+    )(jnp.asarray(params))  # fmt: skip
+    theta, wanted = params.astype(np.float64), []
+    for window, kept in zip(np.asarray(windows), np.asarray(where), strict=True):
+        before = np.concatenate([[3], window[:-1]])
+        p = np.exp(theta) / np.exp(theta).sum(1, keepdims=True)
+        wanted.append(-np.log(p[before, window])[kept].sum())
+        slope = np.zeros_like(theta)
+        for b, w in zip(before, window, strict=True):
+            slope[b] += (p[b] - np.eye(3)[w]) / len(window)
+        theta = theta - 0.7 * slope
+    close = {"rtol": 1e-10 if dtype == np.float64 else 1e-5}
+    np.testing.assert_allclose(losses, wanted, **close)
+    np.testing.assert_allclose(last, theta, **close)
+    assert losses.dtype == last.dtype == dtype
+
+
+def test_dynamic_evaluation_never_scores_what_it_has_learnt_and_may_stand_still():
+    params, windows = jnp.zeros((4, 3)), jnp.array([[0, 1, 2, 0]] * 3)
+    where = jnp.ones(windows.shape, bool)
+    losses, _ = dynamic_evaluation(bigrams, params, windows, where, rate=1.0)
+    np.testing.assert_allclose(losses[0], 4 * np.log(3), rtol=1e-6)
+    assert losses[0] > losses[1] > losses[2]
+    still, last = dynamic_evaluation(bigrams, params, windows, where, rate=0.0)
+    expected = next_token(lambda x: bigrams(params, x), jnp.asarray(windows))[0]
+    np.testing.assert_allclose(still, expected, rtol=1e-6)
+    np.testing.assert_array_equal(last, params)
+    with pytest.raises(ValueError, match="rate must be at least 0"):
+        dynamic_evaluation(bigrams, params, windows, where, rate=-1.0)

@@ -57,6 +57,9 @@ def test_a_short_run_leaves_its_files_and_goes_on_from_a_prompt(tmp_path, capsys
     summary = language_model.main(config(tmp_path, held_out=0.2))
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert 0 < summary["bits_per_byte"] < 8
+    # The text repeats itself, so that what is learnt from its test part helps with the rest of it.
+    assert 0 < summary["bits_per_byte_adapted"] < summary["bits_per_byte"]
+    assert 0 < summary["bits_per_byte_held_out_adapted"] < summary["bits_per_byte_held_out"]
     assert summary["train_bytes"] + summary["test_bytes"] == len(TEXT)
     for name in ("samples.txt", "loss.png", "params.npz"):
         assert (folder / name).stat().st_size > 30

@@ -24,6 +24,13 @@ def decays(u):
     return -1 - jnp.abs(u[0, 0, :2])
 
 
+def adapted(params):
+    """Losses of windows by an adapted law of tokens."""
+    windows, where = jnp.arange(6).reshape(2, 3) % 3, jnp.ones((2, 3), bool)
+    logits = lambda p, x: jnp.broadcast_to(p[:3], (*x.shape, 3))  # noqa: E731
+    return R.dynamic_evaluation(logits, params, windows, where, rate=0.1)[0]
+
+
 STATE_SPACE = {
     "bilinear": of(lambda dt: S.bilinear(EIGEN, P, dt), np.float32(0.1), rows=False),
     "zoh": of(lambda dt: S.zoh(EIGEN, P, dt), np.float32(0.1), rows=False),
@@ -111,6 +118,7 @@ TOKENS = {
         X[:, 0],
         masked=lambda x: A.kto_reference_point(x, where=MASKED[:, 0]),
     ),
+    "dynamic_evaluation": of(adapted, X[0], rows=False),
     "bits_per_byte": of(lambda x: R.bits_per_byte(x, 7), X[:, 0]),
     "select": of(lambda z: R.select(z, temperature=0.7, top_k=3, top_p=0.9, min_p=0.01), X),
     "generate": of(drawn, ONE, order=0, rows=False),
