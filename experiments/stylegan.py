@@ -6,7 +6,8 @@
                generator  GAN's loss + 2 (path length - its mean)^2 in every 4th step, times 4
 
     python -m experiments.stylegan
-    python -m experiments.stylegan --dataset mnist_5k --width 128 --batch-size 32
+    python -m experiments.stylegan --network mlp --width 128 --latent-dim 16
+    python -m experiments.stylegan --dataset mnist_5k --batch-size 32
     python -m experiments.stylegan --network stylegan2 --augment
     python -m experiments.stylegan --network mlp --dataset 25gaussians
 
@@ -30,7 +31,7 @@ from genjax import adversarial as ga
 from genjax.networks import R3GANCritic, R3GANGenerator, StyleCritic, StyleGenerator
 
 ROWS = (
-    Row("r3gan", "R3GAN", {}, {"network": "mlp"}),
+    Row("r3gan", "R3GAN", {"network": "mlp", "width": 128, "latent_dim": 16}, {"network": "mlp"}),
     Row("stylegan2", "StyleGAN2", {"network": "stylegan2", "learning_rate": 2e-3}),
 )
 R1_EVERY, PATH_EVERY, ADA_EVERY = 16, 4, 4  # steps between the lazy terms
