@@ -9,6 +9,7 @@
     python -m experiments.stylegan --network mlp --width 128 --latent-dim 16
     python -m experiments.stylegan --dataset mnist_5k --batch-size 32
     python -m experiments.stylegan --network stylegan2 --augment
+    python -m experiments.stylegan --network stylegan2 --dataset mnist_5k --batch-size 32 --gamma 1
     python -m experiments.stylegan --network mlp --dataset 25gaussians
 
 Samples of the averaged generator are judged, see experiments/_judge.py.
