@@ -93,7 +93,7 @@ def own(config: Any, data: Data) -> Own:
         z, kl = encoded(networks, key_z, y, key_e)
         values, penalty, seen = z, config.kl_weight * kl, None
         if quantised:
-            values, _, penalty, seen = quantiser.apply(key_code, z, weights["codes"])
+            values, _, penalty, seen, _ = quantiser.apply(key_code, z, weights["codes"])
         l1 = lambda image: sum_event(jnp.abs(image - y))  # noqa: E731
         error = lambda image: l1(image) + distance(image, y)  # noqa: E731
         image = decoded(networks, values, key_d)

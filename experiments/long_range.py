@@ -6,10 +6,11 @@ after training at one length also at others. digits: an image as a sequence of p
 
     python -m experiments.long_range
     python -m experiments.long_range --network s4d
-    python -m experiments.long_range --task induction --test-lengths 64 1024
-    python -m experiments.long_range --task digits --network s4d
+    python -m experiments.long_range --task induction
+    python -m experiments.long_range --task digits
 
-Sequences of the first two are functions of their number, so that no two steps see the same.
+Sequences of the first two are functions of their number, so that no two steps see the same. What is
+left open has a default for each task, in DEFAULTS.
 """
 
 import dataclasses
@@ -42,26 +43,29 @@ class Config(_run.TrainConfig):
 
     task: Literal["copying", "induction", "digits"] = "copying"
     """What is to be learnt, see above."""
-    network: Literal["s4", "s4d", "mamba", "mamba2"] = "mamba"
-    """The layer."""
-    depth: int = 2
-    """Layers."""
+    network: Literal["s4", "s4d", "mamba", "mamba2"] | None = None
+    """The layer (default: mamba, s4d for digits)."""
+    depth: int | None = None
+    """Layers (default: 2, 4 for digits)."""
     width: int = 64
     """Features of a position."""
     states: int | None = None
-    """States of a channel (default: the layer's own, 16 to 128)."""
+    """States of a channel (default: the layer's own, 16 to 128; 16 for digits)."""
+    first_steps: tuple[float, float] | None = None
+    """Range of dt of s4 and s4d at first (default: 0.001 to 0.1, which looks back over 10 to 1,000
+    positions; 0.01 to 1 for digits, which have 64)."""
     length: int = 64
     """Positions that hold the sequence in training."""
-    test_lengths: tuple[int, ...] = (64,)
-    """Lengths at which it is measured (not digits)."""
+    test_lengths: tuple[int, ...] | None = None
+    """Lengths at which it is measured, not digits (default: 64, and 1,024 for induction)."""
     copies: int = 8
     """Tokens to copy."""
     vocabulary: int = 16
     """Tokens, the blank and the marker among them."""
     examples: int = 1000
     """Fresh sequences in one measurement."""
-    dropout: float = 0.0
-    """On what a layer adds."""
+    dropout: float | None = None
+    """On what a layer adds (default: 0, 0.1 for digits)."""
     learning_rate: float = 3e-3
     slow_rate: float = 1e-3
     """The rate for A, the steps and D, at most."""
@@ -70,13 +74,49 @@ class Config(_run.TrainConfig):
     clip: float = 1.0
     """Largest norm of the gradient."""
     ema: float = 0.99
-    batch_size: int = 64
-    steps: int = 3000
+    batch_size: int | None = None  # type: ignore[assignment]
+    """Examples in one update (default: 64, 32 for digits)."""
+    steps: int | None = None  # type: ignore[assignment]
+    """Updates in all (default: 3,000, 2,000 for digits)."""
     steps_per_call: int = 25
+
+
+# What options that were left open are, for each task.
+COPYING = {
+    "network": "mamba",
+    "depth": 2,
+    "first_steps": (0.001, 0.1),
+    "test_lengths": (64,),
+    "dropout": 0.0,
+    "batch_size": 64,
+    "steps": 3000,
+}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "copying": COPYING,
+    "induction": COPYING | {"test_lengths": (64, 1024)},
+    "digits": {
+        "network": "s4d",
+        "depth": 4,
+        "states": 16,
+        "first_steps": (0.01, 1.0),
+        "test_lengths": (),
+        "dropout": 0.1,
+        "batch_size": 32,
+        "steps": 2000,
+    },
+}
+
+
+def settled(config: Config) -> Config:
+    """Give the options that were left open their values for this task."""
+    defaults = DEFAULTS[config.task].items()
+    left = {name: value for name, value in defaults if getattr(config, name) is None}
+    return dataclasses.replace(config, **left)
 
 
 def main(config: Config) -> dict[str, Any]:
     """Train, measure; returns the summary."""
+    config = settled(config)
     check(config)
     data = load_data(config)
     system = build(config, data)
@@ -94,6 +134,9 @@ def check(config: Config) -> None:
         checks.integer(name, getattr(config, name), 1)
     checks.integer("vocabulary", config.vocabulary, 3)
     checks.between("dropout", config.dropout, 0, 0.99)
+    low, high = config.first_steps or (0.0, 0.0)
+    if not 0 < low < high:
+        raise ValueError(f"first_steps must rise from above 0, got {config.first_steps}")
     least = config.copies if config.task == "copying" else 3
     for length in (config.length, *config.test_lengths):
         checks.integer("length", length, least)
@@ -112,7 +155,7 @@ def load_data(config: Config) -> Data:
 
 def network(config: Config, data: Data) -> StateSpace:
     """The network: logits of every position."""
-    digits = config.task == "digits"
+    config, digits = settled(config), config.task == "digits"
     return StateSpace(
         None if digits else config.vocabulary,
         outputs=data.spec.classes if digits else config.vocabulary,
@@ -121,13 +164,14 @@ def network(config: Config, data: Data) -> StateSpace:
         width=config.width,
         shift=False,
         dropout=config.dropout,
-        block_options=(("states", config.states),),
+        block_options=(("states", config.states), ("dt_range", config.first_steps)),
         remat=config.remat,
     )
 
 
 def build(config: Config, data: Data) -> System:
     """The network with its loss; nothing is sampled."""
+    config = settled(config)
     net = network(config, data)
     task = sequences(config, config.length)
 

@@ -58,8 +58,15 @@ def test_copying_run_learns(tmp_path):
 
 @pytest.mark.slow
 def test_digits_run_learns(tmp_path):
-    summary = long_range.main(small(tmp_path, task="digits", network="s4d", steps=200))
+    summary = long_range.main(small(tmp_path, task="digits", dropout=0.0, steps=200))
     assert summary["test_accuracy"] > 0.3  # one in ten by chance
+
+
+def test_what_is_left_open_goes_by_the_task():
+    digits = long_range.settled(long_range.Config(task="digits", depth=1))
+    assert (digits.network, digits.depth, digits.first_steps) == ("s4d", 1, (0.01, 1.0))
+    assert long_range.settled(long_range.Config(task="induction")).test_lengths == (64, 1024)
+    assert set(long_range.DEFAULTS) == {"copying", "induction", "digits"}
 
 
 def test_options_that_make_no_task():
@@ -69,6 +76,7 @@ def test_options_that_make_no_task():
         ({"vocabulary": 2}, "vocabulary must be at least 3"),
         ({"test_lengths": (2,)}, "length must be at least 8"),
         ({"dropout": 1.0}, "dropout must lie"),
+        ({"first_steps": (0.1, 0.01)}, "first_steps must rise"),
         ({"task": "digits", "dataset": "moons"}, "images, got 'moons' of points"),
     ):
         with pytest.raises(ValueError, match=message):
