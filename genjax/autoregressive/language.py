@@ -101,11 +101,11 @@ def _and_before(where: Array) -> Array:
 def dynamic_evaluation(
     logits_fn: Callable[[Params, Array], Array],
     params: Params,
-    windows: Tokens,
-    where: Bool[Array, "batch length"],
+    windows: Int[Array, "windows length"],
+    where: Bool[Array, "windows length"],
     *,
     rate: float | Float[Array, ""],
-) -> tuple[Float[Array, " batch"], Params]:
+) -> tuple[Float[Array, " windows"], Params]:
     """-log p of each window's kept tokens in nats by a model that learns from the windows before.
 
     losses[i] = -log p_theta_i(kept tokens of window i), then
