@@ -113,7 +113,8 @@ def test_rlhf(short):
     assert (folder / "rlhf.png").stat().st_size > 1000
     assert {"right", "right_before", "kl", "judged"} <= summary.keys()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["kl"] == 0 for row in rows[:5])  # the reference is the policy at step 4
+    # The reference is the policy at step 4: their difference there is rounding, squared.
+    assert all(abs(row["kl"]) < 1e-12 for row in rows[:5])
     assert any(row["kl"] > 0 for row in rows[5:])
     samples = np.load(folder / "samples.npy")
     np.testing.assert_array_equal(np.mean(rlhf.is_right(samples)), np.float32(summary["right"]))
