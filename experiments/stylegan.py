@@ -157,8 +157,7 @@ def stylegan2(config: Config, data: Data) -> System:
             part = w[: max(n // 2, 1)]
             noise = jax.random.normal(jax.random.fold_in(key, 5), (len(part), *data.spec.shape))
             make = lambda w: make_images(params, key, w)  # noqa: E731
-            # The mean of all lengths so far at first: one that rises from 0 would make images
-            # blind to their styles.
+            # The mean of all lengths so far at first: one that rises from 0 pulls them down.
             decay = jnp.maximum(0.01, 1 / (1 + carry["step"] // PATH_EVERY))
             found = ga.path_length_penalty(make, part, noise, mean=carry["path"], decay=decay)
             return jnp.stack([jnp.mean(found.penalties), found.mean])

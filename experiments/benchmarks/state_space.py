@@ -32,8 +32,8 @@ class Config(Options):
     rounds: int = 5
     lengths: tuple[int, ...] = (2048, 8192)
     """Positions."""
-    chunk: int = 64
-    """Positions that the selective scan holds at once."""
+    chunk: int | None = None
+    """Positions that the selective scan holds at once (default: its own)."""
     stored: bool = True
     """Time torch-stored, whose gradient takes minutes, where its gradient is not asked for."""
 

@@ -50,9 +50,9 @@ def path_length_penalty(
     reverse derivative of <G(w), y>. Of w [batch, layers, dim] the length is sqrt(mean over layers
     of |.|^2 over dim), as in the released code. a moves towards the batch's mean length first,
     a <- a + decay (mean |J^T y| - a), and gets no gradient; it is returned for the next call.
-    StyleGAN2 starts at 0; in short runs decay = max(0.01, 1 / calls) keeps the penalty from taking
-    out of the images, while a rises, what they owe to w. Its weight is 2, every 4 or 8 steps times
-    that number (`every_nth`). The generator must map each example by itself.
+    StyleGAN2 starts at 0, and lengths are pulled down while a rises; in short runs decay =
+    max(0.01, 1 / calls) makes a the mean of all lengths so far. The penalty's weight is 2, every 4
+    or 8 steps times that number (`every_nth`). The generator must map each example by itself.
 
     Karras et al. 2020 (arXiv:1912.04958), eq. 4. Raises ValueError where w is no [batch, dim] or
     [batch, layers, dim], or the noise has not the images' shape.
