@@ -153,6 +153,41 @@ def test_gradients_of_both_forms_agree_with_differences(x64, kind, length):
         np.testing.assert_allclose(found, slope, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["zoh", "dplr", BILINEAR])
+@pytest.mark.parametrize(
+    "length", [1000, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 7, 64))]
+)
+def test_gradients_of_both_forms_in_float32(kind, length):
+    """Of every input, for random weights of the outputs, beside the recurrence in float64."""
+    names = ("eigenvalues", "p", "b", "c", "dt") if kind == "dplr" else S4D
+    u, weights = np.random.default_rng(8).normal(size=(2, BATCH, length, CHANNELS))
+
+    def gradients(convolved, double):
+        def loss(u, h0, d, *model):
+            if kind == "dplr":
+                whole, step, options = ss.dplr_convolution, ss.dplr_step, {"d": d}
+            else:
+                whole, step = ss.s4d_convolution, ss.s4d_step
+                options = {"d": d, "discretisation": kind}
+            if convolved:
+                y, h = whole(u, *model, h0=h0, **options)
+            else:
+                y, h = ss.recur(lambda h, u: step(h, u, *model, **options), h0, u)
+            return jnp.sum(y * jnp.asarray(weights, y.dtype)) + jnp.sum(jnp.abs(h) ** 2)
+
+        with jax.enable_x64(double):
+            model, h0, d = arrays(double, names)
+            given = (jnp.asarray(u, jnp.float64 if double else jnp.float32), h0, d, *model)
+            return jax.jit(jax.grad(loss, tuple(range(len(given)))))(*given)
+
+    exact = gradients(False, True)
+    for convolved in (True, False):
+        found = gradients(convolved, False)
+        for name, got, want in zip(("u", "h0", "d", *names), found, exact, strict=True):
+            assert got.dtype in (jnp.float32, jnp.complex64)
+            np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max(), err_msg=name)
+
+
 @pytest.mark.parametrize("kind", ["zoh", "dplr"])
 def test_masked_positions_change_nothing(x64, kind):
     rng = np.random.default_rng(2)
