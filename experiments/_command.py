@@ -45,7 +45,7 @@ def read(kind: type, description: str | None, args: Sequence[str] | None = None)
     """The Config of a command line; a mistake in it ends the process, see above."""
     import tyro
 
-    args = list(sys.argv[1:] if args is None else args)
+    args = _spelled(kind, sys.argv[1:] if args is None else args)
     given = {"description": description, "args": args}
     if "--resume" in args:
         stored = _resumed(kind, args)
@@ -58,6 +58,23 @@ def read(kind: type, description: str | None, args: Sequence[str] | None = None)
         if end.code in (0, None):
             raise
         mistake(_explain(kind, args) or _in_one_line(said.getvalue()))
+
+
+def _spelled(kind: type, args: Sequence[str]) -> list[str]:
+    """The words, with --x and --no-x of an option that may also be left open as tyro has them."""
+    flags = {}
+    for field in dataclasses.fields(kind):
+        if field.type == bool | None:
+            name = field.name.replace("_", "-")
+            flags |= {f"--{name}": "True", f"--no-{name}": "False"}
+    words: list[str] = []
+    for word, after in zip(args, [*args[1:], ""], strict=True):
+        value = flags.get(word.replace("_", "-"))
+        if value is None or after in ("True", "False", "None"):
+            words.append(word)
+        else:
+            words += ["--" + word[2:].replace("_", "-").removeprefix("no-"), value]
+    return words
 
 
 def mistake(text: str) -> NoReturn:

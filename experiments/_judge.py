@@ -39,6 +39,7 @@ from genjax.metrics.extractors import SHIPPED
 
 MOST = {"images": 10_000, "points": 1000}  # examples of either split
 BLOCKS = 4
+NEIGHBOURS = 3
 MOST_MODES = 25  # moons and swissroll are mixtures too, of many Gaussians along a curve
 # Compiled once for all runs of a process.
 PRECISION_RECALL = jax.jit(precision_recall, static_argnames="k")
@@ -85,10 +86,12 @@ def reference(data: Data, extractor: Extractor | None = None) -> Reference:
 
 
 def judge(reference: Reference, samples: np.ndarray, labels: Any = None) -> dict[str, Any]:
-    """What an experiment's summary says of its samples: the numbers that cost little."""
+    """What an experiment's summary says of its samples: the numbers that cost little. Of fewer
+    than four images, or samples, none is by neighbours."""
     if reference.data.kind == "points":
         return _modes(reference.data.spec.name, samples)
-    found = numbers(_measure_blocks(reference, samples, 0, full=False))
+    enough = min(reference.count, len(samples), len(reference.train["plain"])) > NEIGHBOURS
+    found = numbers(_measure_blocks(reference, samples, 0, full=False)) if enough else {}
     if labels is not None:
         plain = _views(samples, None)["plain"]
         found["label_accuracy"] = label_accuracy(reference.data, plain, labels)
@@ -131,7 +134,7 @@ def _measure(reference: Reference, block: Any, seed: int, full: bool) -> list[Me
     named = {} if net is None else {"extractor": net.name, "parameters": net.parameters}
     pair = train["features"], views["features"]
     found = [
-        measure(PRECISION_RECALL, *pair, k=3, **named),
+        measure(PRECISION_RECALL, *pair, k=NEIGHBOURS, **named),
         measure(MEMORISATION, train["plain"], reference.test["plain"], views["plain"]),
     ]
     if full:

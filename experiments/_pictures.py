@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-RECONSTRUCTIONS = "test images, each row above its reconstructions"
-
 
 def caption(path: str | os.PathLike) -> str:
     """Of which run and step a picture is, by its place in the run's folder: "vae/3, step 2000"."""
@@ -50,6 +48,20 @@ def save_grid(
              for x in (strip, sheet)]  # fmt: skip
     png.imsave(Path(path), np.concatenate(parts))
     return Path(path)
+
+
+def first(images: Any, count: int) -> Any:
+    """The first `count` images; where there are fewer they come again."""
+    return images[np.arange(count) % len(images)]
+
+
+def save_reconstructions(folder: Path, images: Any, again: Any, *, high: float) -> Path:
+    """Write reconstructions.png: four rows of ten images, each above what came back of them."""
+    pairs = np.stack([first(np.asarray(x)[:40], 40) for x in (images, again)])
+    rows = pairs.reshape(2, 4, 10, *pairs.shape[2:]).swapaxes(0, 1)
+    title = "test images, each row above its reconstructions"
+    sheet = rows.reshape(-1, *pairs.shape[2:])
+    return save_grid(folder / "reconstructions.png", sheet, title=title, high=high, columns=10)
 
 
 def lettered(text: str, size: float = 8.0) -> np.ndarray:

@@ -232,7 +232,7 @@ def make_model(config: Config, data: Data) -> Model:
 def plot_levels(folder: Any, model: Model, params: Any, data: Data, key: jax.Array) -> None:
     """Write levels.png: ten test images, then below them samples that have none, one, two, ... of
     the image's own upper levels, as the most likely level of every pixel."""
-    x = jnp.asarray(data.test["x"][:10])
+    x = jnp.asarray(_pictures.first(data.test["x"], 10))
     levels = model.levels(params, None)
     key_latents, key_levels, key_pixels = jax.random.split(key, 3)
     latents = hierarchical_latents(model.bottom_up(params, None), levels, key_latents, x)

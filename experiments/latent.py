@@ -295,11 +295,8 @@ def report(
         return maps.decode(params["autoencoder"], key_d, z)
 
     y = np.asarray(again(params, x))
-    rows = np.stack([np.asarray(z[:40]).reshape(4, 10, *data.spec.shape) for z in (x, y)])
     high = (data.spec.levels or 2) - 1
-    sheet = rows.swapaxes(0, 1).reshape(-1, *data.spec.shape)
-    path, title = run.folder / "reconstructions.png", _pictures.RECONSTRUCTIONS
-    _pictures.save_grid(path, sheet, title=title, high=high, columns=10)
+    _pictures.save_reconstructions(run.folder, x, y, high=high)
     gap = np.abs(y.astype(np.float32) - np.asarray(x))
     return {"reconstruction_error": float(gap.mean() / high)}
 

@@ -295,14 +295,12 @@ def plot_latents(folder: Any, model: Model, params: Any, data: Data, key: jax.Ar
     )
     x, latent = test["x"], encode(test["x"][:1])[0].shape[1]
 
-    # Rows of images above rows of what is expected from one sample of their codes.
+    # What is expected from one sample of their codes.
     z = gaussian_sample(key, *encode(x[:40]))
-    rows = np.stack([x[:40].reshape(4, 10, *spec.shape), expected(z).reshape(4, 10, *spec.shape)])
-    sheet = rows.swapaxes(0, 1).reshape(-1, *spec.shape)
-    save("reconstructions", sheet, _pictures.RECONSTRUCTIONS)
+    _pictures.save_reconstructions(folder, x[:40], expected(z), high=levels - 1)
 
     # Straight lines between the codes of pairs of test images.
-    mean, _ = encode(x[:20])
+    mean, _ = encode(_pictures.first(x, 20))
     share = jnp.linspace(0, 1, 10)[None, :, None]
     line = (1 - share) * mean[:10, None] + share * mean[10:, None]
     sheet = expected(line.reshape(-1, latent))

@@ -135,11 +135,8 @@ def main(config: Config) -> dict[str, Any]:
     def report(run: _run.Run, params: Any, samples: np.ndarray) -> dict[str, Any]:
         x = jnp.asarray(data.test["x"])
         codes, nats, drawn = look(params, x)
-        pairs = np.stack([np.asarray(y[:40]).reshape(4, 10, *data.spec.shape) for y in (x, drawn)])
-        sheet = pairs.swapaxes(0, 1).reshape(-1, *data.spec.shape)
         high = (data.spec.levels or 2) - 1
-        path, title = run.folder / "reconstructions.png", _pictures.RECONSTRUCTIONS
-        _pictures.save_grid(path, sheet, title=title, high=high, columns=10)
+        _pictures.save_reconstructions(run.folder, x, drawn, high=high)
         used = [
             round(float(perplexity(level[..., i], model.quantiser.num_codes)), 2)
             for level in codes

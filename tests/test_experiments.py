@@ -120,6 +120,16 @@ def test_resume_takes_the_newest_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("options", "value"),
+    [("", None), ("--in-memory", True), ("--no-in-memory", False), ("--in_memory False", False)],
+)
+def test_an_option_that_may_be_left_open_is_a_flag(options, value):
+    given = ["--steps", "3", *options.split(), "--seed", "4"]
+    read = _command.read(vae.Config, None, given)
+    assert (read.in_memory, read.steps, read.seed) == (value, 3, 4)
+
+
+@pytest.mark.parametrize(
     ("options", "line"),
     [
         ("--stpes 5", "there is no option --stpes; did you mean --steps? (--help lists them all)"),

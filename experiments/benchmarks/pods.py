@@ -27,7 +27,9 @@ import optax
 from jax.sharding import Mesh
 
 from experiments import _run, _system
+from experiments._data import Data
 from genjax import checks, flows
+from genjax.data import DataSpec
 from genjax.networks import DiT, TarFlow
 from genjax.training import init_state, make_train_step
 from genjax.training.parallel import replicated, sharded, shards_of
@@ -35,24 +37,42 @@ from genjax.training.parallel import replicated, sharded, shards_of
 RESULTS = Path(__file__).with_name("results")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}
-# Experiments whose rows in the leaderboard train by gradient steps of a `System`.
+# Every experiment that trains a `System`, and its networks: the first word is the module. A last
+# word as 64x64 asks for colour images of that size instead of the experiment's own data.
 EXPERIMENTS: Mapping[str, Mapping[str, Any]] = {
     "vae": {},
+    "vae conv": {"network": "conv"},
     "hierarchical_vae": {},
     "vqvae": {},
     "gan": {},
+    "gan dcgan": {"network": "dcgan"},
     "wgan": {},
     "f_gan": {},
     "stylegan": {"network": "stylegan2"},
+    "stylegan r3gan": {},
+    "stylegan 64x64": {"network": "stylegan2", "width": 512},
     "sinkhorn_gan": {},
     "diffusion": {},
+    "diffusion unet": {"network": "unet"},
+    "diffusion dit": {"network": "dit"},
     "flow_matching": {},
     "few_step": {},
+    "few_step consistency": {"method": "consistency"},
     "latent": {},
+    "latent dit": {"network": "dit"},
+    "bridge": {},
+    "bridge fitting": {"pairs": "fitting"},
     "flow": {"model": "glow"},
+    "continuous_flow": {},
     "pixelcnn": {},
     "language_model": {},
+    **{f"language_model {kind}": {"network": kind} for kind in ("s4", "s4d", "mamba", "mamba2")},
     "masked_diffusion": {},
+    "rlhf": {},
+    "long_range": {"task": "digits"},
+    "features": {},
+    "mutual_information": {},
+    "deep_image_prior": {},
 }
 
 
@@ -63,7 +83,7 @@ class Config:
     shardings: tuple[str, ...] = ("replicated", "fsdp")
     """Layouts of the large models."""
     only: tuple[str, ...] = ()
-    """Names of experiments and of LARGE (default: all)."""
+    """Names of EXPERIMENTS and of LARGE (default: all)."""
     results: str = str(RESULTS / "pods.json")
     """Where the rows are kept; the table lies beside it."""
 
@@ -86,11 +106,13 @@ def everywhere(tree: Any, place: Any) -> Any:
 
 
 def experiment(name: str, options: Mapping[str, Any], mesh: Mesh) -> Iterator[tuple[str, Program]]:
-    """Step and sampler of an experiment's defaults."""
-    module = importlib.import_module(f"experiments.{name}")
+    """Step of an experiment, and its sampler where it has one."""
+    module = importlib.import_module(f"experiments.{name.split()[0]}")
     count = 4 * mesh.devices.size
     config = module.Config(batch_size=count, steps_per_call=1, **options)
-    data = module.load_data(config)
+    config = getattr(module, "settled", lambda config: config)(config)
+    sizes = re.search(r"(\d+)x(\d+)$", name)
+    data = colour_images(count, *map(int, sizes.groups())) if sizes else module.load_data(config)
     system = module.build(config, data)
     state = jax.eval_shape(_system.initial(config, system)[2], jax.random.key(0))
     batch = system.batches(_run.batches(config, data.trained_on))(0)
@@ -102,12 +124,20 @@ def experiment(name: str, options: Mapping[str, Any], mesh: Mesh) -> Iterator[tu
     split = placed(jax.eval_shape(lambda: batch), everywhere(batch, sharded(mesh, axis)))
     whole = placed(state, everywhere(state, replicated(mesh)))
     yield "step", Program(step, (whole, split))
+    if system.sample is None:
+        return
     params = jax.eval_shape(lambda s: _system.weights(config, system, s), state)
     params = placed(params, everywhere(params, replicated(mesh)))
     labels = None if system.labels is None else jnp.arange(count) % (data.spec.classes or 1)
     sample = lambda p, k: system.sample(p, k, count, labels)  # type: ignore[misc] # noqa: E731
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     yield "sampler", Program(jax.jit(sample, out_shardings=sharded(mesh)), (params, key))
+
+
+def colour_images(count: int, height: int, width: int) -> Data:
+    """Black images: a program depends on shapes alone."""
+    black = {"x": np.zeros((count, height, width, 3), np.uint8)}
+    return Data(black, black, DataSpec("black", "images", (height, width, 3), 256, None))
 
 
 def tarflow(blocks: int, layers: int, width: int) -> tuple[Any, Any, tuple[int, ...]]:
@@ -214,7 +244,7 @@ def programs(config: Config, topology: str, mesh: Mesh) -> Iterator[tuple[str, s
         for name in filter(chosen, EXPERIMENTS):
             parts = lambda n=name: dict(experiment(n, EXPERIMENTS[n], mesh))  # noqa: E731
             for part in ("step", "sampler"):
-                yield f"{name} {part}", "replicated", lambda p=part, f=parts: f()[p]
+                yield f"{name} {part}", "replicated", lambda p=part, f=parts: f().get(p)
 
 
 def main(config: Config) -> list[dict[str, Any]]:
@@ -232,7 +262,10 @@ def main(config: Config) -> list[dict[str, Any]]:
         for name, layout, make in programs(config, topology, mesh):
             row = {"program": name, "topology": topology, "sharding": layout}
             try:
-                row |= measured(make())
+                program = make()
+                if program is None:  # what only trains has no sampler
+                    continue
+                row |= measured(program)
             except Exception as error:  # a row says so, and the others follow
                 row["error"] = str(error).strip().split("\n")[0][:160]
             print(json.dumps(row), flush=True)

@@ -122,6 +122,8 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder):
 def folder_builder(name: str, data_dir: Any, options: Options, file_format: str) -> ImageFolder:
     """The builder of "folder:PATH". Raises FolderError where there is nothing to read there."""
     options.check()
+    if "://" in name:
+        raise FolderError(f"folder:PATH must name a local folder, got {name!r}")
     root = Path(name.removeprefix("folder:")).expanduser().absolute()
     classes, splits = find_images(root)
     examples = [example for split in splits.values() for example in split]

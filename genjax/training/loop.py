@@ -109,6 +109,8 @@ def fit(
     given = (state, step_fn, batches, num_steps, steps_per_call, log, log_every, checkpoints)
     # Emulated devices abort when calls pile up, and calls in flight would outlast a budget.
     block = bool(max_seconds) or (jax.default_backend() == "cpu" and jax.device_count() > 1)
+    if block:  # what made the state may still be under way
+        jax.block_until_ready(state)
 
     with contextlib.ExitStack() as closing:
         threads = closing.enter_context(_threads(prefetch))

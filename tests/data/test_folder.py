@@ -131,6 +131,8 @@ def test_what_cannot_be_used_says_why(folder, tmp_path, monkeypatch):
             message = "images beside subfolders"
         with pytest.raises(ValueError, match=message):
             load(f"folder:{place}", "train", **data, **options)
+    with pytest.raises(ValueError, match="must name a local folder, got 'folder:gs://b/images'"):
+        load("folder:gs://b/images", "train", **data)
     with pytest.raises(ValueError, match=r"are for folder:PATH, got .*'image_size': 8"):
         load("digits", "train", image_size=8)
     assert not [p for p in (tmp_path / "data").rglob("*") if p.is_file()]
