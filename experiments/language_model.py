@@ -121,9 +121,8 @@ def gpt(config: Config, vocabulary: int) -> nn.Module:
 
 def state_space(config: Config, vocabulary: int, kind: Any) -> nn.Module:
     """State space layers in place of attention; width is that of a position, 2 width inside."""
-    return StateSpace(
-        vocabulary, kind=kind, depth=config.depth, width=config.width, dropout=config.dropout
-    )
+    sizes = {"depth": config.depth, "width": config.width, "dropout": config.dropout}
+    return StateSpace(vocabulary, kind=kind, remat=config.remat, **sizes)
 
 
 # A network maps tokens [n, length] to logits [n, length, vocabulary], dropout_key by keyword; with

@@ -141,6 +141,7 @@ def make_network(config: Config, data: Data) -> GPT:
         tied=False,
         causal=False,
         dropout=config.dropout,
+        remat=config.remat,
     )
 
 
@@ -196,6 +197,7 @@ def build(config: Config, data: Data) -> System:
         likelihood={"num_draws": config.test_draws, "batch_size": 360},
         evaluations=num_steps,
         count=config.num_samples,
+        remat=True,
     )
 
 

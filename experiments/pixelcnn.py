@@ -46,8 +46,9 @@ class Config(_run.TrainConfig):
     """Two gated stacks, masked convolutions with their blind spot, or PixelCNN++ (components)."""
     conditional: bool = False
     """Give the label to every gate."""
-    components: int = 0
-    """Logistics in a pixel's mixture (0: a probability for each level, of one colour)."""
+    components: int | None = None
+    """Logistics in a pixel's mixture, 0 for a probability of each level, of one colour (default: 5
+    for colours and for PixelCNN++, else 0)."""
     features: int = 48
     """Channels of either stack."""
     layers: int = 5
@@ -102,6 +103,9 @@ def make(config: Config, data: Data) -> tuple[System, Any]:
     checks.between("dropout", config.dropout, 0, 0.99)
     height, width, colours = data.spec.shape
     levels, classes = data.spec.levels or 0, data.spec.classes if config.conditional else None
+    if config.components is None:
+        mixed = config.network == "plus" or (colours > 1 and config.network != "masked")
+        config = dataclasses.replace(config, components=5 if mixed else 0)
     if not config.components and colours > 1:
         raise ValueError(f"components must be at least 1 for {colours} colours, got 0")
     if config.network == "masked" and (config.conditional or config.components):

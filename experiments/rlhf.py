@@ -126,9 +126,8 @@ class Networks:
 
     def __init__(self, config: Config):
         self.config = config
-        self.gpt = GPT(
-            VOCABULARY, config.depth, config.width, config.heads, max_length=PROMPT + ANSWER + 1
-        )
+        sizes = {"max_length": PROMPT + ANSWER + 1, "remat": config.remat}
+        self.gpt = GPT(VOCABULARY, config.depth, config.width, config.heads, **sizes)
         self.names = ["policy"]
         self.names += ["values"] if config.algorithm == "ppo" else []
         self.names += ["judge"] if config.reward == "model" else []
@@ -215,6 +214,7 @@ def build(config: Config, data: Data) -> System:
         init_carry=init_carry,
         absorb=absorb,
         merge_carry=lambda params, carry: {**params, "reference": carry["reference"]},
+        remat=True,
     )
 
 

@@ -100,7 +100,8 @@ def test_shard_batch_splits_over_the_devices():
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_device(key, tmp_path):
+@pytest.mark.parametrize("layout", ["replicated", "fsdp"])
+def test_two_processes_equal_one_device(layout, key, tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -114,7 +115,7 @@ def test_two_processes_equal_one_device(key, tmp_path):
             "JAX_NUM_PROCESSES": "2",
             "JAX_PROCESS_ID": str(index),
         }
-        command = [sys.executable, "-m", "tests.training.process", str(tmp_path), str(STEPS)]
+        command = [sys.executable, "-m", "tests.training.process", str(tmp_path), str(STEPS), layout]
         running.append(
             subprocess.Popen(
                 command,

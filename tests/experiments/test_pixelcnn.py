@@ -48,7 +48,7 @@ def test_a_conditional_run_leaves_its_files(tmp_path):
 def test_drawing_is_that_of_recomputation(colours):
     """Levels of images drawn with the cache, bit for bit, of a small mixture too."""
     spec = DIGITS._replace(shape=(4, 3, colours), levels=5)
-    config = pixelcnn.Config(components=2 if colours == 3 else 0, **QUICK)
+    config = pixelcnn.Config(components=2 if colours == 3 else None, **QUICK)
     system = pixelcnn.build(config, Data(some(8, spec), some(8, spec), spec))
     params = system.init(jax.random.key(0))
     rng = np.random.default_rng(1)
@@ -103,9 +103,9 @@ def test_bad_options():
     config = pixelcnn.Config()
     for changes, given, match in (
         ({"conditional": True}, unlabelled, "dataset must have labels"),
-        ({}, colour, "components must be at least 1 for 3 colours"),
+        ({"components": 0}, colour, "components must be at least 1 for 3 colours"),
         ({"network": "masked", "conditional": True}, data, "neither labels nor components"),
-        ({"network": "plus"}, data, "network plus needs components"),
+        ({"network": "plus", "components": 0}, data, "network plus needs components"),
         ({"dropout": 1.0}, data, "dropout must lie in"),
     ):
         with pytest.raises(ValueError, match=match):

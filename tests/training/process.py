@@ -11,7 +11,7 @@ from genjax.training.checkpoint import to_host
 from tests.training.problem import make_batch, make_params, noisy_loss
 
 
-def main(folder, steps):
+def main(folder, steps, layout):
     initialize_distributed()
     index, count = jax.process_index(), jax.process_count()
 
@@ -24,7 +24,7 @@ def main(folder, steps):
     checkpoints = Checkpoints(f"{folder}/checkpoints")
     found = checkpoints.restore(state)
     state = found[1] if found else state
-    step = make_train_step(noisy_loss, sgd)
+    step = make_train_step(noisy_loss, sgd, sharding=layout)
     state = fit(
         state, step, share, num_steps=steps, folder=folder, checkpoints=checkpoints, save_every=2
     )
@@ -34,4 +34,4 @@ def main(folder, steps):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
