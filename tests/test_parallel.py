@@ -115,7 +115,8 @@ def test_two_processes_equal_one_device(layout, key, tmp_path):
             "JAX_NUM_PROCESSES": "2",
             "JAX_PROCESS_ID": str(index),
         }
-        command = [sys.executable, "-m", "tests.training.process", str(tmp_path), str(STEPS), layout]
+        given = [str(tmp_path), str(STEPS), layout]
+        command = [sys.executable, "-m", "tests.training.process", *given]
         running.append(
             subprocess.Popen(
                 command,
