@@ -68,7 +68,7 @@ def _spelled(kind: type, args: Sequence[str]) -> list[str]:
             name = field.name.replace("_", "-")
             flags |= {f"--{name}": "True", f"--no-{name}": "False"}
     words: list[str] = []
-    for word, after in zip(args, [*args[1:], ""], strict=True):
+    for word, after in zip(args, [*args, ""][1:], strict=True):
         value = flags.get(word.replace("_", "-"))
         if value is None or after in ("True", "False", "None"):
             words.append(word)

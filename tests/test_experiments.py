@@ -129,6 +129,10 @@ def test_an_option_that_may_be_left_open_is_a_flag(options, value):
     assert (read.in_memory, read.steps, read.seed) == (value, 3, 4)
 
 
+def test_a_command_without_options_has_the_defaults():
+    assert _command.read(flow_matching.Config, None, []) == flow_matching.Config()
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
