@@ -48,10 +48,11 @@ def escaped(text: str) -> str:
 
 
 def blocks(lines: list[str]) -> list[list[str]]:
-    """Runs of lines between empty ones, and of indented ones."""
+    """Runs of lines between empty ones, and of indented ones; examples with what they print."""
     found: list[list[str]] = [[]]
     for line in lines:
-        turn = found[-1] and line.startswith("    ") != found[-1][-1].startswith("    ")
+        within = found[-1] and not found[-1][0].startswith(">>>")
+        turn = within and line.startswith("    ") != found[-1][-1].startswith("    ")
         if not line.strip() or turn:
             found.append([])
         if line.strip():
@@ -109,7 +110,11 @@ def pages(name: str, lines: list[str], known: frozenset[str] = frozenset()) -> l
     """A docstring as reStructuredText."""
     tex = FORMULAS.get(name.removeprefix("genjax."))
     out: list[str] = []
-    for i, block in enumerate(blocks(lines)):
+    found = blocks(lines)
+    for i, block in enumerate(found):
+        if block[0].startswith(">>>"):
+            out += [*block, ""]
+            continue
         # Columns too are kept as they are typed.
         if block[0].startswith("    ") or any(re.search(r"\S {3,}\S", line) for line in block):
             if tex:
@@ -118,14 +123,11 @@ def pages(name: str, lines: list[str], known: frozenset[str] = frozenset()) -> l
             else:
                 out += ["::", "", *(f"    {line}" for line in block), ""]
             continue
-        if block[0].startswith(">>>"):
-            out += [*block, ""]
-            continue
         if block[0].startswith("- ") and out and out[-1]:
             out.append("")
         out += prose(block, known)
         # A formula without a place of its own comes after the first sentence.
-        if tex and i == 0 and not any(line.startswith("    ") for line in lines):
+        if tex and i == 0 and not any(other[0].startswith("    ") for other in found):
             out += formula(tex)
             tex = None
     return out

@@ -126,6 +126,11 @@ def test_docstrings_are_pages(monkeypatch):
     assert page[:2] == ["Solves.", ""]
     assert page[2:4] == ["- **x**: the points.", "- **y, z**: more."]
     assert page[4] == "- **tol, n**: when to stop (late). As: usual."
+    text = ["First.", "", ">>> f(x)", "Array([[1.],", "       [2.]])"]  # an example in one piece
+    for name in ("nowhere", "flows.affine"):
+        page = "\n".join(docstrings.pages(f"genjax.{name}", text))
+        assert ">>> f(x)\nArray([[1.],\n       [2.]])" in page
+        assert (".. math::" in page) == (name in docstrings.FORMULAS)
     assert "max_iterations" in docstrings.names_of(genjax.transport.sinkhorn)
     for name in docstrings.FORMULAS:
         page = docstrings.pages(f"genjax.{name}", ["First.", "", "    a = b"])

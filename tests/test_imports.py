@@ -96,6 +96,10 @@ def test_rooms_are_attributes_that_load_when_they_are_named(probe):
     assert genjax.ode is sys.modules["genjax.ode"]
     with pytest.raises(AttributeError, match="module 'genjax' has no attribute 'transports'"):
         _ = genjax.transports
+    # Those that a type checker is told of.
+    assert {name for name in imports(ROOT / "genjax" / "__init__.py") if "." in name} == {
+        f"genjax.{name}" for name in folders
+    }
 
 
 def imports(path):

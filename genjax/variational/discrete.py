@@ -63,8 +63,8 @@ def concrete_log_prob(
 ) -> Float[Array, " batch"]:
     """Log density of the relaxed samples of `gumbel_softmax` on the simplex, in nats.
 
-    log p(y) = log (K-1)! + (K-1) log t + sum_k [log pi_k - (t+1) log y_k]
-               - K log sum_k pi_k y_k^-t
+        log p(y) = log (K-1)! + (K-1) log t + sum_k [log pi_k - (t+1) log y_k]
+                   - K log sum_k pi_k y_k^-t
 
     with pi = softmax(logits) and t the temperature: Maddison, Mnih and Teh 2017, eq. (10). Entries
     of y below the smallest normal number, where the density has no limit, count as that number.
