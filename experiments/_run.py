@@ -111,6 +111,13 @@ def launch(main: Callable[[Any], Any], config_type: type) -> None:
     except (RunError, NotPreparedError, ValueError, ImportError) as error:
         print(_one_line(error), file=sys.stderr, flush=True)
         sys.exit(USAGE)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        why = str(error).partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0]
+        ways = "Take less at once: a smaller --batch-size, or --accumulate, its parts in turn"
+        print(_one_line(RunError(f"{why} {ways}")), file=sys.stderr, flush=True)
+        sys.exit(USAGE)
 
 
 def _one_line(error: Exception) -> str:

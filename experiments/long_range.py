@@ -148,6 +148,7 @@ def load_data(config: Config) -> Data:
         data = _data.load_data(config)
         data.require("images", labels=True)
         return data
+    checks.one_of("dataset, which --task digits alone reads,", config.dataset, ["digits"])
     numbers = np.arange(NUMBERS, dtype=np.int32)
     spec = DataSpec(config.task, "tokens", (config.length,), config.vocabulary, None)
     return Data({"x": numbers}, {"x": numbers[: config.examples]}, spec)

@@ -32,7 +32,7 @@ from genjax.adversarial import (
     least_squares,
     wasserstein,
 )
-from genjax.data.synthetic import GaussianMixture
+from genjax.data.synthetic import DENSITIES, GaussianMixture
 from genjax.metrics import high_quality_share, modes_covered, reverse_kl_modes
 from genjax.networks import MLP
 from genjax.training import init_saddle_state, saddle_step, train_scan
@@ -85,9 +85,8 @@ def main(config: Config) -> dict[str, Any]:
     """Train, count, draw; returns the summary."""
     for name in config.objectives:
         checks.one_of("objectives", name, LOSSES)
-    density = _judge.few_modes(config.dataset)
-    if density is None:
-        raise ValueError(f"dataset must be a mixture of a few Gaussians, got {config.dataset!r}")
+    checks.one_of("dataset", config.dataset, filter(_judge.few_modes, DENSITIES))
+    density = DENSITIES[config.dataset]
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     with _run.start_run(config) as run:
         summary: dict[str, Any] = {"modes_of_the_law": len(density.means)}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -169,6 +170,19 @@ def test_a_mistake_in_a_value_ends_in_one_line(options, line, capsys, monkeypatc
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert line in said
+
+
+def test_memory_that_does_not_suffice_ends_in_one_line(capsys, monkeypatch):
+    def main(config):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(sys, "argv", ["tiny"])
+    with pytest.raises(SystemExit) as end:
+        _run.launch(main, tiny.Config)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: Out of memory allocating 9 bytes. Take less at once: a smaller")
+    assert said.count("\n") == 1
 
 
 def test_of_a_run_inside_a_run_the_outer_one_is_resumed(tmp_path, monkeypatch, capsys):

@@ -78,6 +78,7 @@ def test_options_that_make_no_task():
         ({"dropout": 1.0}, "dropout must lie"),
         ({"first_steps": (0.1, 0.01)}, "first_steps must rise"),
         ({"task": "digits", "dataset": "moons"}, "images, got 'moons' of points"),
+        ({"dataset": "minst"}, "dataset, which --task digits alone reads, must be"),
     ):
         with pytest.raises(ValueError, match=message):
             long_range.main(long_range.Config(**changes))
