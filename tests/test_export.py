@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax import diffusion, flows, metrics, ode, variational
+from genjax import autoregressive, diffusion, flows, metrics, ode, variational
 from tests import laws
 from tests.test_laws import CASES, FLOW, FLOW_PARAMS, OBJECTIVES, VE, W, X, Y
 
@@ -96,6 +96,74 @@ SAMPLERS |= {
     },
     "gaussian_sample": lambda key, w: variational.gaussian_sample(key, X @ w, Y),
 }
+
+
+def drift(w):
+    return lambda x, t, *end: jnp.tanh(x @ w)
+
+
+def decoded(search):
+    """search(step, cache, prompt) of a network whose next token depends on w and on the last."""
+
+    def call(key, w):
+        step = autoregressive.recomputing_step(lambda tokens: w[tokens % 3])
+        return search(step, jnp.zeros((2, 6), jnp.int32), key, jnp.array([[1], [0]]))
+
+    return call
+
+
+def pixels(key, w):
+    step = autoregressive.recomputing_pixel_step(lambda x: w[x % 3])
+    cache, options = jnp.zeros((2, 3, 3, 1), jnp.int32), {"draw": jax.random.categorical}
+    return autoregressive.sample_pixels(step, cache, key, (2, 3, 3, 1), **options)
+
+
+def inpainted(key, w):
+    options = {"process": VP, "times": diffusion.time_grid(VP, 4), "jump": 2, "resamples": 2}
+    return diffusion.inpaint(lambda x, t: jnp.tanh(x @ w), key, X, X > 0, **options)
+
+
+def masked(by, key, w):
+    predict = lambda tokens: w[tokens % 3]  # noqa: E731
+    return diffusion.sample_masked(predict, key, (2, 6), vocabulary=3, num_steps=3, by=by)
+
+
+def levelled(key, w):
+    top = variational.Level(None, lambda h, f: (f, 0 * f), lambda h, z: z @ w)
+    return variational.hierarchical_sample(key, [top], (5, 3))
+
+
+SAMPLERS |= {
+    "generate": decoded(lambda s, c, k, p: autoregressive.generate(s, c, k, p, num_tokens=3)),
+    "beam_search": decoded(
+        lambda s, c, k, p: autoregressive.beam_search(s, c, p, num_tokens=3, width=2)
+    ),
+    "sample_pixels": pixels,
+    "inpaint": inpainted,
+    "sample_masked": partial(masked, "random"),
+    "sample_masked by confidence": partial(masked, "confidence"),
+    "consistency_sample": lambda key, w: diffusion.consistency_sample(
+        diffusion.consistency_function(drift(w)), key, (5, 3), sigmas=(80.0, 1.0)
+    ),
+    "bridge_sample": lambda key, w: flows.bridge_sample(drift(w), key, X, sigma=0.1, num_steps=3),
+    "bridge_pairs": lambda key, w: flows.bridge_pairs(drift(w), key, X, sigma=0.1, num_steps=3),
+    "mean_flow_sample": lambda key, w: flows.mean_flow_sample(drift(w), X, num_steps=2),
+    "sample_pairs": lambda key, w: flows.sample_pairs(key, X @ w),
+    "flows.sample_and_log_prob": lambda key, w: flows.sample_and_log_prob(
+        FLOW, flows.normal((3,)), FLOW_PARAMS, key, 4
+    ),
+    "solve_with_log_det": lambda key, w: flows.solve_with_log_det(
+        lambda w, x, t: jnp.tanh(x @ w), w, X, num_steps=3
+    ),
+    "hierarchical_sample": levelled,
+    "mixture_sample": lambda key, w: variational.mixture_sample(key, w, 0 * w, 5),
+}
+
+
+def test_every_sampler_is_exported():
+    found = {name.split(".")[-1].split()[0] for name in SAMPLERS}
+    public = {name.split(".")[-1] for name in laws.public_functions()}
+    assert {name for name in public if "sample" in name and "log_prob" not in name} <= found
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
