@@ -38,7 +38,7 @@ def table() -> str:
         experiment = f"{{download}}`{row.experiment} <../experiments/{row.experiment}.py>`"
         lines.append(
             f"| {row.system} | {functions} | {test} | {experiment} "
-            f"| [{row.notebook}](tutorials/{row.notebook}.ipynb) |"
+            f"| [{row.notebook.replace('_', ' ')}](tutorials/{row.notebook}.ipynb) |"
         )
     return "\n".join(lines) + "\n"
 
