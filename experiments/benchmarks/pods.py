@@ -111,7 +111,6 @@ def experiment(name: str, options: Mapping[str, Any], mesh: Mesh) -> Iterator[tu
     module = importlib.import_module(f"experiments.{name.split()[0]}")
     count = 4 * mesh.devices.size
     config = module.Config(batch_size=count, steps_per_call=1, **options)
-    config = getattr(module, "settled", lambda config: config)(config)
     sizes = re.search(r"(\d+)x(\d+)$", name)
     data = colour_images(count, *map(int, sizes.groups())) if sizes else module.load_data(config)
     system = module.build(config, data)
