@@ -347,7 +347,8 @@ class StateSpace(nn.Module):
         swap = lambda tree: jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)  # noqa: E731
         remat = self.remat and cache is None
         block = self.block()
-        h, cache = apply_stack(block, self.blocks, h, cache=swap(cache), remat=remat, **options)
+        how = {"remat": remat, "own_memory": True}
+        h, cache = apply_stack(block, self.blocks, h, cache=swap(cache), **how, **options)
         return h, swap(cache)
 
     def _leave(self, h: Array) -> Array:

@@ -235,29 +235,38 @@ def ssd(
         v = jnp.pad(v, ((0, 0), (0, count * chunk - length)) + ((0, 0),) * (v.ndim - 2))
         return v.reshape(batch, count, chunk, *tail)
 
+    # A stack, for its gradient is a sum of slices: one along the heads' axis is slow on CPU.
+    def each(v: Array) -> Array:
+        return jnp.stack([v] * (heads // groups), axis=3)
+
+    # Positions before features, heads before positions: products of matrices, copied once.
     split = (groups, heads // groups)
-    steps = cut(dt, *split)
-    drive = cut(dt[..., None] * x, *split, dim)
-    B, C = (cut(v, groups, states) for v in (B, C))
-    logs = jnp.moveaxis(steps * at_least_float32(A).reshape(1, 1, 1, *split), 2, -1)  # [b c g r q]
-    totals = jnp.cumsum(logs, axis=-1)
-    # Inside a chunk.
-    scores = jnp.einsum("bcign,bcjgn->bcgij", C, B, precision=HIGHEST)
-    weights = scores[:, :, :, None] * jnp.exp(_segment_sums(logs))
-    y = jnp.einsum("bcgrij,bcjgrp->bcigrp", weights, drive, precision=HIGHEST)
+    steps = jnp.moveaxis(cut(dt, *split), 2, -1)  # [b c g r q]
+    cells = jnp.moveaxis(cut(x, *split, dim), 2, -2)
+    B, C = (jnp.moveaxis(cut(v, groups, states), 2, -2) for v in (B, C))
+    logs = steps * at_least_float32(A).reshape(1, 1, *split, 1)
+    # Inside a chunk; steps and D are in the weights, which are fewer than the inputs.
+    scores = jnp.einsum("bcgin,bcgjn->bcgij", C, B, precision=HIGHEST)
+    weights = each(scores) * jnp.exp(_segment_sums(logs)) * steps[..., None, :]
+    if D is not None:
+        weights = weights + D.reshape(1, 1, *split, 1, 1) * jnp.eye(chunk)[None, None, None, None]
+    y = jnp.einsum("bcgrij,bcgrjp->bcgrip", weights, cells, precision=HIGHEST)
     # What each chunk adds to the state, and the state at the start of each.
-    to_end = jnp.exp(_sums_to_end(logs))
-    added = jnp.einsum("bcjgn,bcgrj,bcjgrp->cbgrpn", B, to_end, drive, precision=HIGHEST)
+    written = each(B) * (jnp.exp(_sums_to_end(logs)) * steps)[..., None]
+    added = jnp.einsum("bcgrjp,bcgrjn->bcgrpn", cells, written, precision=HIGHEST)
+    totals = jnp.cumsum(logs, axis=-1)
 
     def advance(h: Array, scanned: tuple[Array, Array]) -> tuple[Array, Array]:
         decay, new = scanned
         return decay[..., None, None] * h + new, h
 
     decays = jnp.moveaxis(jnp.exp(totals[..., -1]), 1, 0)
-    h, starts = jax.lax.scan(advance, h0.reshape(batch, *split, dim, states), (decays, added))
-    y = y + jnp.einsum("bcign,bcgri,cbgrpn->bcigrp", C, jnp.exp(totals), starts, precision=HIGHEST)
-    y = y.reshape(batch, count * chunk, heads, dim)[:, :length]
-    y = y if D is None else y + D[None, None, :, None] * x
+    by_chunk = (decays, jnp.moveaxis(added, 1, 0))
+    h, starts = jax.lax.scan(advance, h0.reshape(batch, *split, dim, states), by_chunk)
+    read = each(C) * jnp.exp(totals)[..., None]
+    starts = jnp.moveaxis(starts, 0, 1)
+    y = y + jnp.einsum("bcgrin,bcgrpn->bcgrip", read, starts, precision=HIGHEST)
+    y = jnp.moveaxis(y, -2, 2).reshape(batch, count * chunk, heads, dim)[:, :length]
     return _shown(y, where).astype(dtype), h.reshape(batch, heads, dim, states)
 
 
