@@ -56,6 +56,8 @@ class Config(_run.TrainConfig):
     """Features of a position."""
     heads: int = 4
     """Heads of the attention (gpt)."""
+    states: int | None = None
+    """States of a channel (default: 16 with mamba2, else the block's own)."""
     kv_heads: int | None = None
     """Heads of keys and values (default: as many)."""
     norm: Literal["layer", "rms"] = "rms"
@@ -122,7 +124,11 @@ def gpt(config: Config, vocabulary: int) -> nn.Module:
 def state_space(config: Config, vocabulary: int, kind: Any) -> nn.Module:
     """State space layers in place of attention; width is that of a position, 2 width inside."""
     sizes = {"depth": config.depth, "width": config.width, "dropout": config.dropout}
-    return StateSpace(vocabulary, kind=kind, remat=config.remat, **sizes)
+    block = {"states": config.states}
+    if kind == "mamba2":  # two heads, few states and short chunks: small products, fast on a core
+        block = {"states": config.states or 16, "head": config.width, "chunk": 32}
+    options = tuple(block.items())
+    return StateSpace(vocabulary, kind=kind, remat=config.remat, block_options=options, **sizes)
 
 
 # A network maps tokens [n, length] to logits [n, length, vocabulary], dropout_key by keyword; with
