@@ -11,6 +11,7 @@ compared in one summary.json:
     python -m experiments.flow_matching --dataset moons --methods flow ot
     python -m experiments.flow_matching --path vp --methods flow
     python -m experiments.flow_matching --dataset digits --conditional --methods flow ot
+    python -m experiments.flow_matching --dataset mnist_5k --methods flow --preconditioned
 
 For each: the sliced Wasserstein distance of samples to fresh data after 1 and after `sample_steps`
 Euler steps, beside that between two fresh samples of the data (means over `draws` of both, which
@@ -66,6 +67,8 @@ class Config(NetworkConfig):
     """Entropy of the sinkhorn coupling, as a share of the mean cost."""
     conditional: bool = False
     """Give the labels to the network and pair within the class."""
+    preconditioned: bool = False
+    """Add the network to the best linear field: for an MLP with fewer units than pixels."""
     width: int = 128
     learning_rate: float = 2e-3
     ema: float = 0.999
@@ -130,15 +133,27 @@ def fit(config: Config, whole: _run.Run, data: Data, method: Method, flow: Any) 
     return params
 
 
-def velocity(network: Any, params: Any, label: Any = None, key: Any = None) -> Any:
-    """The field v(x, t), with label and dropout key closed over."""
-    return lambda x, t: network.apply(params, x, t, label=label, dropout_key=key)
+def velocity_of(config: Config, data: Data) -> tuple[Any, Callable[..., Any]]:
+    """The network, and (params, label=None, key=None) -> the field v(x, t) with label and dropout
+    key closed over."""
+    network, path = network_of(config, data), path_of(config)
+
+    def velocity(params: Any, label: Any = None, key: Any = None) -> Any:
+        field = lambda x, t: network.apply(params, x, t, label=label, dropout_key=key)  # noqa: E731
+        return flows.preconditioned(field, path=path) if config.preconditioned else field
+
+    return network, velocity
+
+
+def path_of(config: Config) -> flows.Path:
+    """The path that the config names."""
+    return flows.vp_path() if config.path == "vp" else flows.ot_path(config.sigma_min)
 
 
 def build(config: Config, data: Data) -> System:
     """The last of the config's methods: pairs, then regression on their paths."""
-    method, network, scaling = config.methods[-1], network_of(config, data), data.scaling()
-    path = flows.vp_path() if config.path == "vp" else flows.ot_path(config.sigma_min)
+    method, scaling, path = config.methods[-1], data.scaling(), path_of(config)
+    network, velocity = velocity_of(config, data)
     coupling = sinkhorn_plan(config.epsilon) if method == "sinkhorn" else None
 
     def init(key: jax.Array) -> Any:
@@ -147,7 +162,7 @@ def build(config: Config, data: Data) -> System:
     def loss(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         key_data, key_pairs, key_time, key_net = jax.random.split(key, 4)
         label = batch["label"] if config.conditional else None
-        field = velocity(network, params, label, key_net)
+        field = velocity(params, label, key_net)
         if method in ("reflow", "ot"):  # paired before
             x0, x1 = batch["x0"], batch["x1"]
         else:
@@ -157,7 +172,7 @@ def build(config: Config, data: Data) -> System:
 
     def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
         noise = jax.random.normal(key, (n, *data.spec.shape))
-        field = velocity(network, params, label)
+        field = velocity(params, label)
         return scaling.to_levels(flows.integrate(field, noise, num_steps=config.sample_steps))
 
     rate = optax.cosine_decay_schedule(config.learning_rate, config.steps, 0.01)
@@ -226,14 +241,14 @@ def sinkhorn_plan(share: float) -> Callable[[jax.Array], jax.Array]:
 
 def pairs_of(config: Config, data: Data, params: Any) -> dict[str, np.ndarray]:
     """Pairs (noise, end of its path) of the trained flow, with labels where it takes them."""
-    count, network = config.reflow_pairs, network_of(config, data)
+    count, (_, velocity) = config.reflow_pairs, velocity_of(config, data)
     key = jax.random.fold_in(_keys.keys(config.seed).batches, _keys.PAIRS)
     x0 = jax.random.normal(key, (count, *data.spec.shape))
     label = data.labels(count) if config.conditional else None
 
     def part(inputs: Any) -> flows.Pairs:
         x0, label = inputs
-        field = velocity(network, params, label)
+        field = velocity(params, label)
         return flows.reflow_pairs(field, x0, num_steps=config.sample_steps)
 
     split = lambda a: a.reshape(-1, min(count, 4096), *a.shape[1:])  # noqa: E731
@@ -247,7 +262,7 @@ class Comparison:
     """What is measured of every method: distances to fresh data, curvature, cost of transport."""
 
     def __init__(self, config: Config, data: Data):
-        self.config, self.data, self.network = config, data, network_of(config, data)
+        self.config, self.data, (_, self.velocity) = config, data, velocity_of(config, data)
         key, key_label, self.key_distance = jax.random.split(_keys.keys(config.seed).test, 3)
         key_a, key_b, key_noise = (
             jax.random.split(k, config.draws) for k in jax.random.split(key, 3)
@@ -279,7 +294,7 @@ class Comparison:
 
     def __call__(self, method: str, params: Any) -> dict[str, Any]:
         """The numbers of one method."""
-        field = velocity(self.network, params, self.label)
+        field = self.velocity(params, self.label)
         run = jax.jit(flows.integrate, static_argnums=0, static_argnames="num_steps")
         steps = self.config.sample_steps
         many, once = ([run(field, x, num_steps=n) for x in self.noises] for n in (steps, 1))

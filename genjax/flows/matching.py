@@ -25,6 +25,7 @@ __all__ = [
     "integrate",
     "interpolate",
     "ot_path",
+    "preconditioned",
     "reflow_pairs",
     "sample_pairs",
     "vp_path",
@@ -114,6 +115,42 @@ def interpolate(
 
     x_t, push = numerics.linearize(at, t)
     return x_t, push(jnp.ones_like(t))
+
+
+def preconditioned(
+    network: VelocityFn, *, path: Path | None = None, sigma_data: Number = 0.5
+) -> VelocityFn:
+    """Make a velocity of a network that only gives what a linear field leaves.
+
+    With the path's weights a = data(t), b = noise(t), their slopes a', b', the data's standard
+    deviation s and S = a^2 s^2 + b^2, the variance of x_t:
+
+        v(x, t) = (a a' s^2 + b b') / S x + s (a' b - a b') / sqrt(S) network(x / sqrt(S), t)
+
+    The first term is the best linear field; for data of N(0, s^2) it is the velocity, and for any
+    of that variance the network's input and target have variance 1 at every t. The form that
+    Karras et al. (2022), eq. (7), give a denoiser, for a velocity: noise as wide as the event need
+    not pass through the network, which pays where a narrow one meets many pixels.
+
+    >>> field = preconditioned(lambda x, t: 0 * x, sigma_data=1.0)
+    >>> field(jnp.ones((3, 2)), jnp.array([0.0, 0.5, 1.0]))[:, 0]
+    Array([-1.,  0.,  1.], dtype=float32)
+    """
+    checks.positive("sigma_data", sigma_data)
+    path = ot_path() if path is None else path
+
+    def velocity(x: Array, t: Array) -> Array:
+        checks.shape("t", t, x.shape[:1])
+        x, t = numerics.at_least_float32(x), numerics.at_least_float32(t)
+        (a, slope_a), (b, slope_b) = (numerics.linearize(weight, t) for weight in path)
+        da, db = slope_a(jnp.ones_like(t)), slope_b(jnp.ones_like(t))
+        variance = (a * sigma_data) ** 2 + b**2
+        skip = (a * da * sigma_data**2 + b * db) / variance
+        scale, out = variance**-0.5, sigma_data * (da * b - a * db) * variance**-0.5
+        skip, scale, out = (numerics.expand_to(c, x) for c in (skip, scale, out))
+        return skip * x + out * numerics.at_least_float32(network(scale * x, t))
+
+    return velocity
 
 
 def sample_pairs(

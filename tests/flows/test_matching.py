@@ -56,6 +56,35 @@ def test_vp_path_preserves_variance_and_its_velocity_is_the_derivative(x64):
         assert all(np.all(np.isfinite(part)) for part in out)
 
 
+@pytest.mark.parametrize("path", [flows.ot_path(), flows.ot_path(0.1), flows.vp_path()])
+def test_the_best_linear_field_is_the_velocity_of_white_data(path, x64):
+    # Cov(v, x_t) / Var(x_t) and what is left of Var(v), from the joint law of (v, x_t).
+    s, t = 0.6, jnp.array([0.0, 0.3, 0.9, 1.0])
+    zero = jnp.zeros((4, 1))
+    from_noise = flows.interpolate(path, zero + 1, zero, t)  # (x_t, v) of a unit normal in x0
+    from_data = flows.interpolate(path, zero, zero + s, t)  # and of one in x1
+    x_v = np.array([from_noise, from_data])[..., 0]
+    covariance = np.einsum("eit,ejt->tij", x_v[:, ::-1], x_v[:, ::-1])
+    linear = covariance[:, 0, 1] / covariance[:, 1, 1]
+    left = covariance[:, 0, 0] - linear * covariance[:, 0, 1]
+    field = flows.preconditioned(lambda x, t: 0 * x, path=path, sigma_data=s)
+    np.testing.assert_allclose(field(jnp.ones((4, 1)), t)[:, 0], linear, rtol=1e-10, atol=1e-12)
+    # A network that gives back its input: the residual's deviation times x over that of x_t.
+    field = flows.preconditioned(lambda x, t: x, path=path, sigma_data=s)
+    more = np.sqrt(left / covariance[:, 1, 1])
+    np.testing.assert_allclose(field(jnp.ones((4, 1)), t)[:, 0], linear + more, rtol=1e-6)
+
+
+def test_a_preconditioned_field_is_finite_and_refuses_a_spread_of_0():
+    x, t = jnp.zeros((2, 3), jnp.bfloat16), jnp.array([0.0, 1.0])
+    field = flows.preconditioned(lambda x, t: x, path=flows.vp_path())
+    assert field(x, t).dtype == jnp.float32
+    gradient = jax.grad(lambda x: jnp.sum(field(x, t)))(jnp.zeros((2, 3)))
+    assert np.all(np.isfinite(gradient))
+    with pytest.raises(ValueError, match="sigma_data"):
+        flows.preconditioned(lambda x, t: x, sigma_data=0.0)
+
+
 def exact_velocity(x, t):
     """E[x1 | x_t] of the reference's Gaussian mixture gives v = (E[x1 | x_t] - x) / (1 - t)."""
     inputs = REF["inputs"]

@@ -278,6 +278,7 @@ FLOWS = {
         rows=False,
     ),
     "interpolate": of(lambda x, y, t: F.interpolate(F.vp_path(), x, y, t), X, Y, T, rows=False),
+    "preconditioned": of(lambda x, t: F.preconditioned(network)(x, t), X, T),
     "ot_path": of(lambda x, y, t: F.interpolate(F.ot_path(0.1), x, y, t), X, Y, T, rows=False),
     "vp_path": of(lambda t: [weight(t) for weight in F.vp_path()], T),
     "sample_pairs": of(
