@@ -190,12 +190,12 @@ def code_prior(
 
     def draw_codes(params: Any, key: jax.Array, label: Any, n: int) -> jax.Array:
         given = labelled(jnp.zeros((n, 0), int), label)
-        first = given.shape[1]
+        first, apart = given.shape[1], prior.unstacked(params)
 
         def step(state: Any, position: jax.Array) -> Any:
             cache, token = state
             places = jnp.full(n, position)
-            logits, cache = prior.apply(params, cache, token, places, method="step")
+            logits, cache = prior.apply(apart, cache, token, places, method="step")
             drawn = jax.random.fold_in(key, position)
             token = jax.random.categorical(drawn, logits[:, :num_codes])
             token = jnp.where(position < first, given[:, 0], token) if first else token

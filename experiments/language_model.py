@@ -248,7 +248,8 @@ def draw(
     if given >= config.length:
         raise ValueError(f"prompt must be shorter than {config.length} tokens, got {given}")
     cache = network.apply(params, n, config.length, method="empty_cache")
-    step = functools.partial(network.apply, params, method="step")
+    apart = network.unstacked(params) if isinstance(network, GPT) else params
+    step = functools.partial(network.apply, apart, method="step")
     chosen = functools.partial(
         select,
         temperature=config.temperature,

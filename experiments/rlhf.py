@@ -154,7 +154,7 @@ class Networks:
     def answer(self, policy: Any, key: jax.Array, prompts: jax.Array) -> jax.Array:
         """Prompts with answers drawn from the policy, [n, 9]."""
         cache = self.gpt.apply(policy, len(prompts), PROMPT + ANSWER, method="empty_cache")
-        step = partial(self.gpt.apply, policy, method="step")
+        step = partial(self.gpt.apply, self.gpt.unstacked(policy), method="step")
         drawn = generate(step, cache, key, prompts, num_tokens=ANSWER)
         return jnp.concatenate([prompts, drawn.tokens], axis=1)
 

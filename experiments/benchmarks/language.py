@@ -174,7 +174,7 @@ def generation(config: Config, batch: int) -> tuple[Makers, str, dict[str, Any]]
         @jax.jit
         def draw(params: Any, prompt: jax.Array) -> jax.Array:
             cache = net.apply(params, batch, LENGTH + 1, method="empty_cache")
-            step = partial(net.apply, params, method="step")
+            step = partial(net.apply, net.unstacked(params), method="step")
             greedy = partial(select, temperature=0.0)
             key, num = jax.random.key(0), config.tokens
             return generate(step, cache, key, prompt, num_tokens=num, select=greedy).tokens

@@ -4,7 +4,7 @@ Radford et al. 2019 (GPT-2) with learned positions, layer norm, GELU and tied em
 positions, RMS norm, SwiGLU and grouped heads make it a network of the Llama kind.
 """
 
-from functools import partial
+from operator import itemgetter
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -15,11 +15,12 @@ from jaxtyping import Array, Float, Int, UInt
 from genjax import checks
 from genjax.networks.layers import Cache, Norm, drop, on_flat
 from genjax.networks.transformer import Block, apply_stack, stacked
-from genjax.typing import PRNGKey
+from genjax.typing import Params, PRNGKey
 
 __all__ = ["GPT"]
 
 Tokens = Int[Array, "batch length"] | UInt[Array, "batch length"]
+Caches = tuple[Cache, ...]
 
 
 class GPT(nn.Module):
@@ -128,26 +129,38 @@ class GPT(nn.Module):
         h, _ = apply_stack(self.block(), self.blocks, h, remat=self.remat, **options)
         return self._logits(h)
 
-    def empty_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-        """Keys and values of no position yet, [batch, depth, length, kv_heads, dim]."""
+    def empty_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> tuple[Cache, ...]:
+        """Keys and values of no position yet, of each layer."""
         heads = self.kv_heads or self.heads
-        shape = (batch, self.depth, length, heads, self.width // self.heads)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        zeros = jnp.zeros((batch, heads, length, self.width // self.heads), dtype)
+        return (Cache(zeros, zeros),) * self.depth
+
+    def unstacked(self, params: Params) -> Params:
+        """The parameters with their layers apart, which `step` takes as well.
+
+        Made outside of a loop over tokens they spare it a copy of every matrix for every token:
+
+            step = partial(net.apply, net.unstacked(params), method="step")
+        """
+        blocks = params["params"]["blocks"]
+        layers = [jax.tree.map(itemgetter(i), blocks) for i in range(self.depth)]
+        return {**params, "params": {**params["params"], "blocks": tuple(layers)}}
 
     def step(
-        self, cache: Cache, token: Int[Array, " batch"], position: Int[Array, " batch"]
-    ) -> tuple[Float[Array, "batch vocabulary"], Cache]:
+        self, cache: Caches, token: Int[Array, " batch"], position: Int[Array, " batch"]
+    ) -> tuple[Float[Array, "batch vocabulary"], Caches]:
         """Logits of each row's `position`, where `token` is the one before it.
 
-        At position 0 that is the start token. Raises ValueError for a known position beyond the
-        cache or the learned positions; where it is traced the logits become NaN.
+        At position 0 that is the start token. The layers are not scanned here. Raises ValueError
+        for a known position beyond the cache or the learned positions; where it is traced the
+        logits become NaN.
         """
         logits, cache = self._read(cache, token[:, None], position)
         return logits[:, 0], cache
 
     def prefill(
-        self, cache: Cache, tokens: Tokens
-    ) -> tuple[Float[Array, "batch length vocabulary"], Cache]:
+        self, cache: Caches, tokens: Tokens
+    ) -> tuple[Float[Array, "batch length vocabulary"], Caches]:
         """Logits of the first positions, as of the full pass, and the cache that they leave.
 
         The step that follows gets the last of these tokens, and their number as position.
@@ -183,37 +196,24 @@ class GPT(nn.Module):
             return on_flat(self.head, h)
         return on_flat(lambda h: h @ self.embedding[: self.vocabulary].T.astype(h.dtype), h)
 
-    def _read(self, cache: Cache, tokens: Array, start: Any) -> tuple[Array, Cache]:
+    def _read(self, cache: Caches, tokens: Array, start: Any) -> tuple[Array, Caches]:
         """Read tokens at the places start, start + 1, ... of all rows, or of each."""
         if not self.causal:
             raise ValueError("a cache needs causal=True: without it every position reads all")
-        length = cache.keys.shape[2]
-        last = length - 1
+        last = cache[0].keys.shape[2] - 1
         if self.positions == "learned":
             last = min(last, self.max_length - 1)
         end = start + tokens.shape[1] - 1
         checks.between("position", end, 0, last)
-        starts = jnp.broadcast_to(jnp.asarray(start), tokens.shape[:1])
         places = jnp.reshape(start, (-1, 1)) + jnp.arange(tokens.shape[1])[None]
-        h = self._embed(tokens, places)
-
-        def block(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
-            h, cache = carry
-            params, i = scanned
-            mine = jax.tree.map(lambda z: jax.lax.dynamic_index_in_dim(z, i, 1, False), cache)
-            h, mine = self.block().apply({"params": params}, h, cache=mine, start=start)
-            # What is new alone goes back: the whole layer would be copied for every token.
-            one = partial(_put_rows, layer=i, num=tokens.shape[1])
-            put = lambda z, new: jax.vmap(one)(z, new, starts)  # noqa: E731
-            return (h, jax.tree.map(put, cache, mine)), None
-
-        scanned = (self.blocks, jnp.arange(self.depth))
-        (h, cache), _ = jax.lax.scan(block, (h, cache), scanned)
-        return self._logits(h), cache
-
-
-def _put_rows(old: Array, layer_now: Array, start: Array, *, layer: Array, num: int) -> Array:
-    """Copy `num` places from `start` on of a row's layer [length, ...] to [depth, length, ...]."""
-    new = jax.lax.dynamic_slice_in_dim(layer_now, start, num)
-    zeros = (0,) * (old.ndim - 2)
-    return jax.lax.dynamic_update_slice(old, new[None], (layer, start, *zeros))
+        h, written = self._embed(tokens, places), []
+        for i, mine in enumerate(cache):
+            apart = isinstance(self.blocks, tuple)
+            layer = self.blocks[i] if apart else jax.tree.map(itemgetter(i), self.blocks)
+            h, mine = self.block().apply({"params": layer}, h, cache=mine, start=start)
+            written.append(mine)
+        if not self.tied:
+            return self._logits(h), tuple(written)
+        # The start token's row too: without it the rows would be copied for every token.
+        logits = jnp.einsum("bld,vd->blv", self.last_norm(h), self.embedding.astype(h.dtype))
+        return logits[..., : self.vocabulary], tuple(written)

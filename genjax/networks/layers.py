@@ -183,10 +183,13 @@ def _by_head(query: Array, key: Array, value: Array, mask: Array | None) -> Arra
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions read so far, of fixed length; what is unwritten is 0."""
+    """Keys and values of the positions read so far, of fixed length; what is unwritten is 0.
 
-    keys: Float[Array, "batch length kv_heads dim"]
-    values: Float[Array, "batch length kv_heads dim"]
+    Head by head, as attention reads them: the other order would be copied for every token.
+    """
+
+    keys: Float[Array, "batch kv_heads length dim"]
+    values: Float[Array, "batch kv_heads length dim"]
 
 
 def write_cache(
@@ -198,17 +201,17 @@ def write_cache(
     where it is traced the new entries become NaN, since a write there would be moved back in
     silence, over what earlier positions wrote.
     """
-    length, new = cache.keys.shape[1], keys.shape[1]
+    length, new = cache.keys.shape[2], keys.shape[1]
     if checks.is_concrete(start):
         checks.between("start", start, 0, length - new)
     start = jnp.asarray(start)
 
     def write(old: Array, part: Array) -> Array:
         fits = (start + new <= length).reshape(*start.shape, *(1,) * (4 - start.ndim))
-        part = jnp.where(fits, part, jnp.nan).astype(old.dtype)
+        part = jnp.swapaxes(jnp.where(fits, part, jnp.nan).astype(old.dtype), 1, 2)
         if start.ndim == 0:
-            return jax.lax.dynamic_update_slice_in_dim(old, part, start, axis=1)
-        return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(old, part, start)
+            return jax.lax.dynamic_update_slice_in_dim(old, part, start, axis=2)
+        return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(old, part, start)
 
     return Cache(write(cache.keys, keys), write(cache.values, values))
 

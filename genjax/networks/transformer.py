@@ -131,7 +131,7 @@ class Block(nn.Module):
             q = (q / expand_to(temperature, q)).astype(q.dtype)
         if cache is not None:
             cache = write_cache(cache, k, v, start)
-            k, v = (z.astype(q.dtype) for z in cache)
+            k, v = (jnp.swapaxes(z, 1, 2).astype(q.dtype) for z in cache)
             before = jnp.arange(k.shape[1])[None, None] <= places[:, :, None]
             mask = before if mask is None else before & mask.reshape(-1, *mask.shape[-2:])
         out = attention(q, k, v, mask=mask, causal=self.causal and cache is None)
@@ -204,5 +204,5 @@ def empty_cache(
     block: Block, num: int, batch: int, length: int, width: int, dtype: Any = jnp.float32
 ) -> Cache:
     """The cache of a stack of `num` blocks, for sequences of that length."""
-    shape = (num, batch, length, block.kv_heads or block.heads, width // block.heads)
+    shape = (num, batch, block.kv_heads or block.heads, length, width // block.heads)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

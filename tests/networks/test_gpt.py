@@ -99,6 +99,17 @@ def test_without_causality_every_position_reads_all(params):
         net.apply(params, net.empty_cache(1, 4), TOKENS[:1, 0], jnp.array([0]), method="step")
 
 
+def test_layers_apart_take_the_same_steps(params):
+    """`unstacked` moves no number; stacked parameters step as well."""
+    apart = SMALL.unstacked(params)
+    cache, position = SMALL.empty_cache(len(TOKENS), 4), jnp.zeros(len(TOKENS), int)
+    start = jnp.full(len(TOKENS), 5)
+    step = jax.jit(lambda p: SMALL.apply(p, cache, start, position, method="step"))
+    for found, wanted in zip(*(jax.tree.leaves(step(p)) for p in (apart, params)), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_allclose(step(apart)[0], SMALL.apply(params, TOKENS)[:, 0], atol=1e-6)
+
+
 def test_dropout_needs_its_key(params):
     run = jax.jit(lambda key: SMALL.apply(params, TOKENS, dropout_key=key))
     plain = jax.jit(lambda: SMALL.apply(params, TOKENS))()

@@ -127,9 +127,10 @@ def test_rotary_and_grouped_heads_meet_the_reference(layout, x64):
             query, *new = (jax.lax.dynamic_slice_in_dim(z, t, 1, 1) for z in (q, k, v))
             caches = [write_cache(caches[0], *new, t), write_cache(caches[1], *new, jnp.full(2, t))]
             seen = (positions <= t)[None]
-            return caches, [attention(query, *c, mask=seen)[:, 0] for c in caches]
+            read = [[jnp.swapaxes(z, 1, 2) for z in cache] for cache in caches]
+            return caches, [attention(query, *c, mask=seen)[:, 0] for c in read]
 
-        empty = Cache(jnp.zeros(k.shape), jnp.zeros(v.shape))
+        empty = Cache(*(jnp.zeros_like(jnp.swapaxes(z, 1, 2)) for z in (k, v)))
         steps = jax.lax.scan(step, [empty, empty], positions)[1]
         padding = jnp.repeat(keep[:, None], len(positions), 1)
         padded = attention(q, k, v, causal=True, mask=padding)
@@ -164,11 +165,11 @@ def test_rotary_sees_differences_of_positions(compiled):
 
 
 def test_a_write_beyond_the_cache_is_seen(unchecked):
-    cache, new = Cache(*[jnp.zeros((2, 3, 1, 2))] * 2), jnp.ones((2, 2, 1, 2))
+    cache, new = Cache(*[jnp.zeros((2, 1, 3, 2))] * 2), jnp.ones((2, 2, 1, 2))
     with pytest.raises(ValueError, match=r"start must lie in \[0, 1\], got 2"):
         write_cache(cache, new, new, 2)
     rows = jax.jit(write_cache)(cache, new, new, jnp.array([1, 2]))
-    np.testing.assert_array_equal(rows.keys[0, :, 0, 0], [0, 1, 1])
+    np.testing.assert_array_equal(rows.keys[0, 0, :, 0], [0, 1, 1])
     assert np.isnan(rows.values[1]).any()
     assert np.isnan(jax.jit(write_cache)(cache, new, new, 2).keys).any()
 
