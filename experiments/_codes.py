@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from experiments._code_prior import CodePrior
 from genjax import checks
 from genjax.networks import GPT
 from genjax.variational import (
@@ -204,5 +205,40 @@ def code_prior(
         length = first + total
         begin = prior.empty_cache(n, length), jnp.zeros(n, int)
         return jax.lax.scan(step, begin, jnp.arange(length))[1].T[:, first:]
+
+    return log_codes, draw_codes
+
+
+def grid_prior(
+    prior: CodePrior, null: int | None, guidance: float
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """As `code_prior`, of the prior that sees neighbours.
+
+    guidance: g of the logits l(c | none) + g (l(c | label) - l(c | none)) that labelled codes are
+    drawn by; 1 are those of the label.
+    """
+
+    def log_codes(params: Any, tokens: jax.Array, label: Any, key: Any) -> jax.Array:
+        logits: Any = prior.apply(params, tokens, label, dropout_key=key)
+        return categorical_log_likelihood(tokens, logits)
+
+    def draw_codes(params: Any, key: jax.Array, label: Any, n: int) -> jax.Array:
+        guided = guidance != 1 and label is not None
+        if guided:  # the same images without their label below
+            label = jnp.concatenate([jnp.asarray(label), jnp.full(n, null or 0)])
+
+        def step(state: Any, position: jax.Array) -> Any:
+            cache, tokens = state
+            given = jnp.tile(tokens, (2, 1)) if guided else tokens
+            logits, cache = prior.apply(params, cache, given, label, position, method="step")
+            if guided:
+                of_label, of_none = jnp.split(logits, 2)
+                logits = of_none + guidance * (of_label - of_none)
+            drawn = jax.random.categorical(jax.random.fold_in(key, position), logits)
+            return (cache, tokens.at[:, position].set(drawn)), None
+
+        total = len(prior.neighbours)
+        begin = prior.empty_cache(n * (1 + guided)), jnp.zeros((n, total), int)
+        return jax.lax.scan(step, begin, jnp.arange(total))[0][1]
 
     return log_codes, draw_codes

@@ -7,13 +7,16 @@ the nearest codes of each, which is closer to log p(x) than the codes of x alone
 bits_per_dim_of_one. The codes are nearest ones of a codebook (vq), those of
 several codebooks one after another (residual), rounded features (fsq) or signs (lfq). With two
 levels (VQ-VAE-2) the top codes have half the side of the bottom ones, whose encoder sees them, and
-the prior is over the top ones, then the bottom ones given those.
+the prior is over the top ones, then the bottom ones given those; it takes the neighbours of a code
+and the label at every place.
 
     python -m experiments.vqvae
     python -m experiments.vqvae --quantiser residual --stages 2 --codes 8
     python -m experiments.vqvae --quantiser fsq --fsq-levels 5 4 3
     python -m experiments.vqvae --quantiser lfq --codes 32
-    python -m experiments.vqvae --dataset mnist_5k --levels 2 --channels 16 32 --likelihood mixture
+    python -m experiments.vqvae --dataset mnist_5k --levels 2 --codes 64 --likelihood mixture \\
+        --conditional --dropout 0 --prior-dropout 0.1 --reset 0.1 --batch-size 32 --steps 4400 \\
+        --autoencoder-share 0.25 --guidance 2
 
 A codebook is no parameter: averages of its latents are in the state's carry, started by k-means,
 and a code that is used less than a share of the mean becomes a random latent. The run folder gets
@@ -22,8 +25,7 @@ reconstructions.png.
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +33,12 @@ import numpy as np
 import optax
 
 from experiments import _pictures, _run
-from experiments._codes import Coded, Quantiser, code_prior, make_quantiser, nearest_tuples
+from experiments._codes import nearest_tuples
 from experiments._data import Data, load_data
-from experiments._pixels import in_hundreds, pixel_law
+from experiments._pixels import in_hundreds
 from experiments._system import Row, System, adamw, train
+from experiments._vq_model import make_model, tokens_of
 from genjax import checks
-from genjax.networks import GPT, GridDecoder, GridEncoder
-from genjax.networks.layers import Norm
 from genjax.variational import perplexity
 
 ROWS = (
@@ -76,6 +77,9 @@ class Config(_run.TrainConfig):
     """Of the codebooks' averages."""
     reset: float = 0.3
     """Share of the mean use below which a code is dead (0: none is)."""
+    autoencoder_share: float = 0.0
+    """Share of the steps that train the autoencoder alone, those before the prior's, in which the
+    codes are fixed; 0: both are trained throughout."""
     prior_width: int = 64
     prior_depth: int = 2
     """Blocks of the prior's transformer."""
@@ -88,6 +92,9 @@ class Config(_run.TrainConfig):
     """Give the prior the labels; the density is that without a label."""
     label_drop: float = 0.1
     """Share of labels dropped in conditional training."""
+    guidance: float = 1.0
+    """g of the logits l(c|none) + g (l(c|label) - l(c|none)) that codes of two levels are drawn by;
+    1 are those of the label."""
     likelihood: Literal["mixture", "categorical"] = "categorical"
     """p(x|z) of one pixel: a mixture of discretised logistics, or one probability per level."""
     components: int = 3
@@ -101,21 +108,6 @@ class Config(_run.TrainConfig):
     steps: int = 1200
     steps_per_call: int = 1
     """Updates in one call; more do not help convolutions on a CPU."""
-
-
-class Model(NamedTuple):
-    """The parts as functions of the parameters and what the quantiser carries, one for each level;
-    key: of dropout, None without it."""
-
-    init: Callable[[jax.Array], Any]
-    start: Callable[..., Any]  # (key, params, x) -> carried
-    encode: Callable[..., list[Coded]]  # (params, carried, key, x), the top level first
-    decode: Callable[..., jax.Array]  # (params, values of each level, key) -> raw
-    log_likelihood: Callable[..., jax.Array]  # (x, raw) -> [batch], nats
-    log_codes: Callable[..., jax.Array]  # (params, tokens, label, key) -> [batch], nats
-    sample: Callable[..., jax.Array]  # (params, carried, key, label, n) -> x
-    draw: Callable[..., jax.Array]  # (key, raw) -> x
-    quantiser: Quantiser
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -157,20 +149,24 @@ def build(config: Config, data: Data) -> System:
     carries = config.quantiser in ("vq", "residual")
 
     def loss(params: Any, key: jax.Array, batch: Any, carried: Any = None) -> Any:
+        fixed = "fixed" in batch
+        pixels, prior = not fixed, fixed or not config.autoencoder_share
         key_code, key_drop, key_label = jax.random.split(key, 3)
-        coded = model.encode(params, carried, key_drop, batch["x"], key_code)
-        raw = model.decode(params, [level.values for level in coded], key_drop)
-        label = None
-        if config.conditional:
-            drop = jax.random.bernoulli(key_label, config.label_drop, batch["label"].shape)
-            label = jnp.where(drop, data.spec.classes or 0, batch["label"])
-        terms = {
-            "reconstruction": model.log_likelihood(batch["x"], raw),
-            "codes": model.log_codes(params, tokens_of(coded), label, key_drop),
-            "penalty": sum(level.penalty for level in coded),
-        }
-        losses = terms["penalty"] - terms["reconstruction"] - terms["codes"]
-        return (losses, terms, [level.seen for level in coded]) if carries else (losses, terms)
+        coded = model.encode(params, carried, None if fixed else key_drop, batch["x"], key_code)
+        terms = {}
+        if pixels:
+            raw = model.decode(params, [level.values for level in coded], key_drop)
+            terms["reconstruction"] = model.log_likelihood(batch["x"], raw)
+            terms["penalty"] = sum(level.penalty for level in coded)
+        if prior:
+            label = None
+            if config.conditional:
+                drop = jax.random.bernoulli(key_label, config.label_drop, batch["label"].shape)
+                label = jnp.where(drop, data.spec.classes or 0, batch["label"])
+            terms["codes"] = model.log_codes(params, tokens_of(coded), label, key_drop)
+        losses = sum(x if name == "penalty" else -x for name, x in terms.items())
+        seen = None if fixed else [level.seen for level in coded]
+        return (losses, terms, seen) if carries else (losses, terms)
 
     def log_prob(params: Any, key: Any, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.int32)
@@ -197,6 +193,8 @@ def build(config: Config, data: Data) -> System:
         return in_hundreds(hundred, key, n, *([] if label is None else [label]))
 
     def absorb(carried: Any, params: Any, seen: Any) -> Any:
+        if seen is None:
+            return carried
         return [
             model.quantiser.absorb(old, new, config.batch_size)
             for old, new in zip(carried, seen, strict=True)
@@ -208,7 +206,7 @@ def build(config: Config, data: Data) -> System:
     return System(
         model.init,
         loss,
-        adamw(config, optax.cosine_decay_schedule(config.learning_rate, config.steps)),
+        optimizer(config),
         sample,
         log_prob,
         likelihood={"num_draws": 1, "batch_size": 120},
@@ -216,8 +214,45 @@ def build(config: Config, data: Data) -> System:
         labels=data.labels() if config.conditional else None,
         init_carry=init_carry if carries else None,
         absorb=absorb if carries else None,
+        batches=in_parts(config) if config.autoencoder_share else lambda batches: batches,
         merge_carry=lambda params, carried: {**params, "carried": carried},
     )
+
+
+def optimizer(config: Config) -> Any:
+    """AdamW whose rate falls as a cosine; in two parts each part's falls in its own steps."""
+    if not config.autoencoder_share:
+        return adamw(config, optax.cosine_decay_schedule(config.learning_rate, config.steps))
+    first = first_steps(config)
+    rate, rest = config.learning_rate, max(config.steps - first, 1)
+    prior = optax.warmup_cosine_decay_schedule(0, rate, min(100, rest // 10), rest)
+    rates = {
+        "prior": lambda step: jnp.where(step < first, 0, prior(step - first)),
+        "rest": optax.cosine_decay_schedule(rate, first),
+    }
+    part = lambda params: {name: "prior" if name == "prior" else "rest" for name in params}  # noqa: E731
+    return optax.multi_transform({n: adamw(config, r) for n, r in rates.items()}, part)
+
+
+def first_steps(config: Config) -> int:
+    """Steps of the autoencoder alone, a whole number of calls."""
+    calls = round(config.autoencoder_share * config.steps / config.steps_per_call)
+    return max(calls, 1) * config.steps_per_call
+
+
+def in_parts(config: Config) -> Callable[..., Any]:
+    """Batches in which "fixed" marks the steps of the prior, so that each part compiles alone."""
+
+    def marked(batches: Callable[[int], Any]) -> Callable[[int], Any]:
+        def at(step: int) -> Any:
+            batch = batches(step)
+            if step < first_steps(config):
+                return batch
+            return {**batch, "fixed": np.ones(len(batch["x"]), np.float32)}
+
+        return at
+
+    return marked
 
 
 def check(config: Config) -> None:
@@ -225,162 +260,14 @@ def check(config: Config) -> None:
     sizes = ("codes", "code_dim", "stages", "blocks", "prior_width", "prior_depth", "tuples")
     for name in sizes:
         checks.integer(name, getattr(config, name), 1)
-    for name in ("dropout", "prior_dropout", "label_drop"):
+    for name in ("dropout", "prior_dropout", "label_drop", "autoencoder_share"):
         checks.between(name, getattr(config, name), 0, 0.99)
     checks.at_least("commitment", config.commitment, 0)
     checks.one_of("levels", config.levels, (1, 2))
-
-
-def tokens_of(coded: list[Coded]) -> jax.Array:
-    """All codes of an image in one row: the top level's first, the stages of a place together."""
-    return jnp.concatenate([c.codes.reshape(len(c.codes), -1) for c in coded], axis=1)
-
-
-def make_model(config: Config, data: Data) -> Model:
-    """Encoders, quantiser, decoder, likelihood and prior for images of the data set."""
-    event, scaling = tuple(data.spec.shape), data.scaling()
-    law = pixel_law(config.likelihood, config.components, data.spec)
-    quantiser = _quantiser(config)
-    grids = _grids(config, event)
-    nets = _networks(config, event[2] * law.numbers, quantiser, grids, data.spec.classes)
-    prior, sizes = nets["prior"], [a * b * quantiser.stages for a, b in grids]
-    cuts = np.cumsum(sizes)[:-1]
-
-    def of(name: str, key: Any) -> Any:
-        """The network's own key of dropout."""
-        return None if key is None else jax.random.fold_in(key, list(nets).index(name))
-
-    def apply(params: Any, name: str, x: jax.Array, key: Any) -> jax.Array:
-        return nets[name].apply(params[name], x, dropout_key=of(name, key))
-
-    def normed(z: jax.Array) -> jax.Array:
-        # Of one size, so that the commitment's weight means the same throughout.
-        codebook = config.quantiser in ("vq", "residual")
-        return Norm("rms", use_scale=False).apply({}, z) if codebook else z
-
-    def levels(params: Any, key: Any, x: jax.Array, quantise: Callable[..., Any]) -> list[Any]:
-        """quantise(level, z) in turn; the bottom encoder sees the quantised top."""
-        features = apply(params, "encoder", scaling.to_continuous(x.astype(jnp.int32)), key)
-        found = []
-        if len(grids) == 2:
-            found.append(quantise(0, normed(apply(params, "top", features, key))))
-            above = apply(params, "up", found[0].values, key)
-            features = jnp.concatenate([features, above], axis=-1)
-        return [*found, quantise(len(found), normed(apply(params, "bottom", features, key)))]
-
-    def encode(params: Any, carried: Any, key: Any, x: jax.Array, spare: Any = None) -> list[Coded]:
-        spare = jax.random.key(0) if spare is None else spare
-
-        def quantise(i: int, z: jax.Array) -> Coded:
-            given = None if carried is None else carried[i]
-            return quantiser.apply(jax.random.fold_in(spare, i), z, given)._replace(latents=z)
-
-        return levels(params, key, x, quantise)
-
-    def start(key: jax.Array, params: Any, x: jax.Array) -> Any:
-        states = []
-
-        def quantise(i: int, z: jax.Array) -> Coded:
-            states.append(quantiser.start(jax.random.fold_in(key, i), z))
-            return quantiser.apply(jax.random.fold_in(key, len(grids) + i), z, states[-1])
-
-        levels(params, None, x, quantise)
-        return states
-
-    def decode(params: Any, values: list[jax.Array], key: Any) -> jax.Array:
-        x = values[-1]
-        if len(grids) == 2:
-            x = jnp.concatenate([x, apply(params, "up", values[0], key)], axis=-1)
-        raw = apply(params, "decoder", x, key)
-        return raw.reshape(len(x), *event, law.numbers)
-
-    null = (data.spec.classes or 0) if config.conditional else None
-    nats_of, draw_codes = code_prior(prior, quantiser.num_codes, sum(sizes), null)
-
-    def log_codes(params: Any, tokens: jax.Array, label: Any, key: Any) -> jax.Array:
-        return nats_of(params["prior"], tokens, label, of("prior", key))
-
-    def sample(params: Any, carried: Any, key: jax.Array, label: Any, n: int) -> jax.Array:
-        tokens = draw_codes(params["prior"], key, label, n)
-        parts = zip(jnp.split(tokens, cuts, axis=1), grids, strict=True)
-        values = []
-        for i, (part, grid) in enumerate(parts):
-            codes = part.reshape(n, -1, quantiser.stages)
-            held = None if carried is None else carried[i]
-            values.append(quantiser.values(codes, held).reshape(n, *grid, quantiser.dim))
-        drawn = jax.random.fold_in(key, config.conditional + sum(sizes))
-        return law.sample(drawn, decode(params, values, None))
-
-    begin = partial(_init, config, event, nets, grids, quantiser)
-    return Model(
-        begin, start, encode, decode, law.log_likelihood, log_codes, sample, law.sample, quantiser
-    )
-
-
-def _quantiser(config: Config) -> Quantiser:
-    return make_quantiser(
-        config.quantiser,
-        num_codes=config.codes,
-        dim=config.code_dim,
-        stages=config.stages,
-        levels=config.fsq_levels,
-        decay=config.decay,
-        commitment=config.commitment,
-        reset=config.reset,
-    )
-
-
-def _init(config: Config, event: Any, nets: Any, grids: Any, quantiser: Quantiser, key: Any) -> Any:
-    """The networks' parameters by their names."""
-    keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(nets)}
-    (rows, columns), dim = grids[-1], quantiser.dim
-    shapes = {
-        "encoder": (1, *event),
-        "top": (1, rows, columns, config.channels[-1]),
-        "up": (1, *grids[0], dim),
-        "bottom": (1, rows, columns, len(grids) * config.channels[-1]),
-        "decoder": (1, rows, columns, dim + (len(grids) - 1) * config.channels[-1]),
-    }
-    found = {n: nets[n].init(keys[n], jnp.zeros(s)) for n, s in shapes.items() if n in nets}
-    total = sum(a * b for a, b in grids) * quantiser.stages
-    return {**found, "prior": nets["prior"].init(keys["prior"], jnp.zeros((1, total), int))}
-
-
-def _grids(config: Config, event: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Rows and columns of each level's codes, the top first."""
-    factor = 2 ** (len(config.channels) - 1)
-    below = config.levels - 1
-    if event[0] % (factor << below) or event[1] % (factor << below):
-        raise ValueError(
-            f"channels {tuple(config.channels)} and levels {config.levels} halve the image "
-            f"{len(config.channels) - 1 + below} times, which {event[0]}x{event[1]} does not allow"
-        )
-    bottom = (event[0] // factor, event[1] // factor)
-    return [bottom] if not below else [(bottom[0] // 2, bottom[1] // 2), bottom]
-
-
-def _networks(
-    config: Config, numbers: int, quantiser: Quantiser, grids: Any, classes: int | None
-) -> dict[str, Any]:
-    wide = config.channels[-1]
-    options = {"num_blocks": config.blocks, "dropout": config.dropout}
-    nets: dict[str, Any] = {
-        "encoder": GridEncoder(wide, tuple(config.channels), **options),
-        "bottom": GridEncoder(quantiser.dim, (wide,), **options),
-        "decoder": GridDecoder(numbers, tuple(config.channels[::-1]), **options),
-        "prior": GPT(
-            quantiser.num_codes + ((classes or 0) + 1 if config.conditional else 0),
-            config.prior_depth,
-            config.prior_width,
-            heads=4,
-            max_length=sum(a * b for a, b in grids) * quantiser.stages + config.conditional,
-            dropout=config.prior_dropout,
-        ),
-    }
-    if len(grids) == 2:
-        nets["top"] = GridEncoder(quantiser.dim, (wide, wide), **options)
-        nets["up"] = GridDecoder(wide, (wide, wide), **options)
-    return nets
+    if config.guidance != 1 and not config.conditional:
+        raise ValueError(f"guidance must be 1 without --conditional, got {config.guidance}")
+    if config.guidance != 1 and config.levels == 1:
+        raise ValueError(f"guidance must be 1 with one level, got {config.guidance}")
 
 
 if __name__ == "__main__":

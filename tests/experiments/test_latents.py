@@ -1,6 +1,7 @@
 """Learnt priors, codes and hierarchies as experiments: short runs, files, refusals."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -113,6 +114,29 @@ def test_codebooks_follow_their_latents(data):
     assert perplexity(coded[0].codes, 8) > 4
 
 
+@pytest.mark.slow
+def test_autoencoder_and_prior_learn_one_after_the_other(data):
+    """Each part moves its own parameters alone, and no codebook moves under the prior."""
+    config = dataclasses.replace(CODES, levels=2, autoencoder_share=0.5)
+    system = vqvae.build(config, data)
+    state, step, batches = _system.prepare(config, system, data)
+    copied = lambda state: jax.tree.map(np.array, (state.params, state.carry))  # noqa: E731
+    held, moved = [copied(state)], []  # a step takes the arrays of its state
+    for i in range(6):
+        state, metrics = step(state, batches(i))
+        assert ("codes" in metrics) == (i >= 3) == ("reconstruction" not in metrics)
+        held.append(copied(state))
+    for (old, codes), (new, again) in itertools.pairwise(held):
+        parts = {name: {name: old[name]} for name in old} | {"codebooks": codes}
+        others = {name: {name: new[name]} for name in new} | {"codebooks": again}
+        same = lambda a, b: all(map(np.array_equal, *map(jax.tree.leaves, (a, b))))  # noqa: E731
+        moved.append({name for name in parts if not same(parts[name], others[name])})
+    first = {"encoder", "top", "up", "bottom", "decoder", "codebooks"}
+    assert moved[0] == moved[2] == first
+    assert moved[4] == {"prior"}
+    assert set.union(*moved[3:]) == {"prior"}
+
+
 def test_bound_over_several_codes_nears_the_likelihood(data):
     """Of 3 codes at 2x2 places, 81 choices are all there are: log sum_c p(x|c) P(c) is exact."""
     config = dataclasses.replace(CODES, codes=3, channels=(4, 4, 8), prior_width=8)
@@ -179,6 +203,8 @@ def test_bad_input(data, tmp_path):
         hierarchical_vae.main(config)
     with pytest.raises(ValueError, match="halve the image 4 times, which 8x8 does not allow"):
         vqvae.build(dataclasses.replace(CODES, channels=(8, 8, 8, 8), levels=2), data)
+    with pytest.raises(ValueError, match=r"autoencoder_share must .* got 1"):
+        vqvae.build(dataclasses.replace(CODES, autoencoder_share=1.0), data)
     with pytest.raises(ValueError, match="codes must be a power of two for lfq, got 6"):
         vqvae.build(dataclasses.replace(CODES, quantiser="lfq", codes=6), data)
     config = dataclasses.replace(CODES, quantiser="fsq", fsq_levels=(2, 5))
@@ -191,10 +217,19 @@ def test_28_by_28_shapes():
     spec = DataSpec("mnist_5k", "images", (28, 28, 1), 256, 10)
     data = load_data(LEVELS)._replace(spec=spec)
     row = vqvae.ROWS[1].images  # VQ-VAE-2: for either size
-    for data_set, codes in ((data, 7 * 7 + 14 * 14), (load_data(LEVELS), 2 * 2 + 4 * 4)):
-        model = vqvae.make_model(dataclasses.replace(CODES, conditional=True, **row), data_set)
+    odd = {**row, "channels": (4, 8, 8)}  # half of 7 is rounded up
+    shapes = (data, row, 7 * 7 + 14 * 14), (data, odd, 4 * 4 + 7 * 7)
+    for data_set, options, codes in (*shapes, (load_data(LEVELS), row, 2 * 2 + 4 * 4)):
+        config = dataclasses.replace(CODES, conditional=True, **options)
+        model = vqvae.make_model(config, data_set)
         params = jax.eval_shape(model.init, jax.random.key(0))
-        assert params["prior"]["params"]["places"].shape == (1 + codes, 16)
+        assert params["prior"]["params"]["places"].shape == (codes, 16)
+        x = jax.ShapeDtypeStruct((9, *data_set.spec.shape), int)
+        carried = jax.eval_shape(model.start, jax.random.key(0), params, x)
+        label = jax.ShapeDtypeStruct((3,), int)
+        sample = functools.partial(model.sample, n=3)
+        drawn = jax.eval_shape(sample, params, carried, jax.random.key(0), label)
+        assert drawn.shape == (3, *data_set.spec.shape)
     config = dataclasses.replace(LEVELS, sides=(1, 7))
     params = jax.eval_shape(hierarchical_vae.make_model(config, data).init, jax.random.key(0))
     assert params["params"]["out"]["kernel"].shape == (16, 16 * 9)
