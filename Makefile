@@ -30,7 +30,8 @@ train: $(STAMP) ## train the VAE on real digits; says where pictures and metrics
 # twice as long for a small program, are left out here, and in test-all they are not. Bytecode is
 # kept even where the environment says otherwise: tests start processes.
 test: export XLA_FLAGS := --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 \
-	--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+	--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 \
+	--xla_cpu_collective_call_terminate_timeout_seconds=600
 test test-all: export PYTHONDONTWRITEBYTECODE :=
 test: $(STAMP) ## the tests; a second run finds its compiled programs in .cache/jax
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q

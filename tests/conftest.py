@@ -6,8 +6,13 @@ import pathlib
 import shutil
 import threading
 
-# Devices are read once, when jax starts: eight emulated ones for the parallel tests.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Devices are read once, when jax starts: eight emulated ones for the parallel tests. On a busy
+# machine one of them may wait for a core longer than the 40 seconds after which XLA gives up.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Compiled programs are kept between runs, for both workers and for the processes that tests start:
