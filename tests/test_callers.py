@@ -112,6 +112,9 @@ TABLE = {
     "interpolate": lambda b, w, n: F.interpolate(
         F.Path(lambda t: b(t * w[0, 0]), lambda t: 1 - b(t)), X, Y, jnp.linspace(0, 1, 4)
     ),
+    "preconditioned": lambda b, w, n: F.preconditioned(
+        network(b, w, n), path=F.Path(lambda t: b(t * w[0, 0]), lambda t: 1 - b(t))
+    )(X, jnp.linspace(0, 1, 4)),
     "log_likelihood": lambda b, w, n: D.log_likelihood(
         network(b, w, n), X, process=VE, num_steps=2
     ),
