@@ -43,8 +43,7 @@ def make_model(config: Any, data: Data) -> Model:
     quantiser = _quantiser(config)
     grids = _grids(config, event)
     nets = _networks(config, event[2] * law.numbers, quantiser, grids, data.spec.classes)
-    prior, sizes = nets["prior"], [a * b * quantiser.stages for a, b in grids]
-    cuts = np.cumsum(sizes)[:-1]
+    prior, total = nets["prior"], sum(a * b * quantiser.stages for a, b in grids)
 
     def of(name: str, key: Any) -> Any:
         """The network's own key of dropout."""
@@ -53,10 +52,7 @@ def make_model(config: Any, data: Data) -> Model:
     def apply(params: Any, name: str, x: jax.Array, key: Any) -> jax.Array:
         return nets[name].apply(params[name], x, dropout_key=of(name, key))
 
-    def normed(z: jax.Array) -> jax.Array:
-        # Of one size, so that the commitment's weight means the same throughout.
-        codebook = config.quantiser in ("vq", "residual")
-        return Norm("rms", use_scale=False).apply({}, z) if codebook else z
+    normed = partial(_normed, config.quantiser)
 
     def raised(params: Any, top: jax.Array, key: Any) -> jax.Array:
         """Features of the top codes at the bottom's resolution, which may be odd."""
@@ -105,26 +101,37 @@ def make_model(config: Any, data: Data) -> Model:
     if isinstance(prior, CodePrior):
         nats_of, draw_codes = grid_prior(prior, null, config.guidance)
     else:
-        nats_of, draw_codes = code_prior(prior, quantiser.num_codes, sum(sizes), null)
+        nats_of, draw_codes = code_prior(prior, quantiser.num_codes, total, null)
 
     def log_codes(params: Any, tokens: jax.Array, label: Any, key: Any) -> jax.Array:
         return nats_of(params["prior"], tokens, label, of("prior", key))
 
     def sample(params: Any, carried: Any, key: jax.Array, label: Any, n: int) -> jax.Array:
         tokens = draw_codes(params["prior"], key, label, n)
-        parts = zip(jnp.split(tokens, cuts, axis=1), grids, strict=True)
-        values = []
-        for i, (part, grid) in enumerate(parts):
-            codes = part.reshape(n, -1, quantiser.stages)
-            held = None if carried is None else carried[i]
-            values.append(quantiser.values(codes, held).reshape(n, *grid, quantiser.dim))
-        drawn = jax.random.fold_in(key, config.conditional + sum(sizes))
+        values = _values_of(quantiser, grids, tokens, carried)
+        drawn = jax.random.fold_in(key, config.conditional + total)
         return law.sample(drawn, decode(params, values, None))
 
     begin = partial(_init, config, event, nets, grids, quantiser)
     return Model(
         begin, start, encode, decode, law.log_likelihood, log_codes, sample, law.sample, quantiser
     )
+
+
+def _normed(kind: str, z: jax.Array) -> jax.Array:
+    """For codebooks of one size, so that the commitment's weight means the same throughout."""
+    return Norm("rms", use_scale=False).apply({}, z) if kind in ("vq", "residual") else z
+
+
+def _values_of(quantiser: Quantiser, grids: Any, tokens: jax.Array, carried: Any) -> list[Any]:
+    """What the codes of a row stand for, [n, rows, columns, dim] of each level."""
+    cuts = np.cumsum([a * b * quantiser.stages for a, b in grids])[:-1]
+    values = []
+    for i, part in enumerate(jnp.split(tokens, cuts, axis=1)):
+        codes = part.reshape(len(tokens), -1, quantiser.stages)
+        found = quantiser.values(codes, None if carried is None else carried[i])
+        values.append(found.reshape(len(tokens), *grids[i], quantiser.dim))
+    return values
 
 
 def _quantiser(config: Any) -> Quantiser:

@@ -30,6 +30,7 @@ from experiments._data import Data, load_data
 from experiments._system import Row, System, train
 from experiments.gan import AdversarialConfig, Players
 from genjax import adversarial as ga
+from genjax import checks
 from genjax.networks import R3GANCritic, R3GANGenerator, StyleCritic, StyleGenerator
 
 ROWS = (
@@ -229,6 +230,7 @@ def style_networks(config: Config, data: Data) -> tuple[StyleCritic, StyleGenera
     """StyleGAN2's pair for a data set."""
     if config.n_critic != 1:
         raise ValueError(f"n_critic must be 1 with stylegan2, got {config.n_critic}")
+    checks.integer("mapping_depth", config.mapping_depth, 1)
     height, base, widths = sizes(config, data)
     shared = {
         "size": height,

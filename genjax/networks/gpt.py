@@ -142,9 +142,8 @@ class GPT(nn.Module):
 
             step = partial(net.apply, net.unstacked(params), method="step")
         """
-        blocks = params["params"]["blocks"]
-        layers = [jax.tree.map(itemgetter(i), blocks) for i in range(self.depth)]
-        return {**params, "params": {**params["params"], "blocks": tuple(layers)}}
+        layers = _layers(params["params"]["blocks"], self.depth)
+        return {**params, "params": {**params["params"], "blocks": layers}}
 
     def step(
         self, cache: Caches, token: Int[Array, " batch"], position: Int[Array, " batch"]
@@ -207,9 +206,7 @@ class GPT(nn.Module):
         checks.between("position", end, 0, last)
         places = jnp.reshape(start, (-1, 1)) + jnp.arange(tokens.shape[1])[None]
         h, written = self._embed(tokens, places), []
-        for i, mine in enumerate(cache):
-            apart = isinstance(self.blocks, tuple)
-            layer = self.blocks[i] if apart else jax.tree.map(itemgetter(i), self.blocks)
+        for layer, mine in zip(_layers(self.blocks, self.depth), cache, strict=True):
             h, mine = self.block().apply({"params": layer}, h, cache=mine, start=start)
             written.append(mine)
         if not self.tied:
@@ -217,3 +214,10 @@ class GPT(nn.Module):
         # The start token's row too: without it the rows would be copied for every token.
         logits = jnp.einsum("bld,vd->blv", self.last_norm(h), self.embedding.astype(h.dtype))
         return logits[..., : self.vocabulary], tuple(written)
+
+
+def _layers(blocks: Any, depth: int) -> tuple[Params, ...]:
+    """The parameters of each block, of the stacked ones or of those that are apart already."""
+    if isinstance(blocks, tuple):
+        return blocks
+    return tuple(jax.tree.map(itemgetter(i), blocks) for i in range(depth))

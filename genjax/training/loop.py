@@ -111,14 +111,12 @@ def fit(
     block = bool(max_seconds) or (jax.default_backend() == "cpu" and jax.device_count() > 1)
     if block:  # what made the state may still be under way
         jax.block_until_ready(state)
-
     with contextlib.ExitStack() as closing:
         threads = closing.enter_context(_threads(prefetch))
         run = _Training(*given, threads, prefetch, on_metrics)
         if checkpoints is not None:
             closing.callback(checkpoints.wait)
-        if log is not None:
-            closing.enter_context(log)
+        closing.enter_context(contextlib.nullcontext() if log is None else log)
         bar = Progress(num_steps, run.step, shown=progress and first)
         closing.callback(bar.close)
         signals = closing.enter_context(_noted_signals())
@@ -126,7 +124,7 @@ def fit(
         run.read_metrics()
         if timings is not None:
             timings["data_wait_seconds"] = run.waited
-        return run.state
+    return run.state
 
 
 def _check_counts(least: int, **counts: int) -> None:

@@ -27,6 +27,12 @@ def test_smallest_feature_maps():
     assert [stylegan.smallest(n) for n in (8, 28, 32, 64, 12)] == [4, 7, 4, 4, 6]
 
 
+def test_styles_need_a_mapping():
+    config = stylegan.Config(network="stylegan2", mapping_depth=0)
+    with pytest.raises(ValueError, match="mapping_depth must be at least 1, got 0"):
+        stylegan.build(config, stylegan.load_data(config))
+
+
 def test_points_need_perceptrons():
     with pytest.raises(ValueError, match="dataset must be of images, got '25gaussians'"):
         stylegan.main(stylegan.Config(dataset="25gaussians"))

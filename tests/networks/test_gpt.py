@@ -102,6 +102,7 @@ def test_without_causality_every_position_reads_all(params):
 def test_layers_apart_take_the_same_steps(params):
     """`unstacked` moves no number; stacked parameters step as well."""
     apart = SMALL.unstacked(params)
+    assert isinstance(apart["params"]["blocks"], tuple)
     cache, position = SMALL.empty_cache(len(TOKENS), 4), jnp.zeros(len(TOKENS), int)
     start = jnp.full(len(TOKENS), 5)
     step = jax.jit(lambda p: SMALL.apply(p, cache, start, position, method="step"))
