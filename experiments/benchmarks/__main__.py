@@ -69,6 +69,7 @@ JOBS: dict[str, Job] = {
     "metrics": Job("metrics", {}, {"rounds": 2, "samples": 1000, "width": 128}),
     "vector_quantisation": Job("vector_quantisation", {}, {"rounds": 2, "steps": 3}),
     "language": Job("language", {}, {"rounds": 2, "batch_size": 2, "tokens": 8}),
+    "pixelcnn": Job("pixelcnn", {}, {"rounds": 2}),
     "alignment": Job("alignment", {}, {"rounds": 2, "vocabulary": 1000, "steps": 64}),
     "step_overhead": Job("vae", OVERHEAD, {"rounds": 6}),
     "depth": Job("depth", {}, {"networks": ("mlp", "tarflow")}),

@@ -8,7 +8,6 @@ generate_1, generate_8   128 tokens after a prompt of one, greedily, batch 1 and
       torch_transformers  generate of transformers' GPT2LMHeadModel
 dit_step     forward, backward and AdamW of DiT, 6 blocks of 192 on 16 x 16 x 4, batch 16
   torch      the same blocks, eager
-pixels       cached sampling of a PixelCNN++ of 8 x 8 images beside running it whole each time
 """
 
 import dataclasses
@@ -23,17 +22,10 @@ import numpy as np
 from experiments.benchmarks._models import Trainer
 from experiments.benchmarks._workload import OURS, Options, Row, Side, compare, every, launch
 from genjax import flows
-from genjax.autoregressive import (
-    draw_colours,
-    generate,
-    next_token,
-    recomputing_pixel_step,
-    sample_pixels,
-    select,
-)
-from genjax.networks import GPT, DiT, PixelCNNPlus
+from genjax.autoregressive import generate, next_token, select
+from genjax.networks import GPT, DiT
 
-TARGETS = {"gpt_step": 1.2, "generate_1": 4.0, "generate_8": 2.0, "dit_step": 1.0, "pixels": 20.0}
+TARGETS = {"gpt_step": 1.2, "generate_1": 4.0, "generate_8": 2.0, "dit_step": 1.0}
 VOCABULARY, DEPTH, WIDTH, HEADS, LENGTH = 1024, 4, 256, 8, 128
 Makers = dict[str, Callable[[], Side]]
 
@@ -274,35 +266,11 @@ def dit_step(config: Config) -> tuple[Makers, str, dict[str, Any]]:
     return {OURS: ours, "torch": theirs}, f"batch={batch}", {}
 
 
-def pixels(config: Config) -> tuple[Makers, str, dict[str, Any]]:
-    levels, components, shape = 17, 3, (16, 8, 8, 1)
-    net = PixelCNNPlus(levels, 1, components, features=32, resnets=2)
-    params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, *shape[1:]), jnp.int32))
-    draw = partial(draw_colours, colours=1, levels=levels)
-
-    def side(cached: bool) -> Side:
-        @jax.jit
-        def run(params: Any, key: jax.Array) -> jax.Array:
-            if cached:
-                cache = net.apply(params, shape[0], shape[2], method="empty_cache")
-                step = partial(net.apply, params, method="step")
-            else:
-                cache = jnp.zeros(shape, jnp.int32)
-                whole = lambda x: net.apply(params, x).reshape(*x.shape[:3], -1)  # noqa: E731
-                step = recomputing_pixel_step(whole)
-            return sample_pixels(step, cache, key, shape, draw=draw)
-
-        return lambda: jax.block_until_ready(run(params, jax.random.key(1)))
-
-    return {OURS: lambda: side(True), "recomputed": lambda: side(False)}, "16x8x8", {}
-
-
 SIDES = {
     "gpt_step": gpt_step,
     "generate_1": partial(generation, batch=1),
     "generate_8": partial(generation, batch=8),
     "dit_step": dit_step,
-    "pixels": pixels,
 }
 
 

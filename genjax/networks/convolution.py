@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -12,14 +12,18 @@ from jaxtyping import Array, Float
 
 from genjax.sharding import gathered, split_batch
 
+Padding = Literal["SAME"] | tuple[tuple[int, int], tuple[int, int]]
+
 
 def convolve(
     x: Float[Array, "batch height width inputs"],
     kernel: Float[Array, "rows columns inputs outputs"],
     stride: int = 1,
+    padding: Padding = "SAME",
 ) -> Float[Array, "batch rows_out columns_out outputs"]:
-    """Cross-correlate with zeros beyond the border (`SAME`): y_p = sum_q x_{stride p + q} kernel_q.
+    """Cross-correlate with zeros beyond the border: y_p = sum_q x_{stride p + q} kernel_q.
 
+    padding: `SAME`, or zeros before and after, ((top, bottom), (left, right)).
     On CPU as a matrix product: XLA's convolutions, and above all their gradients and those in
     loops, take up to several times as long there. Summed in float32 at least, rounded once.
     """
@@ -27,19 +31,19 @@ def convolve(
     return jax.lax.platform_dependent(
         x.astype(dtype),
         kernel.astype(dtype),
-        cpu=partial(_by_product, stride=stride),
-        default=partial(_by_convolution, stride=stride),
+        cpu=partial(_by_product, stride=stride, padding=padding),
+        default=partial(_by_convolution, stride=stride, padding=padding),
     )
 
 
-def _by_convolution(x: Array, kernel: Array, stride: int) -> Array:
+def _by_convolution(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     layout = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), "SAME", dimension_numbers=layout
+        x, kernel, (stride, stride), padding, dimension_numbers=layout
     )
 
 
-def _by_product(x: Array, kernel: Array, stride: int) -> Array:
+def _by_product(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     """One product of flat matrices.
 
     Without a stride the columns around a pixel are its factors, and the results of the kernel's
@@ -49,8 +53,11 @@ def _by_product(x: Array, kernel: Array, stride: int) -> Array:
     dtype = jnp.result_type(x, kernel)
     product = partial(jnp.matmul, preferred_element_type=jnp.promote_types(dtype, jnp.float32))
     batch, height, width, _ = x.shape
-    pads = jax.lax.padtype_to_pads((height, width), (rows, columns), (stride, stride), "SAME")
-    high, wide = -(-height // stride), -(-width // stride)
+    pads: Any = padding
+    if padding == "SAME":
+        pads = jax.lax.padtype_to_pads((height, width), (rows, columns), (stride, stride), "SAME")
+    high = (height + sum(pads[0]) - rows) // stride + 1
+    wide = (width + sum(pads[1]) - columns) // stride + 1
 
     def across(x: Array) -> list[Array]:
         x = jnp.pad(x, ((0, 0), (0, 0), pads[1], (0, 0)))
@@ -67,7 +74,7 @@ def _by_product(x: Array, kernel: Array, stride: int) -> Array:
         return y.reshape(batch, high, wide, outputs).astype(dtype)
     factors = jnp.concatenate(across(x), axis=-1).reshape(-1, columns * inputs)
     weights = jnp.moveaxis(kernel, 0, 2).reshape(columns * inputs, rows * outputs)
-    y = product(factors, weights).reshape(batch, height, width, rows * outputs)
+    y = product(factors, weights).reshape(batch, height, wide, rows * outputs)
     moved = [part[..., i * outputs : (i + 1) * outputs] for i, part in enumerate(down(y))]
     return reduce(jnp.add, moved).astype(dtype)
 

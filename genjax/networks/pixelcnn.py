@@ -4,6 +4,8 @@ Images are whole levels [batch, height, width, colours]; a pixel's outputs depen
 before it in raster order alone.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -16,6 +18,7 @@ from genjax.autoregressive.pixels import num_colour_params, pixel_mask
 from genjax.networks.convolution import convolve
 from genjax.networks.layers import drop, labels_or_null, on_flat
 from genjax.networks.transformer import stacked
+from genjax.sharding import split_batch
 from genjax.typing import PRNGKey
 
 __all__ = ["GatedPixelCNN", "PixelCNN"]
@@ -116,6 +119,19 @@ def taps(x: Array, rows: int, columns: tuple[int, int], below: int) -> Array:
     return jnp.concatenate(parts, axis=-1)
 
 
+def product(x: Array, kernel: Any) -> Array:
+    """x @ kernel over the last axis: a shifted convolution of what `taps` gives."""
+    return on_flat(lambda x: x @ kernel, x)
+
+
+def shifted(x: Array, kernel: Any, rows: int, columns: tuple[int, int], below: int = 0) -> Array:
+    """`product` of `taps` of x, by `convolve`, which copies less."""
+    size = (rows, sum(columns) + 1)
+    x = split_batch(x[:, : x.shape[1] - below])
+    kernel = jnp.asarray(kernel).reshape(*size, x.shape[-1], -1)
+    return convolve(x, kernel, padding=((rows - 1 + below, 0), columns))
+
+
 def gate(x: Array) -> Array:
     """tanh(first half) * sigmoid(second half) of the channels: eq. (2)."""
     f, g = jnp.split(x, 2, axis=-1)
@@ -173,22 +189,22 @@ class GatedLayer(nn.Module):
     ) -> tuple[Array, Array]:
         """Both stacks of whole images."""
         side, below = self.kernel // 2, int(self.first)
-        above = taps(v, self.rows, (side, side), below)
-        if self.first:
-            left = taps(
-                jnp.pad(h, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1], 1, (side - 1, 0), 0
-            )
-        else:
-            left = taps(h, 1, (side, 0), 0)
-        link, v = self.vertical(above, label, dropout_key)
-        return v, self.horizontal(left, link, h, label, dropout_key)
+        up = partial(shifted, rows=self.rows, columns=(side, side), below=below)
+        along = partial(shifted, rows=1, columns=(self.pixels - 1, 0))
+        left = jnp.pad(h, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1] if self.first else h
+        link, v = self.vertical(v, label, dropout_key, up)
+        return v, self.horizontal(left, link, h, label, dropout_key, along)
 
     def vertical(
-        self, above: Array, label: Array | None = None, dropout_key: PRNGKey | None = None
+        self,
+        above: Array,
+        label: Array | None = None,
+        dropout_key: PRNGKey | None = None,
+        convolution: Callable[[Array, Array], Array] = product,
     ) -> tuple[Array, Array]:
         """From `taps` of the rows above: what the horizontal stack gets, and v."""
-        before = self._affine("vertical", above, label)
-        link = on_flat(lambda x: x @ self.kernels["link"], before)
+        before = self._affine("vertical", above, label, convolution)
+        link = product(before, self.kernels["link"])
         return link, drop(gate(before), self.dropout, dropout_key, 0)
 
     def horizontal(
@@ -198,15 +214,16 @@ class GatedLayer(nn.Module):
         h: Array,
         label: Array | None = None,
         dropout_key: PRNGKey | None = None,
+        convolution: Callable[[Array, Array], Array] = product,
     ) -> Array:
         """From `taps` of the pixels to the left, the link, and h, to which the result is added."""
-        gated = gate(self._affine("horizontal", left, label) + link)
-        out = on_flat(lambda x: x @ self.kernels["out"], gated)
+        gated = gate(self._affine("horizontal", left, label, convolution) + link)
+        out = product(gated, self.kernels["out"])
         out = drop(out, self.dropout, dropout_key, 1)
         return out if self.first else h + out
 
-    def _affine(self, name: str, x: Array, label: Any) -> Array:
-        y = on_flat(lambda x: x @ self.kernels[name], x)
+    def _affine(self, name: str, x: Array, label: Any, convolution: Any) -> Array:
+        y = convolution(x, self.kernels[name])
         y = y + self.biases[name].reshape(*(1,) * (x.ndim - 1), -1)
         if self.classes is None:
             return y

@@ -1,6 +1,7 @@
 """PixelCNN++: gated resnets in a stack of rows and a stack of pixels, drawn with a cache."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from genjax import checks
 from genjax.autoregressive.pixels import num_colour_params
 from genjax.networks.layers import drop, labels_or_null, on_flat
-from genjax.networks.pixelcnn import Levels, read_image, read_pixel, taps
+from genjax.networks.pixelcnn import Levels, product, read_image, read_pixel, shifted, taps
 from genjax.networks.transformer import stacked
 from genjax.typing import Params, PRNGKey
 
@@ -19,25 +20,23 @@ __all__ = ["PixelCNNPlus"]
 
 
 def concat_elu(x: Array) -> Array:
-    """elu of x and of -x, on twice the channels."""
-    return nn.elu(jnp.concatenate([x, -x], axis=-1))
+    """elu of x and of -x, on twice the channels; one exponential gives both."""
+    positive = x > 0
+    falling = jnp.expm1(jnp.where(positive, -x, x))
+    parts = [jnp.where(positive, x, falling), jnp.where(positive, falling, -x)]
+    return jnp.concatenate(parts, axis=-1)
 
 
-def read_rows(x: Array) -> Array:
-    """Down-shifted (2, 3): the row of a pixel and the one above it, three pixels of each."""
-    return taps(x, 2, (1, 1), 0)
-
-
-def read_pixels(x: Array) -> Array:
-    """Down-right-shifted (2, 2): a pixel and its left neighbour, and the two above them."""
-    return taps(x, 2, (1, 0), 0)
+# Down-shifted (2, 3): the row of a pixel and the one above it, three pixels of each;
+# down-right-shifted (2, 2): a pixel and its left neighbour, and the two above them.
+ROWS, PIXELS = (1, 1), (1, 0)
 
 
 class GatedResnet(nn.Module):
     """x + a sigmoid(b), (a, b) = conv(dropout(concat_elu(conv(concat_elu(x)) + 1x1(skip)))).
 
     inputs: pixels that a convolution reads. skip: channels of what comes from elsewhere, 0 for
-    nothing. `begin` and `end` are the two convolutions, of what `read_rows` or `read_pixels` gives.
+    nothing. `begin` and `end` are the two convolutions, of `taps` unless another is given.
     """
 
     features: int
@@ -60,14 +59,28 @@ class GatedResnet(nn.Module):
             shape = (self.classes + 1, wide)
             self.labels = self.param("label", nn.initializers.normal(0.1), shape)
 
-    def begin(self, read: Array, skip: Array | None, dropout_key: PRNGKey | None = None) -> Array:
-        c = _affine(read, self.one, self.one_bias)
+    def begin(
+        self,
+        e: Array,
+        skip: Array | None,
+        dropout_key: PRNGKey | None = None,
+        convolution: Callable[[Array, Array], Array] = product,
+    ) -> Array:
+        """From concat_elu(x) to what the second convolution reads."""
+        c = convolution(e, self.one) + self.one_bias.reshape(*(1,) * (e.ndim - 1), -1)
         if skip is not None:
-            c = c + on_flat(lambda x: x @ self.side, concat_elu(skip))
+            c = c + product(concat_elu(skip), self.side)
         return drop(concat_elu(c), self.dropout, dropout_key, 0)
 
-    def end(self, read: Array, x: Array, label: Any) -> Array:
-        c = _affine(read, self.two, self.two_bias)
+    def end(
+        self,
+        c: Array,
+        x: Array,
+        label: Any,
+        convolution: Callable[[Array, Array], Array] = product,
+    ) -> Array:
+        """From what `begin` gives, and x, to the resnet's result."""
+        c = convolution(c, self.two) + self.two_bias.reshape(*(1,) * (x.ndim - 1), -1)
         if self.classes is not None:
             rows = jnp.take(self.labels, label, axis=0)
             c = c + rows.reshape(len(x), *(1,) * (x.ndim - 2), -1)
@@ -76,18 +89,16 @@ class GatedResnet(nn.Module):
 
     def __call__(
         self,
-        read: Callable[[Array], Array],
+        columns: tuple[int, int],
         x: Array,
         skip: Array | None = None,
         label: Array | None = None,
         dropout_key: PRNGKey | None = None,
     ) -> Array:
-        c = self.begin(read(concat_elu(x)), skip, dropout_key)
-        return self.end(read(c), x, label)
-
-
-def _affine(x: Array, kernel: Array, bias: Array) -> Array:
-    return on_flat(lambda x: x @ kernel, x) + bias.reshape(*(1,) * (x.ndim - 1), -1)
+        """Whole images; columns: ROWS or PIXELS."""
+        convolution = partial(shifted, rows=2, columns=columns)
+        c = self.begin(concat_elu(x), skip, dropout_key, convolution)
+        return self.end(c, x, label, convolution)
 
 
 class PlusCache(NamedTuple):
@@ -132,16 +143,16 @@ class PixelCNNPlus(nn.Module):
         nets, params = {}, {}
         label = labels_or_null(self.classes, None, 1)
         x = jnp.zeros((1, 1, 1, wide))
-        for name, read, inputs, skip in (
-            ("rows_up", read_rows, 6, 0),
-            ("pixels_up", read_pixels, 4, 1),
-            ("rows_down", read_rows, 6, 1),
-            ("pixels_down", read_pixels, 4, 2),
+        for name, columns, inputs, skip in (
+            ("rows_up", ROWS, 6, 0),
+            ("pixels_up", PIXELS, 4, 1),
+            ("rows_down", ROWS, 6, 1),
+            ("pixels_down", PIXELS, 4, 2),
         ):
             net = GatedResnet(wide, inputs, skip * wide, self.classes, self.dropout, parent=None)
             side = jnp.zeros((1, 1, 1, skip * wide)) if skip else None
             nets[name] = net
-            params[name] = stacked(self, name, net, self.resnets, read, x, side, label)
+            params[name] = stacked(self, name, net, self.resnets, columns, x, side, label)
         self.nets, self.params = nets, params
         numbers = num_colour_params(self.colours, self.components)
         self.last = nn.Dense(numbers, kernel_init=nn.initializers.normal(0.01))
@@ -160,22 +171,22 @@ class PixelCNNPlus(nn.Module):
         pixels = self._enter("above", taps(y, 1, (1, 1), 1))
         pixels = pixels + self._enter("left", taps(left, 2, (0, 0), 0))
 
-        def run(name: str, params: Params, read: Any, x: Array, skip: Any, i: Any) -> Array:
+        def run(name: str, params: Params, columns: Any, x: Array, skip: Any, i: Any) -> Array:
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
             net = self.nets[name]
-            return net.apply({"params": params}, read, x, skip, label, key)
+            return net.apply({"params": params}, columns, x, skip, label, key)
 
         def up(carry: tuple[Array, Array], scanned: tuple) -> tuple:
             (rows, pixels), (p, q, i) = carry, scanned
-            after = run("rows_up", p, read_rows, rows, None, 4 * i)
-            new = run("pixels_up", q, read_pixels, pixels, after, 4 * i + 1)
+            after = run("rows_up", p, ROWS, rows, None, 4 * i)
+            new = run("pixels_up", q, PIXELS, pixels, after, 4 * i + 1)
             return (after, new), (rows, pixels)
 
         def down(carry: tuple[Array, Array], scanned: tuple) -> tuple:
             (rows, pixels), (p, q, (skip, side), i) = carry, scanned
-            rows = run("rows_down", p, read_rows, rows, skip, 4 * i + 2)
+            rows = run("rows_down", p, ROWS, rows, skip, 4 * i + 2)
             side = jnp.concatenate([rows, side], axis=-1)
-            return (rows, run("pixels_down", q, read_pixels, pixels, side, 4 * i + 3)), None
+            return (rows, run("pixels_down", q, PIXELS, pixels, side, 4 * i + 3)), None
 
         each = jnp.arange(self.resnets)
         ups = (self.params["rows_up"], self.params["pixels_up"], each)
@@ -187,7 +198,8 @@ class PixelCNNPlus(nn.Module):
         return on_flat(self.last, nn.elu(pixels))
 
     def _enter(self, name: str, read: Array) -> Array:
-        return _affine(read, self.kernels[name], self.biases[name])
+        y = product(read, self.kernels[name])
+        return y + self.biases[name].reshape(*(1,) * (read.ndim - 1), -1)
 
     def empty_cache(self, batch: int, width: int, dtype: Any = jnp.float32) -> PlusCache:
         """The cache of images of that width, before their first pixel."""
@@ -264,7 +276,7 @@ class PixelCNNPlus(nn.Module):
             apply = self.nets[name].apply
 
             def read(i: int, value: Array) -> Array:
-                return read_rows(jnp.stack([above[:, i], value], axis=1))[:, -1]
+                return taps(jnp.stack([above[:, i], value], axis=1), 2, ROWS, 0)[:, -1]
 
             e = concat_elu(x)
             c = apply({"params": params}, read(0, e), skip, method="begin")

@@ -90,6 +90,28 @@ def test_in_bfloat16_the_sum_is_rounded_once(stride, key):
             assert error < 0.0025, (name, error)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [((2, 0), (1, 1)), ((1, 2), (3, 0)), ((0, 0), (0, 0))])
+def test_zeros_before_and_after_are_those_of_a_convolution(padding, stride, key):
+    k1, k2 = jax.random.split(key)
+    layout = ("NHWC", "HWIO", "NHWC")
+    with jax.enable_x64(True):
+        x = jax.random.normal(k1, (2, 7, 6, 3), jnp.float64)
+        kernel = jax.random.normal(k2, (3, 2, 3, 5), jnp.float64)
+
+        def theirs(x, kernel):
+            strides = (stride, stride)
+            return jax.lax.conv_general_dilated(
+                x, kernel, strides, padding, dimension_numbers=layout
+            )
+
+        value, pull = jax.vjp(lambda *a: convolve(*a, stride, padding), x, kernel)
+        exact, pull_exact = jax.vjp(theirs, x, kernel)
+        np.testing.assert_allclose(value, exact, atol=1e-12)
+        for a, b in zip(pull(jnp.sin(exact)), pull_exact(jnp.sin(exact)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-12)
+
+
 def test_elsewhere_it_stays_a_convolution():
     shapes = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5))
     for platform, convolutions in (("cpu", 0), ("cuda", 1)):

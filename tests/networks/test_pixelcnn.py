@@ -4,6 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from genjax.networks import GatedPixelCNN, PixelCNN
 from genjax.networks.pixelcnn import GatedLayer, MaskedConv, gate
+from genjax.networks.pixelcnn_plus import concat_elu
 
 REFERENCES = Path(__file__).parents[1] / "references"
 KEY = jax.random.key(0)
@@ -154,3 +156,13 @@ def test_bad_input(unchecked):
     ):
         with pytest.raises(ValueError, match=match):
             make()
+
+
+def test_concat_elu_is_elu_of_both_signs_with_its_gradient_at_zero():
+    x = jnp.array([-30.0, -1.5, -1e-6, 0.0, 1e-6, 0.7, 30.0])[:, None]
+    both = lambda x: nn.elu(jnp.concatenate([x, -x], axis=-1))  # noqa: E731
+    value, pull = jax.vjp(concat_elu, x)
+    expected, pull_expected = jax.vjp(both, x)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    upstream = jnp.linspace(1, 2, 14).reshape(7, 2)
+    np.testing.assert_allclose(pull(upstream)[0], pull_expected(upstream)[0], rtol=1e-6)
