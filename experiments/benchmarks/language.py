@@ -3,6 +3,7 @@
 gpt_step     forward, backward and AdamW of a GPT-2 of 4 layers of 256, 8 x 128 tokens
   torch      the same blocks with scaled_dot_product_attention, eager (as nanoGPT has them)
   torch_compiled  the same, by torch.compile, where it works
+  torch_transformers  transformers' GPT2LMHeadModel, eager
 generate_1, generate_8   128 tokens after a prompt of one, greedily, batch 1 and 8
   torch      keys and values kept in tensors of fixed size, a Python loop over tokens
       torch_transformers  generate of transformers' GPT2LMHeadModel
@@ -111,6 +112,17 @@ def torch_gpt() -> Any:
     return Net()
 
 
+def transformers_gpt(vocabulary: int) -> Any:
+    import transformers
+
+    sizes = {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": HEADS, "n_positions": LENGTH + 1}
+    none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary, bos_token_id=None, eos_token_id=None, **sizes, **none
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
 def torch_trainer(net: Any, loss: Callable[[Any], Any]) -> Side:
     import torch
 
@@ -137,16 +149,19 @@ def gpt_step(config: Config) -> tuple[Makers, str, dict[str, Any]]:
 
         return Trainer(loss, params, tokens)
 
-    def theirs(compiled: bool) -> Side:
+    def theirs(compiled: bool = False, hugging_face: bool = False) -> Side:
         import torch
         from torch.nn import functional
 
-        net, x = torch_gpt(), torch.from_numpy(tokens)
-        net = torch.compile(net) if compiled else net
+        net = transformers_gpt(VOCABULARY + 1) if hugging_face else torch_gpt()
+        net, x = torch.compile(net) if compiled else net, torch.from_numpy(tokens)
         before = torch.cat([torch.full((len(x), 1), VOCABULARY), x[:, :-1]], dim=1)
-        run = torch_trainer(
-            net, lambda net: functional.cross_entropy(net(before).flatten(0, 1), x.flatten())
-        )
+
+        def loss(net: Any) -> Any:
+            logits = net(before).logits if hugging_face else net(before)
+            return functional.cross_entropy(logits.flatten(0, 1), x.flatten())
+
+        run = torch_trainer(net, loss)
         try:
             run()
         except Exception as error:  # no compiler on this machine
@@ -155,7 +170,12 @@ def gpt_step(config: Config) -> tuple[Makers, str, dict[str, Any]]:
             ) from None
         return run
 
-    makers = {OURS: ours, "torch": lambda: theirs(False), "torch_compiled": lambda: theirs(True)}
+    makers = {
+        OURS: ours,
+        "torch": theirs,
+        "torch_compiled": partial(theirs, compiled=True),
+        "torch_transformers": partial(theirs, hugging_face=True),
+    }
     return makers, f"{config.batch_size}x{LENGTH}", {}
 
 
@@ -194,12 +214,8 @@ def generation(config: Config, batch: int) -> tuple[Makers, str, dict[str, Any]]
 
     def hugging_face() -> Side:
         import torch
-        import transformers
 
-        sizes = {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": HEADS, "n_positions": LENGTH + 1}
-        net = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=VOCABULARY, eos_token_id=None, **sizes)
-        ).eval()
+        net = transformers_gpt(VOCABULARY).eval()
         prompt = torch.zeros((batch, 1), dtype=torch.long)
         options = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
 
