@@ -3,8 +3,9 @@
 step       forward, backward and Adam, 2 resnets each way, 40 features, 16 grey images of 32 x 32 in
            256 levels, 10 logistics in a pixel's mixture, no dropout
   torch    the same network and likelihood, eager; shifted convolutions pad and crop
-sampling   16 images of 8 x 8 in 17 levels, pixel by pixel
-  recomputed  the whole network for every pixel
+sampling   16 images of 8 x 8 in 17 levels, 32 features, 3 logistics, pixel by pixel with a cache
+  torch    the whole network for every pixel, as published PixelCNN++ code draws
+  recomputed  the same in genjax, compiled
 """
 
 from functools import partial
@@ -26,12 +27,12 @@ from genjax.networks import PixelCNNPlus
 
 Config = Options
 TARGETS = {"step": 1.0, "sampling": 20.0}
-RESNETS, FEATURES, COMPONENTS, LEVELS = 2, 40, 10, 256
+RESNETS, LEVELS = 2, 256
 SHAPE = (16, 32, 32, 1)
 
 
-def torch_network() -> Any:
-    """PixelCNNPlus(256, 1, 10, 40, 2) in PyTorch: [batch, 1, height, width] to its numbers."""
+def torch_network(components: int, features: int) -> Any:
+    """PixelCNNPlus of one colour in PyTorch: [batch, 1, height, width] to its numbers."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -43,9 +44,9 @@ def torch_network() -> Any:
         def __init__(self, left: int, right: int, skip: int = 0):
             super().__init__()
             self.pad, size = (left, right, 1, 0), (2, left + right + 1)
-            self.one = nn.Conv2d(2 * FEATURES, FEATURES, size)
-            self.two = nn.Conv2d(2 * FEATURES, 2 * FEATURES, size)
-            self.skip = nn.Conv2d(2 * skip * FEATURES, FEATURES, 1, bias=False) if skip else None
+            self.one = nn.Conv2d(2 * features, features, size)
+            self.two = nn.Conv2d(2 * features, 2 * features, size)
+            self.skip = nn.Conv2d(2 * skip * features, features, 1, bias=False) if skip else None
 
         def forward(self, x: Any, side: Any = None) -> Any:
             c = self.one(functional.pad(both_signs(x), self.pad))
@@ -60,11 +61,11 @@ def torch_network() -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.rows, self.above, self.left = (
-                nn.Conv2d(2, FEATURES, size) for size in ((2, 3), (1, 3), (2, 1))
+                nn.Conv2d(2, features, size) for size in ((2, 3), (1, 3), (2, 1))
             )
             self.rows_up, self.pixels_up = nets(1, 1), nets(1, 0, 1)
             self.rows_down, self.pixels_down = nets(1, 1, 1), nets(1, 0, 2)
-            self.last = nn.Conv2d(FEATURES, 3 * COMPONENTS, 1)
+            self.last = nn.Conv2d(features, 3 * components, 1)
 
         def forward(self, x: Any) -> Any:
             x = torch.cat([x, torch.ones_like(x)], dim=1)
@@ -102,12 +103,29 @@ def torch_nats(numbers: Any, x: Any) -> Any:
     return -torch.logsumexp(log_probs, dim=1).sum(dim=(1, 2))
 
 
+def torch_samples(net: Any, levels: int, shape: tuple[int, ...]) -> Any:
+    """Draw images pixel by pixel, running the network whole for each."""
+    import torch
+
+    x = torch.full((shape[0], 1, *shape[1:3]), -1.0)
+    with torch.inference_mode():
+        for i in range(shape[1]):
+            for j in range(shape[2]):
+                logits, mean, log_scale = net(x)[..., i, j].chunk(3, dim=1)
+                k = torch.distributions.Categorical(logits=logits).sample()[:, None]
+                u = torch.rand(len(x)).clamp(1e-7, 1 - 1e-7)
+                noise = log_scale.gather(1, k)[:, 0].clamp(min=-7).exp() * (u.log() - (-u).log1p())
+                level = ((mean.gather(1, k)[:, 0] + noise + 1) * (levels - 1) / 2).round()
+                x[:, 0, i, j] = level.clamp(0, levels - 1) * (2 / (levels - 1)) - 1
+    return x
+
+
 def step(config: Config) -> list[Row]:
     """Time a training step."""
     x = np.random.default_rng(0).integers(0, LEVELS, SHAPE)
 
     def ours() -> Side:
-        net = PixelCNNPlus(LEVELS, 1, COMPONENTS, FEATURES, RESNETS, dropout=0.0)
+        net = PixelCNNPlus(LEVELS, 1, 10, 40, RESNETS, dropout=0.0)
         params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, *SHAPE[1:]), jnp.int32))
 
         def loss(params: Any, key: jax.Array, x: jax.Array) -> Any:
@@ -119,7 +137,7 @@ def step(config: Config) -> list[Row]:
         import torch
 
         torch.manual_seed(0)
-        net, levels = torch_network(), torch.from_numpy(x[..., 0])
+        net, levels = torch_network(10, 40), torch.from_numpy(x[..., 0])
         image = (levels.float() * (2 / (LEVELS - 1)) - 1)[:, None]
         return torch_trainer(net.parameters(), lambda: torch_nats(net(image), levels).mean())
 
@@ -149,7 +167,11 @@ def sampling(config: Config) -> list[Row]:
 
         return lambda: jax.block_until_ready(run(params, jax.random.key(1)))
 
-    makers = {OURS: lambda: side(True), "recomputed": lambda: side(False)}
+    def theirs() -> Side:
+        peer = torch_network(3, 32)
+        return lambda: torch_samples(peer, levels, shape)
+
+    makers = {OURS: lambda: side(True), "torch": theirs, "recomputed": lambda: side(False)}
     options = {"case": "x".join(map(str, shape[:3])), "targets": TARGETS["sampling"], "calls": 3}
     return compare("pixelcnn_sampling", makers, config, **options)
 
