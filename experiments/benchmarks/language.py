@@ -6,7 +6,7 @@ gpt_step     forward, backward and AdamW of a GPT-2 of 4 layers of 256, 8 x 128 
   torch_transformers  transformers' GPT2LMHeadModel, eager
 generate_1, generate_8   128 tokens after a prompt of one, greedily, batch 1 and 8
   torch      keys and values kept in tensors of fixed size, a Python loop over tokens
-      torch_transformers  generate of transformers' GPT2LMHeadModel
+  torch_transformers  generate of transformers' GPT2LMHeadModel
 dit_step     forward, backward and AdamW of DiT, 6 blocks of 192 on 16 x 16 x 4, batch 16
   torch      the same blocks, eager
 """
@@ -163,7 +163,8 @@ def gpt_step(config: Config) -> tuple[Makers, str, dict[str, Any]]:
 
         run = torch_trainer(net, loss)
         try:
-            run()
+            if compiled:
+                run()
         except Exception as error:  # no compiler on this machine
             raise ImportError(
                 f"torch.compile does not work here ({type(error).__name__})"

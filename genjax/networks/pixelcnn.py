@@ -120,12 +120,12 @@ def taps(x: Array, rows: int, columns: tuple[int, int], below: int) -> Array:
 
 
 def product(x: Array, kernel: Any) -> Array:
-    """x @ kernel over the last axis: a shifted convolution of what `taps` gives."""
+    """x @ kernel over the last axis: a shifted convolution, where `taps` gave x."""
     return on_flat(lambda x: x @ kernel, x)
 
 
 def shifted(x: Array, kernel: Any, rows: int, columns: tuple[int, int], below: int = 0) -> Array:
-    """`product` of `taps` of x, by `convolve`, which copies less."""
+    """product(taps(x, rows, columns, below), kernel), by `convolve`, which copies less."""
     size = (rows, sum(columns) + 1)
     x = split_batch(x[:, : x.shape[1] - below])
     kernel = jnp.asarray(kernel).reshape(*size, x.shape[-1], -1)

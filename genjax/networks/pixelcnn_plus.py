@@ -27,8 +27,8 @@ def concat_elu(x: Array) -> Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-# Down-shifted (2, 3): the row of a pixel and the one above it, three pixels of each;
-# down-right-shifted (2, 2): a pixel and its left neighbour, and the two above them.
+# Columns left and right of a pixel that a convolution reads, in the pixel's row and the one above:
+# three pixels of each row (down-shifted), or the pixel and its left neighbour (down-right-shifted).
 ROWS, PIXELS = (1, 1), (1, 0)
 
 
@@ -67,7 +67,7 @@ class GatedResnet(nn.Module):
         convolution: Callable[[Array, Array], Array] = product,
     ) -> Array:
         """From concat_elu(x) to what the second convolution reads."""
-        c = convolution(e, self.one) + self.one_bias.reshape(*(1,) * (e.ndim - 1), -1)
+        c = _affine(e, self.one, self.one_bias, convolution)
         if skip is not None:
             c = c + product(concat_elu(skip), self.side)
         return drop(concat_elu(c), self.dropout, dropout_key, 0)
@@ -80,7 +80,7 @@ class GatedResnet(nn.Module):
         convolution: Callable[[Array, Array], Array] = product,
     ) -> Array:
         """From what `begin` gives, and x, to the resnet's result."""
-        c = convolution(c, self.two) + self.two_bias.reshape(*(1,) * (x.ndim - 1), -1)
+        c = _affine(c, self.two, self.two_bias, convolution)
         if self.classes is not None:
             rows = jnp.take(self.labels, label, axis=0)
             c = c + rows.reshape(len(x), *(1,) * (x.ndim - 2), -1)
@@ -99,6 +99,10 @@ class GatedResnet(nn.Module):
         convolution = partial(shifted, rows=2, columns=columns)
         c = self.begin(concat_elu(x), skip, dropout_key, convolution)
         return self.end(c, x, label, convolution)
+
+
+def _affine(x: Array, kernel: Any, bias: Array, convolution: Any = product) -> Array:
+    return convolution(x, kernel) + bias.reshape(*(1,) * (x.ndim - 1), -1)
 
 
 class PlusCache(NamedTuple):
@@ -198,8 +202,7 @@ class PixelCNNPlus(nn.Module):
         return on_flat(self.last, nn.elu(pixels))
 
     def _enter(self, name: str, read: Array) -> Array:
-        y = product(read, self.kernels[name])
-        return y + self.biases[name].reshape(*(1,) * (read.ndim - 1), -1)
+        return _affine(read, self.kernels[name], self.biases[name])
 
     def empty_cache(self, batch: int, width: int, dtype: Any = jnp.float32) -> PlusCache:
         """The cache of images of that width, before their first pixel."""
