@@ -22,11 +22,11 @@ import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import tyro
-
 import genjax
 from experiments.__main__ import experiments
 from experiments.benchmarks import _table
+from experiments.benchmarks._workload import launch
+from genjax import checks
 
 PEERS = ("jax", "torch", "ott-jax", "POT", "geomloss", "flowjax", "distrax", "zuko", "nflows",
          "torchcfm", "torchdiffeq", "diffrax", "diffusers", "transformers",
@@ -98,8 +98,7 @@ def jobs(config: Config) -> dict[str, Job]:
     chosen = config.only or (*JOBS, "startup")
     wanted = [name for given in chosen for name in groups.get(given, [given])]
     for name in wanted:
-        if name not in all_jobs:
-            raise ValueError(f"only must be among {[*JOBS, *groups, *startup]}, got {name!r}")
+        checks.one_of("only", name, [*JOBS, *groups, *startup])
     # Shares of the ceilings need the ceilings of this run.
     return {name: all_jobs[name] for name in dict.fromkeys(["ceilings", *wanted])}
 
@@ -190,4 +189,4 @@ def main(config: Config) -> dict[str, list[_table.Row]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    launch(main, Config)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import tyro
 
+from experiments._command import mistake, read
 from experiments.benchmarks._table import OURS, Row, make_rows, show
 from experiments.benchmarks._timing import Side, in_turn
+from genjax.checks import one_of
 
 __all__ = ["OURS", "Options", "Row", "Side", "compare", "every", "launch"]
 
@@ -29,14 +30,27 @@ class Options:
 
 
 def launch(main: Callable[[Any], list[Row]], config_type: type = Options) -> None:
-    """Read the command line into the Config and run main, without the peers' warnings."""
+    """Read the command line into the Config and run main, without the peers' warnings.
+
+    A mistake, and so every ValueError, ends in one line with status 2.
+    """
     warnings.filterwarnings("ignore")
-    main(tyro.cli(config_type, description=sys.modules["__main__"].__doc__))
+    config = read(config_type, sys.modules["__main__"].__doc__)
+    try:
+        main(config)
+    except ValueError as error:
+        mistake(str(error))
 
 
 def every(one: Callable[[str, Any], list[Row]], names: Iterable[str]) -> Callable[..., list[Row]]:
     """Make the main of a module whose one(name, config) times one of its workloads."""
-    return lambda config: [row for name in config.workloads or names for row in one(name, config)]
+
+    def main(config: Any) -> list[Row]:
+        for name in config.workloads:
+            one_of("workloads", name, names)
+        return [row for name in config.workloads or names for row in one(name, config)]
+
+    return main
 
 
 def build(makers: Mapping[str, Callable[[], Side]], torch: bool = True) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -247,7 +248,7 @@ def test_the_command_writes_one_table(tmp_path, monkeypatch):
     text = (tmp_path / "benchmarks.md").read_text()
     assert "1.0 GFLOP/s" in text
     assert "Targets met: 0 of 2" in text
-    with pytest.raises(ValueError, match=r"only must be among .*got 'vea'"):
+    with pytest.raises(ValueError, match=r"only must be one of .*got 'vea'; did you mean 'vae'"):
         benchmarks.main(benchmarks.Config(only=("vea",), out=tmp_path))
 
 
@@ -255,3 +256,21 @@ def test_a_workload_that_fails_becomes_a_row(tmp_path):
     job = benchmarks.Job("nothing_of_the_kind")
     (row,) = benchmarks.run("x", job, benchmarks.Config(out=tmp_path, timeout=60))
     assert row.note.startswith("failed: ModuleNotFoundError")
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--workloads", "stp"], "workloads must be one of ['step', 'sampling'], got 'stp'; did"),
+        (["--round", "3"], "there is no option --round; did you mean --rounds?"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(args, line, monkeypatch, capsys):
+    module = importlib.import_module("experiments.benchmarks.pixelcnn")
+    monkeypatch.setattr(sys, "argv", ["pixelcnn", *args])
+    with pytest.raises(SystemExit) as end:
+        _workload.launch(module.main, module.Config)
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert line in said
+    assert said.count("\n") == 1
