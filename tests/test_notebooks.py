@@ -15,11 +15,6 @@ import pytest
 
 OURS = ("genjax", "experiments")
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-# Minutes together: one runs in `make test`, all of them in `make test-all`.
-RUNS = [
-    pytest.param(path, id=path.stem, marks=[] if path.stem == "01_elbo" else pytest.mark.slow)
-    for path in NOTEBOOKS
-]
 
 
 def test_there_are_notebooks():
@@ -28,7 +23,8 @@ def test_there_are_notebooks():
     assert len(set(numbers)) == len(numbers)
 
 
-@pytest.mark.parametrize("path", RUNS)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")
 def test_notebook_runs(path):
     from nbclient import NotebookClient

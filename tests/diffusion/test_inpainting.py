@@ -104,6 +104,7 @@ def test_the_law_approaches_the_conditional_one_with_more_resamples(jump):
     assert (errors[-1] < [0.015, 0.02]).all()
 
 
+@pytest.mark.slow
 def test_one_resample_is_replacement_and_rows_depend_on_their_index():
     """Down to time 0, where the known part is returned as it is."""
     num, grid = 4, jnp.asarray([1.0, 0.5, 0.1, 0.0])

@@ -39,6 +39,7 @@ def test_neighbours_of_two_levels():
     assert staged[2 * 8] == (15, 14, 8, 10, 12, 0, -1, 2, -1, 4)
 
 
+@pytest.mark.slow
 def test_each_code_sees_those_before_it(prior):
     made, params = prior
     tokens = jax.random.randint(jax.random.key(2), (1, 13), 0, 5)

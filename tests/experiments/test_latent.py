@@ -69,6 +69,7 @@ def test_bad_options(changes, message):
         latent.main(dataclasses.replace(TINY, **changes))
 
 
+@pytest.mark.slow
 def test_the_critic_moves_the_last_layer_as_much_as_the_error_does(data):
     """A step's loss is |x - y|_1 + perceptual distance + KL + weight * score + hinge; the weight is
     the ratio of two gradients, taken here through the whole decoder."""

@@ -137,6 +137,7 @@ def test_autoencoder_and_prior_learn_one_after_the_other(data):
     assert set.union(*moved[3:]) == {"prior"}
 
 
+@pytest.mark.slow
 def test_bound_over_several_codes_nears_the_likelihood(data):
     """Of 3 codes at 2x2 places, 81 choices are all there are: log sum_c p(x|c) P(c) is exact."""
     config = dataclasses.replace(CODES, codes=3, channels=(4, 4, 8), prior_width=8)
@@ -213,6 +214,7 @@ def test_bad_input(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_28_by_28_shapes():
     spec = DataSpec("mnist_5k", "images", (28, 28, 1), 256, 10)
     data = load_data(LEVELS)._replace(spec=spec)

@@ -40,7 +40,11 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SMALL)
+# A second way of the same experiment is a slow test.
+NAMES = [pytest.param(n, marks=[pytest.mark.slow] if "," in n else []) for n in SMALL]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_step_and_a_sample_have_their_shapes(name):
     module = importlib.import_module(f"experiments.{name.split(',')[0]}")
     config = module.Config(**SHARED, **SMALL[name])

@@ -212,6 +212,7 @@ def relative(cost):
     return sinkhorn_from_cost(cost, epsilon=0.05 * jnp.mean(cost)).plan()
 
 
+@pytest.mark.slow
 def test_a_conditional_coupling_is_the_class_by_class_one():
     """Its plan, expected cost and all; labels that are traced give it too, by one shifted cost."""
     label = np.arange(60) % 5 // 2  # classes of 24, 24 and 12

@@ -18,6 +18,7 @@ def fed(parts):
     return state
 
 
+@pytest.mark.slow
 def test_parts_in_any_deal_have_the_moments_of_all_rows():
     """Batches, an empty one, one row, two hosts; a mean 1e5 times the least spread."""
     mean, covariance = ROWS.mean(0), np.cov(ROWS.T)

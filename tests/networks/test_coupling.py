@@ -39,7 +39,8 @@ def flat(z):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "spline" else []) for n in FLOWS]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in ("spline", "glow") else []) for n in FLOWS],
 )
 def test_flow_laws(name):
     module, shape = FLOWS[name]

@@ -38,6 +38,7 @@ Z = [
 ]
 
 
+@pytest.mark.slow
 def test_shapes_and_what_depends_on_what(params):
     found, out = run(params, X, Z)
     assert out.shape == (3, 8, 8, 6)

@@ -46,6 +46,7 @@ def test_resampling_is_the_filter_with_gain_4_and_its_adjoint(x64):
     np.testing.assert_allclose(resample(y, -2), pulled / 4, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_branches_start_at_zero_and_labels_are_heard():
     """The first image is the basis times the noise, resampled and mapped: as if without blocks."""
     generator = R3GANGenerator(widths=(8, 4), classes=3, channels=2, **SIZES)

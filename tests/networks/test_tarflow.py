@@ -93,6 +93,7 @@ def test_starts_as_the_identity():
     np.testing.assert_array_equal(log_det, 0)
 
 
+@pytest.mark.slow
 def test_a_block_is_causal_and_keeps_its_first_patch():
     module, params = made(blocks=1)
     jacobian = jax.jit(jax.jacfwd(lambda x: module.apply(params, x[None])[0][0]))(X[0])

@@ -212,6 +212,7 @@ def test_accumulated_parts_and_several_steps_in_shards(key):
     close(one[0].params, parts[0].params)
 
 
+@pytest.mark.slow
 def test_checkpoints_cross_devices_and_layouts(key, tmp_path):
     init, loss, event = vae()
 

@@ -48,6 +48,7 @@ def test_the_measure_is_that_of_pot(x64):
     np.testing.assert_allclose(np.sum(found.measure), 1, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_gradients_against_finite_differences(x64):
     cost, measures, weights = problem()
     args = [cost, measures, weights, EPSILON]

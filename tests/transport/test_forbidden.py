@@ -115,7 +115,7 @@ def test_no_plan_is_left():
         sinkhorn_from_cost(jnp.ones((3, 2)).at[:, 1].set(jnp.inf), epsilon=0.1)
 
 
-@pytest.mark.parametrize("gradient", ["envelope", "implicit"])
+@pytest.mark.parametrize("gradient", ["envelope", pytest.param("implicit", marks=pytest.mark.slow)])
 def test_a_cost_function_forbids_as_a_matrix_does(x64, unchecked, gradient):
     """Value, plan, and the gradients of both, through the points and what the cost closes over."""
     rng = np.random.default_rng(3)

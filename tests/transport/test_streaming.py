@@ -180,6 +180,7 @@ def _both(result):
     return result.value, result
 
 
+@pytest.mark.slow
 def test_chunks_that_run_out_of_sweeps_have_exact_rows():
     x, y = clouds(2100, 300, 2)
     for sweeps in (1, 3, 12):

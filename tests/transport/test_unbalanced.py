@@ -136,6 +136,7 @@ def mixed(plan, f, g):
     return jnp.sum(w * plan) + jnp.vdot(u, f) + jnp.vdot(v, g)
 
 
+@pytest.mark.slow
 def test_plan_and_potentials_have_the_unrolled_derivative(x64):
     x, y, a, b = measures()
     args = {"x": x, "y": y, "a": a, "b": b, "epsilon": 0.3, "rho": np.array([0.8, 2.0])}
@@ -163,6 +164,7 @@ def test_plan_and_potentials_have_the_unrolled_derivative(x64):
         np.testing.assert_allclose(mine[name], want, atol=1e-7 * scale, err_msg=name)
 
 
+@pytest.mark.slow
 def test_second_derivatives(x64):
     x, y, a, b = measures()
 
