@@ -6,7 +6,8 @@
 Images are shifted by up to a pixel and dequantised, features dropped, so that those of the training
 split look like those of fresh images; their mean square over that split is made 1. The run folder
 gets features.npz, which genjax.metrics.feature_extractor(path=...) reads; the summary has its
-SHA-256.
+SHA-256. features.png has the test images by their features, on the two axes along which these vary
+most.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _run
+from experiments import _pictures, _run
 from experiments._data import Data, load_data
 from experiments._system import System, parameter_count, prepare, weights
 from genjax.networks import FeatureNetwork
@@ -65,6 +66,7 @@ def main(config: Config) -> dict[str, Any]:
         scale = np.sqrt(np.mean(np.square(embed(data.train["x"]))))
         facts = {"levels": data.spec.levels, "shape": np.array(data.spec.shape), "scale": scale}
         export_npz(path, {**facts, **params})
+        plot(run, data, np.asarray(embed(data.test["x"])))
         return _run.finish(
             run,
             {
@@ -74,6 +76,20 @@ def main(config: Config) -> dict[str, Any]:
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             },
         )
+
+
+def plot(run: Any, data: Data, features: np.ndarray) -> None:
+    """features.png: the test images in the plane of their features' two principal axes."""
+    centred = features - features.mean(0)
+    plane = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+
+    def draw(axes: Any) -> None:
+        points = axes[0].scatter(*plane.T, c=data.test["label"], cmap="tab10", s=8)
+        axes[0].legend(*points.legend_elements(), fontsize=7)
+        axes[0].set(xlabel="first axis", ylabel="second axis")
+
+    title = f"test images by their features, {data.spec.name}"
+    _pictures.save_figure(run.folder / "features.png", draw, title=title, size=5.0)
 
 
 def parts(config: Config, data: Data) -> tuple[FeatureNetwork, Any]:

@@ -17,6 +17,7 @@ def test_short_run(tmp_path):
     )  # fmt: skip
     summary = features.main(config)
     assert summary["test_accuracy"] > 0.3  # one in ten by chance
+    assert (tmp_path / "run" / "features.png").stat().st_size > 10_000
     net = feature_extractor("short", path=tmp_path / "run" / "features.npz")
     assert net.sha256 == summary["sha256"]
     assert net.extract(np.zeros((3, 8, 8, 1), np.uint8)).shape == (3, 8)
