@@ -1,7 +1,10 @@
 """The options that every run has, and those of every training."""
 
 import dataclasses
-from typing import ClassVar, Literal
+import math
+from typing import Any, ClassVar, Literal
+
+from genjax import checks
 
 # A resumed run may differ in these; what the numbers depend on must be as it was.
 MAY_DIFFER = ("run_dir", "resume", "steps", "max_seconds", "data_dir", "devices", "sharding",
@@ -92,3 +95,22 @@ class TrainConfig(RunConfig):
     """Several processes: how many (default: JAX_NUM_PROCESSES)."""
     process: int | None = None
     """Several processes: the index of this one (default: JAX_PROCESS_ID)."""
+
+
+# Options that count what there has to be one of, and numbers that may be below 0.
+COUNTS = ("steps", "batch_size", "steps_per_call", "accumulate", "save_every", "keep", "log_every",
+          "n_critic", "generator_updates", "latent_dim", "width")  # fmt: skip
+SIGNED = ("seed", "noise_mean", "guidance", "rho", "truncation")
+
+
+def check_numbers(config: Any) -> None:
+    """Raise ValueError or TypeError for a number that no run has: NaN, counts and sizes below 1 or
+    no integers, and what is negative and may not be. What only one experiment knows it checks."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if name in COUNTS and value is not None:
+            checks.integer(name, value, 1)
+        elif isinstance(value, int | float) and name not in SIGNED:
+            checks.at_least(name, value, 0)
+        elif isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{name} must be a number, got {value}")

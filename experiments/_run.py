@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from experiments._command import USAGE, read, resume_command
-from experiments._config import RunConfig, TrainConfig
+from experiments._config import RunConfig, TrainConfig, check_numbers
 from experiments._folder import (
     RunError,
     choose_folder,
@@ -27,7 +27,6 @@ from experiments._folder import (
 )
 from experiments._machine import machine, start_line
 from experiments._panels import save_log
-from genjax import checks
 from genjax.data import NotPreparedError
 from genjax.training import (
     CheckpointError,
@@ -97,6 +96,7 @@ def launch(main: Callable[[Any], Any], config_type: type) -> None:
     config = read(config_type, sys.modules[main.__module__].__doc__)
     keep_compiled_programs()
     try:
+        check_numbers(config)
         # What trains nothing has no such options.
         given = [getattr(config, name, None) for name in ("coordinator", "processes", "process")]
         if given[0] is not None or "JAX_COORDINATOR_ADDRESS" in os.environ:
@@ -142,13 +142,7 @@ def start_run(config: RunConfig) -> Run:
     Use the result in a `with`. Raises RunError where the folder is in use, holds another run, or
     cannot be written.
     """
-    if isinstance(config, TrainConfig):
-        positive = ("steps", "batch_size", "steps_per_call", "accumulate", "save_every", "keep")
-        for field in (*positive, "log_every"):
-            checks.integer(field, getattr(config, field), 1)
-        for field in ("prefetch", "profile"):
-            checks.integer(field, getattr(config, field), 0)
-        checks.at_least("max_seconds", config.max_seconds, 0)
+    check_numbers(config)
     if jax.process_count() > 1 and config.run_dir is None:
         raise RunError("several processes need one --run-dir, a folder that all of them see")
     folder = choose_folder(config)

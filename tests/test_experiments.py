@@ -1,6 +1,7 @@
 """The shared wiring of the experiments. Each experiment's own test is in tests/experiments."""
 
 import dataclasses
+import importlib
 import json
 import shlex
 import subprocess
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _command, _pictures, _run, _system, diffusion, flow_matching, vae
+from experiments import _command, _config, _pictures, _run, _system, diffusion, flow_matching, vae
 from experiments.__main__ import experiments
 from genjax.training import CheckpointError, Checkpoints, Stopped
 
@@ -229,10 +230,31 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
         assert run.folder.name == "2"
 
 
-def test_options_out_of_range(tmp_path):
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        _run.start_run(config(tmp_path, steps=0))
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be an integer, got 2.5"),
+        ({"prefetch": -1}, ValueError, "prefetch must be at least 0, got -1"),
+        ({"learning_rate": float("nan")}, ValueError, "learning_rate must be at least 0, got nan"),
+        ({"max_seconds": -1.0}, ValueError, "max_seconds must be at least 0, got -1.0"),
+    ],
+)
+def test_options_out_of_range(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        _run.start_run(config(tmp_path, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_are_checked_before_anything_is_built():
+    command = [sys.executable, "-m", "experiments.wgan", "--n-critic", "0"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: n_critic must be at least 1, got 0\n"
+    takes_runs = ("experiments.compare", "experiments.sample")
+    for name in experiments():
+        if ".benchmarks" not in name and name not in takes_runs:
+            _config.check_numbers(importlib.import_module(name).Config())
 
 
 def test_every_field_has_a_docstring():
