@@ -50,8 +50,14 @@ def sections(package: str) -> dict[str, list[tuple[str, object]]]:
     return dict(sorted(found.items(), key=lambda item: (not item[0].startswith(package), item[0])))
 
 
-def first_line(text: str | None) -> str:
-    return (text or "").strip().splitlines()[0]
+def summary(text: str | None) -> str:
+    """The first sentence, which may go over the end of its line."""
+    lines: list[str] = []
+    for line in (text or "").strip().splitlines():
+        if not line.strip() or (lines and lines[-1].endswith(".")):
+            break
+        lines.append(line.strip())
+    return " ".join(lines)
 
 
 def title(text: str, line: str) -> list[str]:
@@ -92,15 +98,15 @@ def page(package: str) -> str:
     if package == "genjax.typing":
         return "\n".join([*title(package, "="), *aliases(package)])
     parts = [f".. py:currentmodule:: {package}", "", *title(package, "=")]
-    parts += [escaped(first_line(room.__doc__)), ""]
+    parts += [escaped(summary(room.__doc__)), ""]
     found = sections(package)
     for module, pairs in found.items():
         parts += title(module.removeprefix("genjax."), "-")
-        parts += [escaped(first_line(importlib.import_module(module).__doc__)), ""]
+        parts += [escaped(summary(importlib.import_module(module).__doc__)), ""]
         parts += [".. list-table::", "   :widths: 30 70", ""]
         for name, value in pairs:
             parts.append(f"   * - :py:obj:`~{package}.{name}`")
-            parts.append(f"     - {escaped(first_line(inspect.getdoc(value)))}")
+            parts.append(f"     - {escaped(summary(inspect.getdoc(value)))}")
         parts.append("")
         for name, value in pairs:
             parts += entry(package, name, value)
