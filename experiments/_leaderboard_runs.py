@@ -109,7 +109,8 @@ def steps_within(
     found: list[Path] = []
 
     def trained() -> bool:
-        found[:] = place.glob("**/training.json")
+        # The run's, or that of a run inside it; no deeper, where checkpoints come and go.
+        found[:] = [*place.glob("training.json"), *place.glob("*/training.json")]
         return bool(found)
 
     reason = _run(family, place, options, log, timeout, until=trained)

@@ -83,7 +83,7 @@ def guided(bend, w, label, covariance):
 
 def sampled(bend, w, label, step, **options):
     return diffusion.sample(
-        network(bend, w, label), KEY, (4, 3), times=jnp.array([2.0, 1.0, 0.1]), step=step,
+        network(bend, w, label), KEY, (4, 3), times=jnp.array([0.5, 0.3, 0.1]), step=step,
         process=VE, **options,
     )  # fmt: skip
 

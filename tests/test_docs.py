@@ -1,5 +1,6 @@
 """Every cell of the notes-to-code table resolves, and no experiment or notebook is left out."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import pytest
 
 import genjax
+from experiments.__main__ import experiments
+from experiments.benchmarks import _workload
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,6 +56,32 @@ def test_every_experiment_and_notebook_is_in_the_table():
 
 def test_the_rendered_table_has_a_line_per_row():
     assert len(COVERAGE.table().splitlines()) == 2 + len(ROWS)
+
+
+COMMAND = re.compile(r"\b([a-z_]+(?:\.[a-z_]+)*)((?: +[\w./:-]+)*? --[a-z].*)")
+
+
+def test_options_of_the_pages_exist():
+    """Of every `experiment --option ...`, alone in code or after python -m."""
+    seen = 0
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("docs/*/*.md")]:
+        text = page.read_text().replace("\\\n", " ").replace("python -m ", "")
+        lines = [line for part in text.split("`") for line in part.splitlines()]
+        for name, words in (found.groups() for found in map(COMMAND.search, lines) if found):
+            path = f"experiments.{name.removeprefix('experiments.')}"
+            if path not in experiments():
+                continue
+            names = {field.name for field in dataclasses.fields(options_of(path))} | {"help"}
+            for option in re.findall(r"--([a-z][a-z0-9-]*)", words):
+                known = {option.replace("-", "_"), option.removeprefix("no-").replace("-", "_")}
+                assert known & names, f"{page.name}: {name} --{option}"
+                seen += 1
+    assert seen > 80
+
+
+def options_of(path):
+    module = importlib.import_module(path)
+    return getattr(module, "Config", _workload.Options)
 
 
 def test_links_between_files_resolve():
