@@ -97,15 +97,15 @@ class TrainConfig(RunConfig):
     """Several processes: the index of this one (default: JAX_PROCESS_ID)."""
 
 
-# Options that count what there has to be one of, and numbers that may be below 0.
+# Options that are counts or sizes, at least 1, and those that may be negative.
 COUNTS = ("steps", "batch_size", "steps_per_call", "accumulate", "save_every", "keep", "log_every",
           "n_critic", "generator_updates", "latent_dim", "width")  # fmt: skip
 SIGNED = ("seed", "noise_mean", "guidance", "rho", "truncation")
 
 
 def check_numbers(config: Any) -> None:
-    """Raise ValueError or TypeError for a number that no run has: NaN, counts and sizes below 1 or
-    no integers, and what is negative and may not be. What only one experiment knows it checks."""
+    """Raise by name for a number that no run has: NaN, a negative one but for `SIGNED`, and one of
+    `COUNTS` that is below 1 (ValueError) or no integer (TypeError)."""
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         if name in COUNTS and value is not None:

@@ -66,10 +66,11 @@ def frechet_distance(real: Features | Moments, fake: MoreFeatures | Moments) -> 
 
         |m0 - m1|^2 + tr C0 + tr C1 - 2 tr (C0^1/2 C1 C0^1/2)^1/2
 
-    Never negative, 0 for equal sets. In float64 on the CPU where the call is not traced: the last
-    trace is then the sum of the roots of the eigenvalues of L^T C1 L with C0 = L L^T, as long as
-    these are above rounding. Elsewhere `genjax.transport.gaussian_wasserstein`, whose derivatives
-    are finite for singular covariances too. Heusel et al. 2017, equation (6).
+    Never negative, 0 for equal sets (under jit to rounding). In float64 on the CPU where the call
+    is not traced: the last trace is then the sum of the roots of the eigenvalues of L^T C1 L with
+    C0 = L L^T, as long as these are above rounding. Elsewhere
+    `genjax.transport.gaussian_wasserstein`, whose derivatives are finite for singular covariances
+    too. Heusel et al. 2017, equation (6).
 
     Warns where a sample has no more members than dimensions: the covariance is singular and the
     distance biased upwards. Raises ValueError on NaN, different widths, fewer than 2 samples.

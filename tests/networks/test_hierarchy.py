@@ -87,7 +87,7 @@ def test_soft_clip():
     assert y.min() >= -6
     assert y.max() <= 3.0001
     np.testing.assert_allclose(soft_clip(jnp.array(-1.5), -6.0, 3.0), -1.5, atol=1e-6)
-    assert (np.diff(y) >= -1e-5).all()  # rounding of two numbers near 40
+    assert (np.diff(y) >= -8e-6).all()  # two roundings of numbers near 40
     assert (jax.grad(lambda x: soft_clip(x, -6.0, 3.0).sum())(jnp.linspace(-9, 7, 33)) > 0.01).all()
 
 
