@@ -28,13 +28,16 @@ COLUMNS = {
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows in markdown; of several seeds the mean and the standard deviation. A failed row says
     why in the place of its numbers."""
-    headings = ["model", *(heading for heading, _, _ in COLUMNS.values())]
-    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    headings = [heading for heading, _, _ in COLUMNS.values()]
+    where = list(COLUMNS).index("bits_per_dim") + 1
+    headings.insert(where, "which are")
+    lines = ["| " + " | ".join(["model", *headings]) + " |", "|---" + "|---:" * len(headings) + "|"]
     for row in rows:
         if not row["mean"]:
-            cells = [f"failed: {plain(row['reason'])}", *[""] * (len(COLUMNS) - 1)]
+            cells = [f"failed: {plain(row['reason'])}", *[""] * (len(headings) - 1)]
         else:
             cells = [cell(row, name) for name in COLUMNS]
+            cells.insert(where, row.get("bits") or "")
         title = row["title"]
         if row["mean"] and row["reason"]:
             title += f" (a seed failed: {plain(row['reason'])})"
@@ -72,10 +75,10 @@ def page(board: Mapping[str, Any]) -> str:
         f"{seconds:g} seconds of training each, compilation not counted{spread}. Features: "
         f"{features}. Each figure is a mean over blocks of {count} samples, against "
         f"{board['train_count']:,} training examples. Up: precision, recall (k = 3), density, "
-        "coverage (k = 5). Down: Frechet distance, KID, bits/dim (of the test split, or a bound). "
-        "Memorised: samples nearer to a training example than 99% of the test split are, 1% by "
-        "chance. Evaluations: passes through the network, one after another, for a sample.\n\n"
-        + table(board["rows"])
+        "coverage (k = 5). Down: Frechet distance, KID, bits/dim of the test split: exact, a "
+        "bound, or an estimate by a solver. Memorised: samples nearer to a training example than "
+        "99% of the test split are, 1% by chance. Evaluations: passes through the network, one "
+        "after another, for a sample.\n\n" + table(board["rows"])
     )
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,10 +103,16 @@ class Row(NamedTuple):
     images: Mapping[str, Any] | None = None
     plane: Mapping[str, Any] | None = None
     trained: bool = True
+    bits: Literal["exact", "bound", "estimate"] = "bound"
+    """What bits/dim are, of images: a bound where levels are dequantised or latents integrated."""
     module: str = ""
 
     def options(self, kind: str) -> Mapping[str, Any] | None:
         return {"images": self.images, "points": self.plane}.get(kind)
+
+    def of_bits(self, kind: str) -> str:
+        """What bits/dim are: in the plane nothing is dequantised, and a bound is exact."""
+        return "exact" if kind == "points" and self.bits == "bound" else self.bits
 
 
 def train(

@@ -32,7 +32,10 @@ from genjax import checks, metrics
 from genjax import diffusion as gd
 from genjax.data import DENSITIES, DataSpec
 
-ROWS = (Row("diffusion", "Diffusion, with labels", {}, {"width": 128, "num_samples": 10_000}),)
+ROWS = (
+    Row("diffusion", "Diffusion, with labels", {}, {"width": 128, "num_samples": 10_000},
+        bits="estimate"),
+)  # fmt: skip
 PROCESSES: dict[str, Callable[[], gd.Process]] = {
     "edm": gd.EDM,
     "ve": gd.VarianceExploding,

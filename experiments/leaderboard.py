@@ -109,7 +109,8 @@ def rows_of(modules: Sequence[str]) -> dict[str, Row]:
 def outside(reference: _judge.Reference, shown: dict[str, np.ndarray]) -> dict[str, Any]:
     """The row of the test split."""
     title = "Test split, the ceiling"
-    return row(title, [entry(title, 0, reference, shown, *scores.ceiling(reference.data))])
+    found = entry(title, 0, reference, shown, *scores.ceiling(reference.data))
+    return row(title, [found], bits="exact")
 
 
 def floors(
@@ -120,7 +121,8 @@ def floors(
     for seed in range(config.seeds):
         for title, make in scores.floors(reference.data, seed).items():
             found.setdefault(title, []).append(entry(title, seed, reference, shown, *make()))
-    return [row(title, entries) for title, entries in found.items()]
+    bits = Row("", "").of_bits(reference.data.kind)
+    return [row(title, entries, bits=bits) for title, entries in found.items()]
 
 
 def family_row(
@@ -161,7 +163,8 @@ def family_row(
             reasons.append(f"its samples cannot be measured: {error}")
             continue
         entries.append({**found, "folder": str(outcome.folder), "reused": outcome.reused})
-    return row(family.title, entries, reasons[0] if reasons else None, family.name, options)
+    reason, bits = reasons[0] if reasons else None, family.of_bits(reference.data.kind)
+    return row(family.title, entries, reason, family.name, options, bits)
 
 
 def entry(
@@ -189,8 +192,9 @@ def row(
     reason: str | None = None,
     family: str | None = None,
     options: Mapping[str, Any] | None = None,
+    bits: str | None = None,
 ) -> dict[str, Any]:
-    """A row: mean and standard deviation over the seeds that finished."""
+    """A row: mean and standard deviation over the seeds that finished. bits: what bits/dim are."""
     names = {name for e in entries for name in e["values"]}
     values = {n: [e["values"][n] for e in entries if n in e["values"]] for n in sorted(names)}
     return {
@@ -198,6 +202,7 @@ def row(
         "family": family,
         "options": options,
         "reason": reason,
+        "bits": bits if "bits_per_dim" in values else None,
         "mean": {name: float(np.mean(x)) for name, x in values.items()},
         "spread": {name: float(np.std(x, ddof=1)) for name, x in values.items() if len(x) > 1},
         "runs": entries,

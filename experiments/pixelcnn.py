@@ -35,7 +35,7 @@ from genjax.likelihoods import categorical_log_likelihood
 from genjax.networks import GatedPixelCNN, PixelCNN, PixelCNNPlus
 from genjax.numerics import log_mean_exp
 
-ROWS = (Row("pixelcnn", "PixelCNN", images={}),)
+ROWS = (Row("pixelcnn", "PixelCNN", images={}, bits="exact"),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -173,6 +173,24 @@ def test_table_of_several_seeds():
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_bits_say_what_they_are():
+    """Beside the number, and only beside one: exact, a bound, or an estimate by a solver."""
+    families = leaderboard.rows_of(leaderboard.MODULES)
+    kinds = {name: (f.of_bits("images"), f.of_bits("points")) for name, f in families.items()}
+    assert kinds["pixelcnn"] == ("exact", "exact")
+    assert kinds["realnvp"] == kinds["vae"] == ("bound", "exact")
+    assert kinds["diffusion"] == kinds["continuous_flow"] == ("estimate", "estimate")
+    entries = [{"values": {"bits_per_dim": 2.0}}, {"values": {"precision": 0.5}}]
+    rows = [leaderboard.row("a", [e], bits="bound") for e in entries]
+    head, _, first, second = (
+        [cell.strip() for cell in line.split("|")] for line in report.table(rows).splitlines()
+    )
+    at = head.index("bits/dim")
+    assert head[at + 1] == "which are"
+    assert first[at : at + 2] == ["2.000", "bound"]
+    assert second[at : at + 2] == ["", ""]
+
+
 def test_every_row_names_options_that_its_experiment_has():
     for name, row in leaderboard.rows_of(leaderboard.MODULES).items():
         module = importlib.import_module(row.module)
