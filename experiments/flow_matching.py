@@ -104,7 +104,8 @@ def main(config: Config) -> dict[str, Any]:
         compare.plot(run.folder)
         last = config.methods[-1]
         measures = Measures(config, build(config, data), data)
-        summary |= {"sampled_method": last, **measures.of(run, trained[last])}
+        summary |= {"sampled_method": last, "parameters": parameter_count(trained[last])}
+        summary |= measures.of(run, trained[last])
         return _run.finish(run, summary)
 
 

@@ -64,6 +64,8 @@ def test_a_short_run_of_flow_matching_leaves_its_files(tmp_path):
     )  # fmt: skip
     summary = flow_matching.main(config)
     assert np.isfinite(summary["distance_ot"])
+    with np.load(folder / "ot" / "params.npz") as file:
+        assert summary["parameters"] == sum(file[name].size for name in file.files)
     assert (folder / "samples.png").stat().st_size > 1000
     assert _system.reopen(folder / "ot")[2].methods == ("ot",)
 
