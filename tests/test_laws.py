@@ -313,6 +313,11 @@ def each_law(found):
     return pytest.mark.parametrize("law", params)
 
 
+# Three solves by the solver of another row: slow tests.
+THRICE = ("unbalanced_divergence",)
+WAYS = [pytest.param(n, marks=[pytest.mark.slow] if n in THRICE else []) for n in OBJECTIVES]
+
+
 @each_law(laws.LAWS)
 @pytest.mark.parametrize("name", CASES)
 def test_law(name, law, key, unchecked):
@@ -320,7 +325,7 @@ def test_law(name, law, key, unchecked):
 
 
 @each_law(laws.OBJECTIVE_LAWS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", WAYS)
 def test_law_of_objectives(name, law, unchecked):
     law(OBJECTIVES[name])
 

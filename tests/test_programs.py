@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.programs import (
     equinox_flow_matching,
     nnx_vae,
@@ -15,6 +17,7 @@ from tests.programs import (
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_programs_reach_what_they_are_for():
     assert nnx_vae.main(150) < 10.0  # fair coins: 11.09 nats
     assert abs(equinox_flow_matching.main(200) - 3) < 0.3

@@ -37,8 +37,9 @@ def filled(model, dtype):
     return jax.tree.map(lambda p: jnp.asarray(0.5 * rng.normal(size=p.shape), dtype), shapes)
 
 
-# Each is of a kind that another one of the table has too.
-SLOW = ("plus", "interleaved", "llama", "pixelcnn")
+# Each is of a kind that another one of the table has too; mamba's block is held to its formula in
+# tests/networks/test_state_space.
+SLOW = ("plus", "interleaved", "llama", "mamba", "pixelcnn")
 NAMES = [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in MODELS]
 
 

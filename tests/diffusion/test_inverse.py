@@ -57,7 +57,9 @@ def _relative(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("covariance", ["isotropic", "tweedie"])
+@pytest.mark.parametrize(
+    "covariance", [pytest.param("isotropic", marks=pytest.mark.slow), "tweedie"]
+)
 def test_pseudoinverse_guidance_samples_the_posterior(covariance):
     """Posterior mean within 3%, covariance within 10%: the isotropic rule on isotropic data."""
     true = 0.5 * np.eye(3) if covariance == "isotropic" else COVARIANCE

@@ -44,6 +44,7 @@ def test_likelihood_under_variance_preserving_processes(process, x64):
     np.testing.assert_allclose(value, exact, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_adaptive_solver_agrees(x64):
     oracle, _, x = _fixture()
     mixture = gd.GaussianMixture(*(jnp.array(v) for v in vars(oracle).values()))

@@ -141,7 +141,7 @@ def test_adaptive_flow_ends_where_the_flow_does(x64):
 
 # Held to closed forms on given noise, or to their order, by the tests above.
 HELD = ["euler_maruyama", "ancestral", "ddpm", "euler", "heun", "dpm_solver", "dpm_solver_3"]
-HELD += ["ddim", "unipc"]
+HELD += ["ddim", "ddim_eta", "unipc"]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +230,7 @@ def test_sample_i_depends_on_the_key_and_i_alone(name, key):
     assert np.unique(whole[:, 0]).size == 64
 
 
+@pytest.mark.slow
 def test_a_key_draws_the_samples_it_always_drew():
     """Numbers stored before a step was given a key in place of normals."""
     process = gd.VariancePreserving(t_min=0.01)

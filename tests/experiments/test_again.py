@@ -101,6 +101,7 @@ def test_samples_of_a_run_are_its_own_unless_an_option_says_otherwise(points, tm
     assert not np.isin(other, own).any()
 
 
+@pytest.mark.slow
 def test_images_of_a_run_that_has_not_ended(images, tmp_path):
     samples, found = again(images, num_samples=7, out=str(tmp_path / "a"))
     assert samples.shape == (7, 8, 8, 1)

@@ -68,7 +68,7 @@ def test_one_code_at_a_time_is_all_at_once(prior):
         np.testing.assert_allclose(logits, whole[:, place], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
 def test_draws_follow_the_guided_logits(prior, guidance):
     """The first code's frequencies against the closed form, its logits depending on nothing."""
     made, params = prior

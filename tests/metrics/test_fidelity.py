@@ -89,7 +89,10 @@ def test_fifty_thousand_features_fit_in_four_gib(metric):
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 4 * 2**30
 
 
-@pytest.mark.parametrize("kind", ["binary", "plane", "copies", "offset"])
+@pytest.mark.parametrize(
+    "kind",
+    ["binary", "copies", *(pytest.param(k, marks=pytest.mark.slow) for k in ("plane", "offset"))],
+)
 def test_ties_and_duplicates_lie_inside(kind):
     rng = np.random.default_rng(5)
     if kind == "binary":

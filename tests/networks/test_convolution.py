@@ -69,7 +69,7 @@ def test_convolution_in_bfloat16(key):
     assert ours.init(key, x)["params"]["kernel"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_in_bfloat16_the_sum_is_rounded_once(stride, key):
     """Mean error against float64, value and gradients: that of one rounding, 2^-9 of the size."""
     x, kernel = (jax.random.normal(k, s) for k, s in zip(

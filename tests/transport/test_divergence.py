@@ -97,6 +97,7 @@ def test_divergence_is_not_negative(warm):
                 assert run(x, y, relative * scale, init)[0] >= -2e-7 * scale
 
 
+@pytest.mark.slow
 def test_divergence_warm_start():
     x, y = clouds(24, 20, 2)
     cold = jax.jit(lambda x, y: sinkhorn_divergence(x, y, epsilon=0.1))(x, y)
@@ -104,6 +105,7 @@ def test_divergence_warm_start():
     np.testing.assert_allclose(warm(x, y, cold.init).value, cold.value, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_divergence_fixed_iterations_and_weights():
     x, y = clouds(12, 10, 2)
     a = jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(12)), jnp.float32)

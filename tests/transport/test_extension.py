@@ -45,7 +45,7 @@ def everything(kind):
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("kind", ["balanced", "unbalanced"])
+@pytest.mark.parametrize("kind", ["balanced", pytest.param("unbalanced", marks=pytest.mark.slow)])
 def test_against_brute_force(x64, kind):
     x, y, new, a, b = given()
     f, g, plan, potentials, maps, slope = everything(kind)(x, y, new, a, b)

@@ -70,6 +70,7 @@ def test_gradients_of_the_value(x64, mode):
         np.testing.assert_allclose(mine[name], expected, atol=1e-5 * scale, err_msg=name)
 
 
+@pytest.mark.slow
 def test_unroll_is_the_gradient_of_five_iterations(x64):
     args = problem()
 

@@ -138,6 +138,7 @@ def test_weighted_meets_linear_programs():
     np.testing.assert_allclose(result.cost, case["expected"]["w2sq_weighted"], rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_pot_and_ott_agree():
     from ott.geometry import geometry, pointcloud

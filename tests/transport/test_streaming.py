@@ -63,6 +63,7 @@ def test_chunks_give_the_same_answer():
             np.testing.assert_allclose(one, other, atol=2e-3 * float(jnp.abs(other).max()))
 
 
+@pytest.mark.slow
 def test_chunks_of_a_learned_cost(x64):
     x, y = (z.astype(jnp.float64) for z in clouds(10, 8, 3))
     theta = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2)))
@@ -107,6 +108,7 @@ def test_chunks_of_a_fixed_number_of_iterations():
     assert other.num_iterations == 7
 
 
+@pytest.mark.slow
 def test_divergence_in_chunks():
     x, y = clouds(20, 15, 2)
     one, other = (

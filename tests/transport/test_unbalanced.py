@@ -247,6 +247,7 @@ def test_divergence_against_brute_force(x64):
     np.testing.assert_allclose([result.cross, result.self_x, result.self_y], values, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_divergence_is_zero_for_equal_measures_and_never_below_at_any_tolerance():
     x, _, a, _ = (jnp.asarray(z, jnp.float32) for z in measures())
     run = divergence(0.3)

@@ -1,5 +1,6 @@
 """Gaussians against closed forms in float64, torch-checked references and finite differences."""
 
+import functools
 import json
 import pathlib
 
@@ -49,9 +50,9 @@ def test_kl_between_is_kl_to_the_standard_normal(compiled):
 
 
 def test_kl_gradients(x64):
-    check_grads(jax.jit(gaussian_kl), (jnp.array(M0), jnp.array(V0)), order=2, rtol=1e-6)
-    args = tuple(map(jnp.array, (M0, V0, M1, V1)))
-    check_grads(jax.jit(gaussian_kl_between), args, order=2, rtol=1e-6)
+    check = functools.partial(check_grads, order=2, modes=["rev"], rtol=1e-6)
+    check(jax.jit(gaussian_kl), (jnp.array(M0), jnp.array(V0)))
+    check(jax.jit(gaussian_kl_between), tuple(map(jnp.array, (M0, V0, M1, V1))))
 
 
 def test_kl_near_zero_keeps_its_digits():
