@@ -52,7 +52,7 @@ def cell(row: Mapping[str, Any], name: str) -> str:
     if value is None or not math.isfinite(value):
         return ""
     text = f"{factor * value:,.{digits}f}"
-    return text if not spread else f"{text} ± {factor * spread:.{digits}f}"
+    return text if not spread else f"{text} ± {factor * spread:,.{digits}f}"
 
 
 def plain(reason: str) -> str:
