@@ -2,9 +2,10 @@
 each number.
 
 precision, recall, density, coverage, frechet, kid: in features of images (of the digits those of
-our classifier, else the pixels) or on the points, each a mean over blocks of as many samples as the
-test split has. memorised: the share of samples nearer to a training example than 99% of the test
-split are, on pixels. label_accuracy: the share in which a classifier reads the label asked for.
+our classifier, else the pixels in [0, 1]) or on the points, each a mean over blocks of as many
+samples as the test split has. memorised: the share of samples nearer to a training example than 99%
+of the test split are, on pixels. label_accuracy: the share in which a classifier reads the label
+asked for.
 modes, high_quality_share, reverse_kl_modes: for mixtures of a few Gaussians.
 """
 
@@ -64,24 +65,27 @@ class Reference:
         return len(self.test["plain"])
 
     def views(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        return _views(x, self.extractor)
+        return _views(x, self.extractor, self.data.spec.levels)
 
 
-def _views(x: np.ndarray, extractor: Extractor | None) -> dict[str, np.ndarray]:
+def _views(x: np.ndarray, extractor: Extractor | None, levels: int | None) -> dict[str, np.ndarray]:
     plain = np.reshape(x, (len(x), -1)).astype(np.float32)
-    features = plain if extractor is None else np.asarray(extractor.extract(x))
+    unit = plain / ((levels or 2) - 1)
+    features = unit if extractor is None else np.asarray(extractor.extract(x))
     return {"plain": plain, "features": features}
 
 
 def reference(data: Data, extractor: Extractor | None = None) -> Reference:
     """Both splits in the features that our own data sets have; other images take an extractor, or
-    their pixels."""
+    their pixels in [0, 1]."""
     if extractor is None and data.spec.name in SHIPPED:
         extractor = feature_extractor(data.spec.name)
     if extractor is not None:
         extractor = extractor._replace(extract=jax.jit(extractor.extract))
     most = MOST[data.kind]
-    splits = (_views(split["x"][:most], extractor) for split in (data.train, data.test))
+    splits = (
+        _views(split["x"][:most], extractor, data.spec.levels) for split in (data.train, data.test)
+    )
     return Reference(data, extractor, *splits)
 
 
@@ -93,7 +97,7 @@ def judge(reference: Reference, samples: np.ndarray, labels: Any = None) -> dict
     enough = min(reference.count, len(samples), len(reference.train["plain"])) > NEIGHBOURS
     found = numbers(_measure_blocks(reference, samples, 0, full=False)) if enough else {}
     if labels is not None:
-        plain = _views(samples, None)["plain"]
+        plain = _views(samples, None, None)["plain"]
         found["label_accuracy"] = label_accuracy(reference.data, plain, labels)
     return found
 

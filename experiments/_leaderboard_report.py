@@ -64,7 +64,7 @@ def page(board: Mapping[str, Any]) -> str:
     """leaderboard.md: what was measured and how, then the table."""
     net = board["extractor"]
     features = (
-        "the points themselves"
+        "the points themselves, or the pixels in [0, 1]"
         if net is None
         else f"`{net['name']}` (SHA-256 `{net['sha256'][:16]}`)"
     )

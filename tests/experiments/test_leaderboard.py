@@ -248,3 +248,14 @@ def test_every_family_leaves_a_row(dataset, tmp_path):
     assert image.imread(tmp_path / "leaderboard.png").ndim == 3
     again = leaderboard.main(leaderboard.Config(**options))
     assert all(run["reused"] for row in again["rows"][3:] for run in row["runs"])
+
+
+def test_features_of_other_images_are_their_pixels_in_the_unit_interval():
+    """Distances that depend on a unit do not depend on the number of levels."""
+    data = _data.load_data(leaderboard.Config(dataset="digits"))
+    other = data._replace(spec=data.spec._replace(name="other"))
+    of = _judge.reference(other)
+    assert of.extractor is None
+    np.testing.assert_array_equal(of.train["plain"].max(), 16)
+    np.testing.assert_allclose(of.train["features"], of.train["plain"] / 16)
+    np.testing.assert_allclose(of.views(other.test["x"])["features"], of.test["features"])
