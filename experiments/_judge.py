@@ -70,9 +70,9 @@ class Reference:
 
 def _views(x: np.ndarray, extractor: Extractor | None, levels: int | None) -> dict[str, np.ndarray]:
     plain = np.reshape(x, (len(x), -1)).astype(np.float32)
-    unit = plain / ((levels or 2) - 1)
-    features = unit if extractor is None else np.asarray(extractor.extract(x))
-    return {"plain": plain, "features": features}
+    if extractor is not None:
+        return {"plain": plain, "features": np.asarray(extractor.extract(x))}
+    return {"plain": plain, "features": plain / ((levels or 2) - 1)}
 
 
 def reference(data: Data, extractor: Extractor | None = None) -> Reference:
@@ -97,7 +97,7 @@ def judge(reference: Reference, samples: np.ndarray, labels: Any = None) -> dict
     enough = min(reference.count, len(samples), len(reference.train["plain"])) > NEIGHBOURS
     found = numbers(_measure_blocks(reference, samples, 0, full=False)) if enough else {}
     if labels is not None:
-        plain = _views(samples, None, None)["plain"]
+        plain = np.reshape(samples, (len(samples), -1)).astype(np.float32)
         found["label_accuracy"] = label_accuracy(reference.data, plain, labels)
     return found
 

@@ -63,11 +63,11 @@ def plain(reason: str) -> str:
 def page(board: Mapping[str, Any]) -> str:
     """leaderboard.md: what was measured and how, then the table."""
     net = board["extractor"]
-    features = (
-        "the points themselves, or the pixels in [0, 1]"
-        if net is None
-        else f"`{net['name']}` (SHA-256 `{net['sha256'][:16]}`)"
-    )
+    if net is not None:
+        features = f"`{net['name']}` (SHA-256 `{net['sha256'][:16]}`)"
+    else:
+        points = board["kind"] == "points"
+        features = "the points themselves" if points else "the pixels in [0, 1]"
     count, seeds, seconds = board["count"], board["seeds"], board["seconds_per_family"]
     spread = f", {seeds} seeds: mean ± standard deviation" if seeds > 1 else ""
     return (

@@ -82,6 +82,7 @@ def main(config: Config) -> dict[str, Any]:
     net = reference.extractor
     board = {
         "dataset": config.dataset,
+        "kind": data.kind,
         "seconds_per_family": config.seconds_per_family,
         "seeds": config.seeds,
         "extractor": None if net is None else {"name": net.name, "sha256": net.sha256},

@@ -313,7 +313,7 @@ def each_law(found):
     return pytest.mark.parametrize("law", params)
 
 
-# Three solves by the solver of another row: slow tests.
+# It is three solves of unbalanced_sinkhorn, which has a row of its own: slow tests.
 THRICE = ("unbalanced_divergence",)
 WAYS = [pytest.param(n, marks=[pytest.mark.slow] if n in THRICE else []) for n in OBJECTIVES]
 
