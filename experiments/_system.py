@@ -96,7 +96,7 @@ class Training(NamedTuple):
 class Row(NamedTuple):
     """A row of the leaderboard, a constant in its experiment's file: the options of the command
     line on images and in the plane (None: not supported). trained: has --steps and --max-seconds.
-    """
+    larger: what changes above 16 pixels a side (None: such images take a call by name)."""
 
     name: str
     title: str
@@ -106,9 +106,7 @@ class Row(NamedTuple):
     bits: Literal["exact", "bound", "estimate"] = "bound"
     """What bits/dim are, of images: a bound where levels are dequantised or latents integrated."""
     module: str = ""
-
-    def options(self, kind: str) -> Mapping[str, Any] | None:
-        return {"images": self.images, "points": self.plane}.get(kind)
+    larger: Mapping[str, Any] | None = None
 
     def of_bits(self, kind: str) -> str:
         """What bits/dim are: in the plane nothing is dequantised, and a flow's are exact."""

@@ -34,7 +34,7 @@ from genjax.data import DENSITIES, DataSpec
 
 ROWS = (
     Row("diffusion", "Diffusion, with labels", {}, {"width": 128, "num_samples": 10_000},
-        bits="estimate"),
+        bits="estimate", larger={"width": 512}),
 )  # fmt: skip
 PROCESSES: dict[str, Callable[[], gd.Process]] = {
     "edm": gd.EDM,

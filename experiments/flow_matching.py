@@ -39,7 +39,8 @@ from genjax.transport import sinkhorn_from_cost
 
 FLOW = {"methods": ("flow",)}
 ROWS = (
-    Row("flow_matching", "Flow matching", {**FLOW, "width": 256, "dropout": 0.1}, FLOW),
+    Row("flow_matching", "Flow matching", {**FLOW, "width": 256, "dropout": 0.1}, FLOW,
+        larger={"preconditioned": True, "width": 512, "batch_size": 256}),
     Row("flow_dit", "DiT flow", {**FLOW, "network": "dit", "width": 64, "dropout": 0.1,
                                  "batch_size": 128, "steps_per_call": 10, "sample_steps": 25,
                                  "draws": 1}),

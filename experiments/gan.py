@@ -28,7 +28,10 @@ from experiments._system import Row, System, train
 from genjax.adversarial import gan, hinge, least_squares, r1_penalty
 from genjax.networks import MLP, DCGANCritic, DCGANGenerator, init_power, spectral_normalise
 
-ROWS = (Row("gan", "GAN", images={}, plane={}),)
+ROWS = (
+    Row("gan", "GAN", images={}, plane={},
+        larger={"network": "dcgan", "width": 64, "objective": "hinge", "spectral": True}),
+)  # fmt: skip
 OBJECTIVES = {"gan": gan, "hinge": hinge, "least_squares": least_squares}
 
 

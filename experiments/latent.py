@@ -42,9 +42,10 @@ from experiments._system import Row, System, train
 from genjax import checks
 
 ROWS = (
-    Row("latent_flow", "Latent flow", images={}),
+    Row("latent_flow", "Latent flow", images={},
+        larger={"channels": (8, 32, 64), "width": 512, "batch_size": 64}),
     Row("latent_diffusion", "Latent diffusion", images={"model": "diffusion"}),
-)
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

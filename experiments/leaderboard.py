@@ -29,6 +29,7 @@ from experiments import _leaderboard_scores as scores
 from experiments._data import Data, load_data
 from experiments._system import Row
 from genjax import checks
+from genjax.data import DataSpec
 
 # In the order of the table; each has its rows as ROWS.
 MODULES = ("ppca", "vae", "vqvae", "hierarchical_vae", "f_gan", "gan", "wgan", "stylegan",
@@ -41,13 +42,14 @@ class Config:
     """Compare the families on a data set."""
 
     dataset: str = "digits"
-    """digits, or a 2-D density such as 8gaussians or 25gaussians."""
+    """digits, mnist_5k or another image set, or a 2-D density such as 8gaussians or 25gaussians."""
     seconds_per_family: float = 60.0
     """Seconds that each run trains, compilation not counted."""
     seeds: int = 1
     """Runs of each family; of several the table gives mean and standard deviation."""
     families: tuple[str, ...] = ()
-    """Names of the rows (default: all that support the data set)."""
+    """Names of the rows (default: all that support the data set; above 16 pixels a side those that
+    have options for such images)."""
     calibrate: float = 0.1
     """Share of the seconds that the short run takes which measures the number of steps (0: each
     experiment's own number, cut short by the budget)."""
@@ -71,7 +73,7 @@ def main(config: Config) -> dict[str, Any]:
     folder = Path(config.run_dir or Path("runs", "leaderboard", name)).absolute()
     data = load_data(config)
     reference = _judge.reference(data)
-    chosen = config.families or [n for n, f in families.items() if f.options(data.kind) is not None]
+    chosen = config.families or [n for n, f in families.items() if is_meant(f, data.spec)]
     folder.mkdir(parents=True, exist_ok=True)
 
     shown: dict[str, np.ndarray] = {}
@@ -107,6 +109,28 @@ def rows_of(modules: Sequence[str]) -> dict[str, Row]:
     return found
 
 
+def options_of(family: Row, spec: DataSpec) -> dict[str, Any] | None:
+    """The row's options of the command line on that data; None where it does not support them."""
+    if spec.kind != "images":
+        options = family.plane if spec.kind == "points" else None
+        return None if options is None else dict(options)
+    if family.images is None:
+        return None
+    return {**family.images, **((family.larger or {}) if is_large(spec) else {})}
+
+
+def is_meant(family: Row, spec: DataSpec) -> bool:
+    """Whether a call without names has the row: above 16 pixels a side by its options for them."""
+    return options_of(family, spec) is not None and (
+        not is_large(spec) or family.larger is not None
+    )
+
+
+def is_large(spec: DataSpec) -> bool:
+    """Whether these are images of more than 16 pixels a side."""
+    return spec.kind == "images" and max(spec.shape[:2]) > 16
+
+
 def outside(reference: _judge.Reference, shown: dict[str, np.ndarray]) -> dict[str, Any]:
     """The row of the test split."""
     title = "Test split, the ceiling"
@@ -134,7 +158,7 @@ def family_row(
     shown: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     """The row of a family: its runs, made or reused, and their measurements."""
-    options = family.options(reference.data.kind)
+    options = options_of(family, reference.data.spec)
     if options is None:
         reason = f"{family.module} does not support {config.dataset}"
         return row(family.title, [], reason, family.name)

@@ -35,7 +35,11 @@ from genjax.likelihoods import categorical_log_likelihood
 from genjax.networks import GatedPixelCNN, PixelCNN, PixelCNNPlus
 from genjax.numerics import log_mean_exp
 
-ROWS = (Row("pixelcnn", "PixelCNN", images={}, bits="exact"),)
+ROWS = (
+    Row("pixelcnn", "PixelCNN", images={}, bits="exact",
+        larger={"components": 5, "first_kernel": 7, "features": 32, "dropout": 0.2,
+                "batch_size": 16}),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from experiments._system import Row, parameter_count, save_samples
 from genjax.metrics import test_log_likelihood
 from genjax.variational import PPCA, ppca_fit, ppca_log_likelihood
 
-ROWS = (Row("ppca", "PPCA", images={}, trained=False),)
+ROWS = (Row("ppca", "PPCA", images={}, trained=False, larger={}),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,9 +34,10 @@ from genjax import checks
 from genjax.networks import R3GANCritic, R3GANGenerator, StyleCritic, StyleGenerator
 
 ROWS = (
-    Row("r3gan", "R3GAN", {"network": "mlp", "width": 128, "latent_dim": 16}, {"network": "mlp"}),
+    Row("r3gan", "R3GAN", {"network": "mlp", "width": 128, "latent_dim": 16}, {"network": "mlp"},
+        larger={}),
     Row("stylegan2", "StyleGAN2", {"network": "stylegan2", "learning_rate": 2e-3}),
-)
+)  # fmt: skip
 R1_EVERY, PATH_EVERY, ADA_EVERY = 16, 4, 4  # steps between the lazy terms
 
 

@@ -47,8 +47,8 @@ from genjax.variational import (
 )
 
 ROWS = (
-    Row("vae", "VAE", images={}),
-    Row("vae_vamp", "VAE, VampPrior", images={"prior": "vamp"}),
+    Row("vae", "VAE", images={}, larger={"test_samples": 128}),
+    Row("vae_vamp", "VAE, VampPrior", images={"prior": "vamp"}, larger={"test_samples": 128}),
 )
 
 

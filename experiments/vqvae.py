@@ -43,8 +43,10 @@ from genjax.variational import perplexity
 
 ROWS = (
     Row("vqvae", "VQ-VAE with its prior", images={}),
-    Row("vqvae_2", "VQ-VAE-2", images={"levels": 2, "channels": (16, 32)}),
-)
+    Row("vqvae_2", "VQ-VAE-2", images={"levels": 2, "channels": (16, 32)},
+        larger={"channels": (16, 32, 32), "codes": 64, "likelihood": "mixture", "dropout": 0.0,
+                "prior_dropout": 0.1, "reset": 0.1, "batch_size": 32, "autoencoder_share": 0.25}),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

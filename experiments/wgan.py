@@ -25,7 +25,7 @@ from experiments.gan import AdversarialConfig, Players, networks, saddle
 from genjax.adversarial import clip_weights, gradient_penalty, wasserstein
 from genjax.networks import LipschitzMLP
 
-ROWS = (Row("wgan_gp", "WGAN, gradient penalty", images={}, plane={}),)
+ROWS = (Row("wgan_gp", "WGAN, gradient penalty", images={}, plane={}, larger={}),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
