@@ -15,7 +15,7 @@ from experiments import _leaderboard_report as report
 from experiments import _leaderboard_runs as runs
 from experiments import _leaderboard_scores as scores
 from experiments._system import Row
-from genjax.data import DENSITIES, load
+from genjax.data import DENSITIES, DataSpec, load
 
 STUB = "tests.experiments.stub"
 TINY = {
@@ -197,11 +197,40 @@ def test_every_row_names_options_that_its_experiment_has():
     for name, row in leaderboard.rows_of(leaderboard.MODULES).items():
         module = importlib.import_module(row.module)
         fields = {field.name for field in dataclasses.fields(module.Config)}
-        for options in (row.images, row.plane):
+        for options in (row.images, row.plane, row.larger):
             assert set(options or {}) <= fields, name
         if row.trained:
             assert {"steps", "max_seconds", "devices"} <= fields
             assert callable(module.build)
+
+
+def test_larger_images_take_their_own_options_and_the_rows_meant_for_them():
+    """Digits are 8x8; 28x28 takes the changes, and by itself only the rows that have such."""
+    small, large, plane = (
+        DataSpec(name, kind, shape, levels, None)
+        for name, kind, shape, levels in [
+            ("digits", "images", (8, 8, 1), 17),
+            ("mnist", "images", (28, 28, 1), 256),
+            ("moons", "points", (2,), None),
+        ]
+    )
+    both = Row("both", "", {"width": 8, "depth": 2}, {"width": 4}, larger={"width": 64})
+    digits_only = Row("digits_only", "", {"width": 8})
+    as_digits = Row("as_digits", "", {"width": 8}, larger={})
+    of = leaderboard.options_of
+    assert of(both, small) == {"width": 8, "depth": 2}
+    assert of(both, large) == {"width": 64, "depth": 2}
+    assert of(both, plane) == {"width": 4}
+    assert of(digits_only, large) == of(as_digits, large) == {"width": 8}
+    assert of(as_digits, plane) is of(Row("none", ""), small) is None
+    assert of(both, small._replace(kind="tokens")) is None
+    meant = {r.name: [leaderboard.is_meant(r, s) for s in (small, large, plane)]
+             for r in (both, digits_only, as_digits)}  # fmt: skip
+    assert meant == {
+        "both": [True, True, True],
+        "digits_only": [True, False, False],
+        "as_digits": [True, True, False],
+    }
 
 
 def test_bad_input(tmp_path):
