@@ -231,7 +231,7 @@ class Measures:
     """Samples and scores of a system's weights, compiled once for a whole run."""
 
     def __init__(self, config: Any, system: System, data: Data):
-        count = system.count or data.count
+        count = data.count if system.count is None else system.count
         labels, key = system.labels, keys(config.seed)
         self.config, self.system, self.data, self.key_test = config, system, data, key.test
         self.sample = self._on_all_devices(

@@ -64,7 +64,7 @@ class Config(_run.TrainConfig):
     free_nats: float = 0.0
     """Nats that each level may hold for nothing in training."""
     balance: bool = False
-    """Weigh the levels' divergences by size and by what they hold already."""
+    """In the warm-up weigh the levels' divergences by size and by what they hold already."""
     likelihood: Literal["mixture", "categorical"] = "mixture"
     """p(x|z) of one pixel: a mixture of discretised logistics, or one probability per level."""
     components: int = 3
@@ -135,7 +135,8 @@ def build(config: Config, data: Data) -> System:
 
     def loss(params: Any, key: jax.Array, batch: Any, step: jax.Array) -> Any:
         key_z, key_drop = jax.random.split(key)
-        options = {"free_nats": config.free_nats, "balance": config.balance}
+        balance = config.balance and step < config.warm_up
+        options = {"free_nats": config.free_nats, "balance": balance}
         options["beta"] = config.beta * jnp.minimum(1.0, (step + 1) / max(config.warm_up, 1))
         losses, aux = hierarchical_elbo(*parts(params, key_drop), key_z, batch["x"], **options)
         by_level = {f"kl_{i}": aux["kl"][:, i] for i in range(len(config.latents))}

@@ -200,6 +200,9 @@ def build(config: Config, data: Data) -> System:
     """The network with its loss."""
     checks.one_of("network", config.network, NETWORKS)
     checks.between("dropout", config.dropout, 0, 0.99)
+    checks.integer("samples", config.samples, 1)
+    checks.at_least("adapt", config.adapt, 0)
+    chosen(config)(jnp.zeros(2))  # refuses its options before anything is trained
     data.require("tokens")
     network = NETWORKS[config.network](config, data.spec.levels or 0)
     terms = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
@@ -250,14 +253,13 @@ def draw(
     cache = network.apply(params, n, config.length, method="empty_cache")
     apart = network.unstacked(params) if isinstance(network, GPT) else params
     step = functools.partial(network.apply, apart, method="step")
-    chosen = functools.partial(
-        select,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-    )
-    return generate(step, cache, key, prompt, num_tokens=num, select=chosen).tokens
+    return generate(step, cache, key, prompt, num_tokens=num, select=chosen(config)).tokens
+
+
+def chosen(config: Config) -> Callable[[jax.Array], jax.Array]:
+    """What of the logits may be drawn."""
+    names = ("temperature", "top_k", "top_p", "min_p")
+    return functools.partial(select, **{name: getattr(config, name) for name in names})
 
 
 def score(config: Config, params: Any, part: Mapping[str, np.ndarray], tokens: Any) -> float:

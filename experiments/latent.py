@@ -237,6 +237,7 @@ def check(config: Config, data: Data) -> None:
     data.require("images", labels=config.conditional)
     for name in ("features", "codes", "num_steps"):
         checks.integer(name, getattr(config, name), 1)
+    checks.integers("channels", config.channels, 1)
     for name in ("kl_weight", "perceptual", "critic"):
         checks.at_least(name, getattr(config, name), 0)
     for name in ("share", "label_drop"):

@@ -105,6 +105,7 @@ def make(config: Config, data: Data) -> tuple[System, Any]:
     """The system, and pixel_nats(params, x, label): log p of each pixel [n, height, width]."""
     data.require("images", labels=config.conditional)
     checks.between("dropout", config.dropout, 0, 0.99)
+    checks.integer("features", config.features, 2 if config.network == "masked" else 1)
     height, width, colours = data.spec.shape
     levels, classes = data.spec.levels or 0, data.spec.classes if config.conditional else None
     if config.components is None:

@@ -165,8 +165,15 @@ def build(config: Config, data: Data) -> System:
         checks.integer(name, getattr(config, name), least)
     checks.positive("beta", config.beta)
     checks.between("right", config.right, 0, 1)
-    if config.batch_size % config.group:
-        raise ValueError(f"batch_size must be a multiple of group, got {config.batch_size}")
+    if config.steps <= config.imitation:
+        raise ValueError(
+            f"steps must be above those of imitation, {config.imitation}, got {config.steps}"
+        )
+    part = config.batch_size // config.accumulate
+    if part % config.group:
+        raise ValueError(
+            f"batch_size / accumulate must be a multiple of group = {config.group}, got {part}"
+        )
     networks = Networks(config)
 
     def loss(params: Any, key: jax.Array, batch: Any, carry: Any) -> tuple:

@@ -196,6 +196,10 @@ def check(config: Config) -> None:
     checks.between("dropout", config.dropout, 0, 0.99)
     if config.objective == "iwae" and config.beta != 1:
         raise ValueError(f"beta must be 1 with objective iwae, got {config.beta}")
+    if config.objective != "iwae" and config.estimator != "plain":
+        raise ValueError(f"estimator must be plain without objective iwae, got {config.estimator}")
+    if config.network == "conv":
+        checks.integer("width of the convolutions", config.width, 8)
 
 
 def make_model(config: Config, spec: DataSpec, images: Any = ()) -> Model:
@@ -252,7 +256,8 @@ def make_model(config: Config, spec: DataSpec, images: Any = ()) -> Model:
 
 
 def _prior(config: Config, scaling: Scaling, images: Any) -> Prior | None:
-    components = config.prior_components or COMPONENTS[config.prior]
+    components = config.prior_components
+    components = COMPONENTS[config.prior] if components is None else components
     examples = scaling.to_continuous(images) if config.prior == "vamp" else ()
     return make_prior(config.prior, components, config.latent_dim, examples)
 
@@ -306,10 +311,12 @@ def plot_latents(folder: Any, model: Model, params: Any, data: Data, key: jax.Ar
     sheet = expected(line.reshape(-1, latent))
     save("interpolation", sheet, "between the codes of two test images, by row")
 
-    # Codes of the test images: two dimensions as they are, more by their two main directions.
+    # Codes of the test images: one on a line, two as they are, more by their two main directions.
     codes, _ = encode(x)
     if latent > 2:
         codes, _ = ppca_posterior(ppca_fit(codes, 2), codes)
+    elif latent == 1:
+        codes = jnp.pad(codes, ((0, 0), (0, 1)))
 
     def plot(axes: Any) -> None:
         labels = test.get("label")

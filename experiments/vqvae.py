@@ -260,8 +260,11 @@ def in_parts(config: Config) -> Callable[..., Any]:
 def check(config: Config) -> None:
     """Raise ValueError for options that make no model."""
     sizes = ("codes", "code_dim", "stages", "blocks", "prior_width", "prior_depth", "tuples")
-    for name in sizes:
+    for name in (*sizes, "components"):
         checks.integer(name, getattr(config, name), 1)
+    checks.integers("channels", config.channels, 1)
+    if config.quantiser == "fsq":
+        checks.integers("fsq_levels", config.fsq_levels, 3)
     for name in ("dropout", "prior_dropout", "label_drop", "autoencoder_share"):
         checks.between(name, getattr(config, name), 0, 0.99)
     checks.at_least("commitment", config.commitment, 0)

@@ -109,6 +109,14 @@ def integer(name: str, value: Any, least: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def integers(name: str, values: Sequence[Any], least: int) -> None:
+    """Raise unless `values` are integers of at least `least`, one of them or more."""
+    if not len(values):
+        raise ValueError(f"{name} must hold at least one number, got none")
+    for value in values:
+        integer(name, value, least)
+
+
 def positive(name: str, value: Any) -> None:
     """Raise ValueError where a concrete number is not finite and above 0."""
     if is_concrete(value):

@@ -121,8 +121,7 @@ def categorical_log_likelihood(
     checks.same_shape(**{"x": x, "logits without the last axis": logits[..., 0]})
     _check_levels(x, logits.shape[-1])
     log_probs = jax.nn.log_softmax(at_least_float32(logits))
-    # jnp's gather fills with NaN outside the range, so that a wrong level under jit is seen.
-    return sum_event(jnp.take_along_axis(log_probs, x[..., None].astype(int), axis=-1)[..., 0])
+    return sum_event(_at(log_probs, x))
 
 
 def token_log_probs(
@@ -141,9 +140,18 @@ def token_log_probs(
     checks.rank("logits", logits, 3)
     checks.shape("tokens", tokens, logits.shape[:2])
     _check_levels(tokens, logits.shape[-1])
-    # jnp's gather fills with NaN outside the range, so that a wrong token under jit is seen.
-    chosen = jnp.take_along_axis(logits, tokens[..., None].astype(int), axis=-1)[..., 0]
-    return at_least_float32(chosen) - jax.nn.logsumexp(at_least_float32(logits), axis=-1)
+    return at_least_float32(_at(logits, tokens)) - jax.nn.logsumexp(
+        at_least_float32(logits), axis=-1
+    )
+
+
+def _at(table: Array, index: Array) -> Array:
+    """The entry of the last axis at each index; NaN outside, so that a wrong one is seen under jit.
+
+    That is jnp's gather, but for negative indices, which count from the end.
+    """
+    index = jnp.where(index < 0, table.shape[-1], index.astype(int))
+    return jnp.take_along_axis(table, index[..., None], axis=-1)[..., 0]
 
 
 def logistic_log_likelihood(
@@ -215,6 +223,7 @@ def log_bins(x: Array, mean: Array, log_scale: Array, levels: int) -> Float[Arra
 
 
 def _check_levels(x: Array, levels: int) -> None:
+    checks.integer("levels", levels, 2)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"x must hold whole numbers 0 .. {levels - 1}, got dtype {x.dtype}")
     checks.between("x", x, 0, levels - 1)

@@ -28,6 +28,8 @@ BAD = [
     (lambda: checks.integer("k", 2.0), TypeError, "integer, got 2.0 of float"),
     (lambda: checks.integer("k", True), TypeError, "integer, got True"),
     (lambda: checks.integer("k", 0, 1), ValueError, "at least 1, got 0"),
+    (lambda: checks.integers("channels", (), 1), ValueError, "channels must hold at least one"),
+    (lambda: checks.integers("channels", (16, 0), 1), ValueError, "at least 1, got 0"),
     (lambda: checks.positive("epsilon", 0.0), ValueError, "positive and finite, got 0.0"),
     (lambda: checks.positive("epsilon", np.inf), ValueError, "positive and finite"),
     (lambda: checks.between("p", 1.5, 0, 1), ValueError, r"\[0, 1\], got 1.5"),

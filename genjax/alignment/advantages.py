@@ -57,8 +57,12 @@ def gae(
         next_value, next_advantage = after
         reward, value, going, kept = now
         ahead = discount * going
+        # Where nothing goes on, what lies ahead may be anything, NaN too.
+        next_value, next_advantage = (
+            jnp.where(going == 0, 0, x) for x in (next_value, next_advantage)
+        )
         advantage = reward + ahead * next_value - value + decay * ahead * next_advantage
-        after = jnp.where(kept, value, next_value), jnp.where(kept, advantage, next_advantage)
+        after = jnp.where(kept, value, after[0]), jnp.where(kept, advantage, after[1])
         return after, advantage
 
     start = last.astype(dtype), jnp.zeros(batch, dtype)
@@ -115,7 +119,9 @@ def group_advantages(
     """
     checks.one_of("scale", scale, ("std", "none"))
     rewards = _groups(rewards)
-    centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)
+    # The mean of equal rewards differs from them by rounding, which over its own std is of order 1.
+    equal = jnp.all(rewards == rewards[:, :1], axis=1, keepdims=True)
+    centred = jnp.where(equal, 0, rewards - jnp.mean(rewards, axis=1, keepdims=True))
     if scale == "none":
         return centred
     variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / (rewards.shape[1] - 1)

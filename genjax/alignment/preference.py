@@ -303,6 +303,7 @@ def kto(
     checks.rank("log_ratio", log_ratio, 1)
     checks.positive("beta", beta)
     checks.same_shape(log_ratio=log_ratio, desirable=desirable)
+    checks.rank("reference_point", reference_point, 0)
     log = at_least_float32(log_ratio)
     desirable = jnp.asarray(desirable, bool)
     above = beta * (log - jax.lax.stop_gradient(jnp.asarray(reference_point, log.dtype)))

@@ -53,7 +53,10 @@ def select(
         best = jnp.argmax(logits, axis=-1, keepdims=True)
         places = jnp.arange(logits.shape[-1]).reshape(*(1,) * (logits.ndim - 1), -1)
         return jnp.where(places == best, 0.0, -jnp.inf).astype(logits.dtype)
-    log_probs = jax.nn.log_softmax(logits / temperature)
+    # The largest is 0 before the division, which may overflow: what is left then has probability 0.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    largest = jnp.where(jnp.isfinite(largest), largest, 0)
+    log_probs = jax.nn.log_softmax((logits - largest) / temperature)
     if top_k or top_p < 1:
         # Sorting is stable, so that of equal ones the smaller index comes first.
         order = jnp.argsort(-log_probs, axis=-1)
@@ -114,6 +117,8 @@ def generate(
     (1, 3)
     """
     checks.rank("prompt", prompt, 2)
+    if not jnp.issubdtype(prompt.dtype, jnp.integer):
+        raise TypeError(f"prompt must be integers [batch, length], got dtype {prompt.dtype}")
     checks.integer("num_tokens", num_tokens, 1)
     batch, length = prompt.shape
     own = jnp.ones(prompt.shape, bool) if where_prompt is None else where_prompt

@@ -63,6 +63,8 @@ def next_token(
         kept, given = jnp.ones(tokens.shape, bool), tokens
     else:
         checks.same_shape(tokens=tokens, where=where)
+        if where.dtype != jnp.bool_:
+            raise TypeError(f"where must be boolean, got dtype {where.dtype}")
         if checks.is_concrete(where) and not np.asarray(where).any():
             raise ValueError(f"where must keep a token, got {where.shape} of False")
         kept = where
@@ -74,8 +76,9 @@ def next_token(
         checks.between("tokens", np.asarray(tokens)[np.asarray(kept)], 0, vocabulary - 1)
     logits = jnp.where(kept[..., None], at_least_float32(logits), 0)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    # Hidden tokens may be anything; jnp's gather gives NaN for a kept one outside the vocabulary.
-    index = jnp.where(kept, tokens, 0)[..., None]
+    # Hidden tokens may be anything; a kept one outside the vocabulary gives NaN, as jnp's gather
+    # does, but for negative ones, which would count from the end.
+    index = jnp.where(kept, jnp.where(tokens < 0, vocabulary, tokens), 0)[..., None]
     chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
     terms = log_z - chosen
     if label_smoothing:

@@ -95,6 +95,7 @@ def colour_logistic_mixture(
     checks.rank("x", x, 4)
     checks.rank("params", params, 4)
     checks.same_shape(**{"x": x[..., 0], "params without the last axis": params[..., 0]})
+    checks.integer("levels", levels, 2)
     colours = x.shape[-1]
     logits, means, log_scales, follow = _parts(params, colours)
     values = x.astype(means.dtype) * (2 / (levels - 1)) - 1

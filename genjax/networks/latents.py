@@ -32,9 +32,12 @@ def latent_scale(z: Float[Array, "batch *event"]) -> Float[Array, ""]:
     Array(0.5, dtype=float32)
     """
     checks.not_empty("z", z)
-    std = jnp.std(at_least_float32(z))
+    z = at_least_float32(z)
+    std = jnp.std(z)
     if checks.is_concrete(std):
-        checks.positive("the standard deviation of the latents", std)
+        # That of equal latents is rounding.
+        spread = jnp.where(jnp.max(z) > jnp.min(z), std, 0)
+        checks.positive("the standard deviation of the latents", spread)
     return 1 / std
 
 

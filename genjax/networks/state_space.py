@@ -126,7 +126,9 @@ class StateSpaceBlock(nn.Module):
         h = drop(h, self.dropout, dropout_key, 0)
         if where is not None:
             h = jnp.where(where[..., None], h, 0)
-        return x + h.astype(x.dtype), None if cache is None else written
+        if cache is not None:  # in the types that it came in, whatever the layer computes in
+            cache = jax.tree.map(lambda new, old: new.astype(old.dtype), written, cache)
+        return x + h.astype(x.dtype), cache
 
     def _dense(self, x: Array, features: int, name: str, last: bool = False) -> Array:
         init = self.residual_init if last else nn.initializers.lecun_normal()
@@ -295,11 +297,7 @@ class StateSpace(nn.Module):
         """Outputs of every position; those at masked positions mean nothing."""
         if where is not None:
             x = jnp.where(where.reshape(where.shape + (1,) * (x.ndim - 2)), x, 0)
-        h = self._enter(x)
-        if self.shift:
-            start = self.embedding[self.vocabulary].reshape(1, 1, -1)
-            start = jnp.broadcast_to(start, (len(h), 1, self.width))
-            h = jnp.concatenate([start.astype(h.dtype), h[:, :-1]], axis=1)
+        h = self._enter(self._before(x, where) if self.shift else x)
         h = drop(h, self.dropout, dropout_key, self.depth)
         h, _ = self._run(h, None, where=where, dropout_key=dropout_key)
         return self._leave(h)
@@ -311,23 +309,24 @@ class StateSpace(nn.Module):
         return jax.tree.map(lambda x: jnp.repeat(x[:, None], self.depth, axis=1), one)
 
     def step(
-        self, cache: Any, token: Int[Array, " batch"], position: Int[Array, " batch"]
+        self,
+        cache: Any,
+        token: Int[Array, " batch"] | UInt[Array, " batch"],
+        position: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch outputs"], Any]:
         """Logits of each row's `position`, where `token` is the one before it; at 0 any token."""
-        token = jnp.where(position == 0, self._start(), token)
+        token = jnp.where(position == 0, self._start(), token.astype(jnp.int32))
         h, cache = self._run(self._enter(token[:, None]), cache)
         return self._leave(h)[:, 0], cache
 
     def prefill(
-        self, cache: Any, tokens: Int[Array, "batch length"]
+        self, cache: Any, tokens: Tokens
     ) -> tuple[Float[Array, "batch length outputs"], Any]:
         """Logits of the first positions, as of the full pass, and the cache that they leave.
 
         The step that follows gets the last of these tokens, and their number as position.
         """
-        start = jnp.full((len(tokens), 1), self._start(), tokens.dtype)
-        h = self._enter(jnp.concatenate([start, tokens[:, :-1]], axis=1))
-        h, cache = self._run(h, cache)
+        h, cache = self._run(self._enter(self._before(tokens)), cache)
         return self._leave(h), cache
 
     def _start(self) -> int:
@@ -336,12 +335,26 @@ class StateSpace(nn.Module):
             raise ValueError("a cache needs shift=True: the model of a language")
         return self.vocabulary
 
+    def _before(self, tokens: Array, where: Array | None = None) -> Array:
+        """The kept token before each kept position, the start token before the first."""
+        checks.rank("tokens", tokens, 2)
+        start = jnp.full((len(tokens), 1), self._start(), jnp.int32)
+        tokens = tokens.astype(jnp.int32)
+        if where is None:
+            return jnp.concatenate([start, tokens[:, :-1]], axis=1)
+        # Kept positions side by side, then each at its place again.
+        packed = jnp.take_along_axis(tokens, jnp.argsort(~where, axis=1, stable=True), axis=1)
+        rank = jnp.maximum(jnp.cumsum(where, axis=1) - 1, 0)
+        return jnp.take_along_axis(jnp.concatenate([start, packed], axis=1), rank, axis=1)
+
     def _enter(self, x: Array) -> Array:
         if self.vocabulary is None:
             checks.rank("features", x, 3)
             return self.enter(x)
         checks.rank("tokens", x, 2)
-        return jnp.take(self.embedding, x.astype(jnp.int32), axis=0)
+        # Out of range is NaN in jnp.take, unless negative.
+        rows = jnp.where(x < 0, self.vocabulary + 1, x.astype(jnp.int32))
+        return jnp.take(self.embedding, rows, axis=0)
 
     def _run(self, h: Array, cache: Any, **options: Any) -> tuple[Array, Any]:
         swap = lambda tree: jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)  # noqa: E731

@@ -40,9 +40,13 @@ def _zoh(a: Array, dt: Array, b: Array) -> tuple[Array, Array]:
 
 
 def relative_expm1(z: Array) -> Array:
-    """(exp(z) - 1) / z, 1 at 0."""
-    zero = z == 0
-    return jnp.where(zero, 1, jnp.expm1(z) / jnp.where(zero, 1, z))
+    """(exp(z) - 1) / z, 1 at 0, with its derivatives there: near 0 the quotient's cancel."""
+    near = jnp.abs(z) < 0.05
+    small, series = jnp.where(near, z, 0), jnp.ones_like(z)
+    for n in range(8, 1, -1):
+        series = 1 + small / n * series
+    far = jnp.where(near, 1, z)
+    return jnp.where(near, series, jnp.expm1(far) / far)
 
 
 def bilinear(

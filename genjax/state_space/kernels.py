@@ -186,6 +186,7 @@ def causal_convolution(
     """
     length = _checks.length("u", u)
     checks.rank("u", u, 3)
+    checks.floating("u", u)
     checks.shape("kernel", kernel, (u.shape[2], None))
     kernel = kernel[:, :length]
     size = next_fast_len(length + kernel.shape[1] - 1, real=True)
@@ -222,7 +223,7 @@ def s4d_convolution(
     a, dt, b, c = _model(u, h0, where, eigenvalues, dt, b=b, c=c)
     length = u.shape[1]
     if where is not None or length == 1:
-        h0 = jnp.zeros((len(u), *a.shape), a.dtype) if h0 is None else h0
+        h0 = _start(h0, a, u)
         options = {"d": d, "discretisation": discretisation}
         y, h = recur(lambda h, u: s4d_step(h, u, a, b, c, dt, **options), h0, u, where)
         return y.astype(u.dtype), h
@@ -268,7 +269,7 @@ def dplr_convolution(
     a, dt, p, b, c = _model(u, h0, where, eigenvalues, dt, p=p, b=b, c=c)
     length = u.shape[1]
     if where is not None or length == 1:
-        h0 = jnp.zeros((len(u), *a.shape), a.dtype) if h0 is None else h0
+        h0 = _start(h0, a, u)
         y, h = recur(lambda h, u: dplr_step(h, u, a, p, b, c, dt, d=d), h0, u, where)
         return y.astype(u.dtype), h
     _check_length(length, a)
@@ -301,6 +302,7 @@ def _model(
     """The parameters as [channels, ...] of u, everything checked."""
     _checks.length("u", u)
     checks.rank("u", u, 3)
+    checks.floating("u", u)
     parts = _checks.fit(eigenvalues, dt, **vectors)
     channels, pairs = u.shape[2], parts[0].shape[-1]
     if parts[0].shape[:-1] not in ((), (channels,)):
@@ -312,6 +314,12 @@ def _model(
     full = (channels, pairs)
     wide = (jnp.broadcast_to(x, full) for x in others)
     return jnp.broadcast_to(a, full), jnp.broadcast_to(dt, (channels,)), *wide
+
+
+def _start(h0: Any, a: Array, u: Array) -> Array:
+    """The state before the first position, in the type that steps give."""
+    kind = jnp.result_type(a, at_least_float32(u))
+    return jnp.zeros((len(u), *a.shape), kind) if h0 is None else h0.astype(kind)
 
 
 def _with_skip(y: Array, d: Any, u: Array) -> Array:
@@ -340,6 +348,7 @@ def short_convolution(
     Array([1., 2., 3., 3., 3.], dtype=float32)
     """
     length = _checks.length("x", x)
+    checks.floating("x", x)
     checks.shape("weight", weight, (None, x.shape[2]))
     before = len(weight) - 1
     if tail is None:

@@ -1,7 +1,8 @@
 """Models whose coefficients change from position to position: linear, selective and SSD scans.
 
 All take an initial state and return the last one. `where` masks [batch, length]: a masked position
-leaves the state as it is, its inputs may be anything, and its output is 0.
+leaves the state as it is and its inputs may be anything. Its output is 0, that of `linear_scan` the
+state.
 """
 
 from collections.abc import Callable
@@ -135,8 +136,8 @@ def selective_scan(
     if where is not None:
         u, dt, B, C = (jnp.where(where[..., None], x, 0) for x in (u, dt, B, C))
         z = z if z is None else jnp.where(where[..., None], z, 0)
-    if h0 is None:
-        h0 = jnp.zeros((len(u), *A.shape), u.dtype)
+    kind = jnp.result_type(u, dt, B, C, at_least_float32(A))
+    h0 = jnp.zeros((len(u), *A.shape), kind) if h0 is None else h0.astype(kind)
     # Channels last, whole vectors of them. Products are einsums, so that their transposes, which
     # sum over channels, are products of matrices too: a sum along the last axis is much slower.
     rates = jnp.swapaxes(at_least_float32(A), 0, 1)
@@ -166,8 +167,7 @@ def selective_scan(
         return h[-1], read(C, h)
 
     by_time = tuple(jnp.swapaxes(x, 0, 1) for x in (dt, u, B, C))
-    start = jnp.swapaxes(at_least_float32(h0), 1, 2)
-    y, h = _by_chunks(run, start, by_time, min(chunk, u.shape[1]))
+    y, h = _by_chunks(run, jnp.swapaxes(h0, 1, 2), by_time, min(chunk, u.shape[1]))
     y = gated(jnp.swapaxes(y, 0, 1), u, D, z)
     return _shown(y, where).astype(dtype), jnp.swapaxes(h, 1, 2)
 
@@ -175,6 +175,7 @@ def selective_scan(
 def _check_selective(u: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, z: Any) -> None:
     _checks.length("u", u)
     checks.rank("u", u, 3)
+    checks.floating("u", u)
     checks.shape("A", A, (u.shape[2], None))
     checks.same_shape(u=u, dt=dt)
     for name, x in {"B": B, "C": C}.items():
@@ -218,8 +219,8 @@ def ssd(
     >>> y.shape, h.shape
     ((2, 16, 3, 5), (2, 3, 5, 4))
     """
-    batch, length, heads, dim = x.shape
     groups, states = _check_ssd(x, dt, A, B, C, D)
+    batch, length, heads, dim = x.shape
     _checks.state(h0, (batch, heads, dim, states))
     _checks.mask(where, x.shape[:2])
     _checks.decays(A, dt, where)
@@ -229,7 +230,8 @@ def ssd(
         x, dt, B, C = (_shown(v, where) for v in (x, dt, B, C))
     chunk = min(chunk, length)
     count = -(-length // chunk)
-    h0 = jnp.zeros((batch, heads, dim, states), x.dtype) if h0 is None else at_least_float32(h0)
+    kind = jnp.result_type(x, dt, B, C, at_least_float32(A))
+    h0 = jnp.zeros((batch, heads, dim, states), kind) if h0 is None else h0.astype(kind)
 
     def cut(v: Array, *tail: int) -> Array:
         v = jnp.pad(v, ((0, 0), (0, count * chunk - length)) + ((0, 0),) * (v.ndim - 2))
@@ -274,6 +276,7 @@ def _check_ssd(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any) -> tuple[int, in
     """Groups and states of the inputs of `ssd`."""
     _checks.length("x", x)
     checks.rank("x", x, 4)
+    checks.floating("x", x)
     checks.rank("B", B, 4)
     heads = x.shape[2]
     checks.shape("A", A, (heads,))

@@ -116,6 +116,10 @@ def selective_step(
     _checks.decays(A, dt)
     checks.one_of("discretisation", discretisation, ("delta", "zoh"))
     checks.shape("state", state, (len(u), *np.shape(A)))
+    checks.shape("u", u, np.shape(state)[:2])
+    checks.same_shape(u=u, dt=dt)
+    for name, x in {"B": B, "C": C}.items():
+        checks.shape(name, x, (len(u), np.shape(A)[-1]))
     u, dt, B, C = (at_least_float32(x) for x in (u, dt, B, C))
     rate = dt[..., None] * A[None]
     drive = (dt * u)[..., None] * B[:, None]
@@ -144,6 +148,10 @@ def ssd_step(
     """
     _checks.decays(A, dt)
     heads, groups = x.shape[1], B.shape[1]
+    checks.shape("A", A, (heads,))
+    checks.shape("dt", dt, x.shape[:2])
+    checks.shape("B", B, (len(x), None, None))
+    checks.same_shape(B=B, C=C)
     checks.shape("state", state, (*x.shape, B.shape[-1]))
     if heads % groups:
         raise ValueError(f"heads must be a multiple of groups = {groups}, got {heads}")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from genjax import checks
 from genjax.numerics import at_least_float32, log_mean_exp, sum_event
@@ -65,7 +65,7 @@ def hierarchical_elbo(
     *,
     beta: float | int | Float[Array, ""] = 1.0,
     free_nats: float = 0.0,
-    balance: bool = False,
+    balance: bool | Bool[Array, ""] = False,
     axis_name: str | None = None,
 ) -> Bound:
     """Return minus the evidence lower bound of each example, in nats, over all levels.
@@ -93,9 +93,10 @@ def hierarchical_elbo(
     found = _descend(levels, features, key, len(x))
     reconstruction = _log_likelihood(log_likelihood, x, found.h)
     kl = free_nats_kl(found.kl, free_nats, axis_name=axis_name)
-    if balance:
+    if balance is not False:
         sizes = [z[0].size for z in found.latents]
-        kl = kl * kl_balance(found.kl, sizes, axis_name=axis_name)[None]
+        weights = kl_balance(found.kl, sizes, axis_name=axis_name)
+        kl = kl * jnp.where(balance, weights, 1)[None]
     losses = beta * jnp.sum(kl, axis=1) - reconstruction
     return losses, {"reconstruction": reconstruction, "kl": found.kl}
 
@@ -174,7 +175,8 @@ def hierarchical_sample(
     shape: [batch, *latent] of the top level. latents: those of the first levels where they are
     given and not drawn, such as a data point's own of `hierarchical_latents`. Row i depends on
     (key, i) alone. Raises ValueError for a temperature that is not positive and finite, more
-    latents than levels, or latents of another shape.
+    latents than levels, latents of another shape, or a lower level without a prior, whose shape
+    nothing tells.
 
     >>> top = Level(None, lambda h, feature: (feature, 0 * feature), lambda h, z: z)
     >>> h, latents = hierarchical_sample(jax.random.key(0), [top], (5, 2))
@@ -187,6 +189,8 @@ def hierarchical_sample(
         raise ValueError(f"latents must be at most {len(levels)} levels', got {len(latents)}")
     h, drawn = None, []
     for i, level in enumerate(levels):
+        if i and level.prior is None:
+            raise ValueError(f"levels[{i}].prior must be a function, got None")
         mean, log_var = _prior(level, i, h, shape)
         checks.same_batch(**{"the top level's shape": jnp.zeros(shape[0]), f"level {i}": mean})
         if i < len(latents):
@@ -218,7 +222,7 @@ def free_nats_kl(
     if checks.is_concrete(free_nats) and free_nats == 0:
         return kl
     mean = _batch_mean(kl, axis_name)
-    return jnp.where((mean > free_nats)[None], kl, jnp.asarray(free_nats, kl.dtype))
+    return jnp.where((mean <= free_nats)[None], jnp.asarray(free_nats, kl.dtype), kl)
 
 
 def kl_balance(

@@ -48,10 +48,10 @@ def ppca_fit(x: Float[Array, "batch dim"], num_components: int, *, ddof: int = 0
     count, dim = x.shape
     if num_components >= dim:
         raise ValueError(f"num_components must be below the dimension {dim}, got {num_components}")
-    if count <= max(ddof, num_components):
+    if count <= max(ddof, num_components + 1):
         raise ValueError(
-            f"x must hold more examples than num_components {num_components} and ddof {ddof}, "
-            f"got shape {x.shape}"
+            f"x must hold more examples than num_components + 1 = {num_components + 1} (the mean "
+            f"takes one) and ddof {ddof}, got shape {x.shape}"
         )
     x = at_least_float32(x)
     mean = jnp.mean(x, axis=0)
@@ -59,7 +59,12 @@ def ppca_fit(x: Float[Array, "batch dim"], num_components: int, *, ddof: int = 0
     # With fewer examples than dimensions the eigenvalues missing here are zero.
     eigenvalues = jnp.square(singular) / (count - ddof)
     noise = jnp.sum(eigenvalues[num_components:]) / (dim - num_components)
-    checks.positive("the noise variance, the mean of the discarded eigenvalues,", noise)
+    # Without variance the discarded eigenvalues are of rounding, of x and of the decomposition.
+    rounding = jnp.square(32 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x)))
+    checks.positive(
+        "the noise variance, the mean of the discarded eigenvalues,",
+        jnp.where(noise > rounding, noise, 0),
+    )
     scales = jnp.sqrt(jnp.maximum(eigenvalues[:num_components] - noise, 0))
     return PPCA(mean, rows[:num_components].T * scales[None], noise)
 

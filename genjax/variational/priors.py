@@ -52,7 +52,7 @@ def mixture_log_prob(
     if logits is None:
         logits = jnp.zeros(num, at_least_float32(means).dtype)
     checks.shape("logits", logits, (num,))
-    log_weights = jax.nn.log_softmax(at_least_float32(logits))
+    log_weights = jnp.maximum(jax.nn.log_softmax(at_least_float32(logits)), NO_WEIGHT)
     z, means, log_vars = (at_least_float32(x) for x in (z, means, log_vars))
     blocks = -(-num // block)
     size = -(-num // blocks)

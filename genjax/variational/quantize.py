@@ -316,7 +316,8 @@ def perplexity(index: Int[Array, "..."], num_codes: int) -> Float[Array, ""]:
         raise ValueError(f"index must hold at least one index, got shape {np.shape(index)}")
     checks.between("index", index, 0, num_codes - 1)
     flat = jnp.reshape(index, -1)
-    counts = jax.ops.segment_sum(jnp.ones(flat.shape), flat, num_codes)
+    # Whole numbers: float32 stops counting at 2^24.
+    counts = jax.ops.segment_sum(jnp.ones(flat.shape, jnp.int32), flat, num_codes)
     share = counts / jnp.maximum(jnp.sum(counts), 1)
     return jnp.exp(-jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0)))
 

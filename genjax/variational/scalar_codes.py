@@ -74,7 +74,9 @@ def finite_scalar_quantise(
         for v in (np.arctanh(offset / half), half, offset, array // 2)
     )
     bounded = jnp.tanh(z + shift) * half - offset
-    rounded = jax.lax.stop_gradient(jnp.round(bounded))
+    # Of a thousand levels and more the margin of 1e-3 reaches beyond the last one.
+    ends = -floor, jnp.asarray((array - 1) // 2, z.dtype).reshape(shape)
+    rounded = jnp.clip(jax.lax.stop_gradient(jnp.round(bounded)), *ends)
     digits = (rounded + floor).astype(jnp.int32)
     places = jnp.asarray(np.cumprod([1, *array[:-1]]), jnp.int32).reshape(shape)
     values = straight_through(bounded, rounded) / floor

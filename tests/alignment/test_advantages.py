@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax.alignment import gae, whiten
+from genjax.alignment import gae, group_advantages, whiten
 from tests.alignment.references import load
 
 INPUTS, EXPECTED = load("gae")
@@ -110,3 +110,20 @@ def test_bad_input_is_refused_by_name(unchecked):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 7, 8])
+def test_equal_rewards_have_no_advantage(n):
+    """Their mean is off by rounding, which divided by its own deviation would be of order 1."""
+    rewards = jnp.broadcast_to(jnp.arange(0.1, 40, 0.1)[:, None], (399, n))
+    for scale in ("std", "none"):
+        np.testing.assert_array_equal(group_advantages(rewards, scale=scale), 0)
+    mixed = group_advantages(jnp.array([[0.1] * (n - 1) + [0.1001]]))
+    assert mixed[0, -1] > 0.5
+
+
+def test_what_lies_after_an_end_may_be_anything():
+    rewards, dones = jnp.array([[1.0, 2.0]]), jnp.array([[False, True]])
+    for last in (jnp.nan, jnp.inf):
+        found = gae(rewards, jnp.zeros((1, 2)), dones, bootstrap=jnp.array([last]), decay=1.0)
+        np.testing.assert_array_equal(found.advantages, [[3.0, 2.0]])

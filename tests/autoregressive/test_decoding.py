@@ -203,3 +203,12 @@ def test_bad_input(unchecked):
         beam_search(step, cache, prompt, num_tokens=1, width=0)
     with pytest.raises(ValueError, match="shapes must be equal"):
         generate(step, cache, KEY, prompt, num_tokens=1, where_prompt=jnp.ones((1, 3), bool))
+
+
+def test_the_smallest_temperature_and_prompts_of_numbers(unchecked):
+    """A temperature that overflows the logits is greedy; a prompt is of whole tokens."""
+    found = jnp.exp(select(jnp.array([1.0, 5.0, -jnp.inf, 2.0]), temperature=2e-38))
+    np.testing.assert_array_equal(found, [0, 1, 0, 0])
+    step = recomputing_step(lambda tokens: jnp.zeros((*tokens.shape, 4)))
+    with pytest.raises(TypeError, match="prompt must be integers"):
+        generate(step, jnp.zeros((1, 6), jnp.int32), KEY, jnp.array([[1.7]]), num_tokens=2)

@@ -172,3 +172,13 @@ def test_dynamic_evaluation_never_scores_what_it_has_learnt_and_may_stand_still(
     np.testing.assert_array_equal(last, params)
     with pytest.raises(ValueError, match="rate must be at least 0"):
         dynamic_evaluation(bigrams, params, windows, where, rate=-1.0)
+
+
+def test_a_kept_token_that_is_none_is_seen_under_jit_and_masks_are_boolean(unchecked):
+    logits = lambda tokens: jnp.zeros((*tokens.shape, 4))  # noqa: E731
+    tokens, where = jnp.array([[1, -1, 2]]), jnp.array([[True, False, True]])
+    assert np.isnan(jax.jit(lambda x: next_token(logits, x)[0])(tokens)[0])
+    hidden = jax.jit(lambda x: next_token(logits, x, where=where)[0])(tokens)
+    np.testing.assert_allclose(hidden, 2 * np.log(4), rtol=1e-6)
+    with pytest.raises(TypeError, match="where must be boolean, got dtype int32"):
+        next_token(logits, tokens, where=where.astype(jnp.int32))

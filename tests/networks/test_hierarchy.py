@@ -99,3 +99,8 @@ def test_sides_that_do_not_fit(fields):
     net = ImageHierarchy(**{"shape": (8, 8, 1), "latents": (2, 2), "sides": (1, 2), **fields})
     with pytest.raises(ValueError, match="sides"):
         jax.eval_shape(net.init, jax.random.key(0), X)
+
+
+def test_soft_clip_of_large_numbers():
+    x = jnp.array([-jnp.inf, -1e9, -1e6, 1e6, 3e7, 1e9, jnp.inf])
+    np.testing.assert_array_equal(soft_clip(x, -6.0, 3.0), [-6, -6, -6, 3, 3, 3, 3])

@@ -64,3 +64,9 @@ def test_a_patch_is_scored_by_what_it_sees():
 def test_latents_without_a_spread_are_refused(unchecked):
     with pytest.raises(ValueError, match="standard deviation of the latents must be positive"):
         latent_scale(jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 33.3, 1000.1])
+def test_equal_latents_have_no_scale(value):
+    with pytest.raises(ValueError, match="standard deviation of the latents must be positive"):
+        latent_scale(jnp.full((1000, 4), value))

@@ -207,3 +207,45 @@ def test_bad_input_is_refused_by_name(unchecked):
         net.apply(params, None, TOKENS, method="prefill")
     with pytest.raises(ValueError, match="tokens must have rank 2"):
         net.apply(params, TOKENS[0])
+
+
+@pytest.mark.parametrize("kind", TWO)
+def test_a_language_model_reads_kept_tokens_as_if_they_stood_alone(kind):
+    """Padded on the left, on the right and inside; masked tokens may be anything."""
+    net = model(kind)
+    params = filled(net, TOKENS)
+    run = jax.jit(lambda tokens, where: net.apply(params, tokens, where=where))
+    alone = jax.jit(lambda tokens: net.apply(params, tokens))(TOKENS[:, :5])
+    for kept in ([2, 3, 4, 5, 6], [0, 1, 2, 3, 4], [0, 2, 3, 5, 6]):
+        where = jnp.zeros((BATCH, LENGTH), bool).at[:, jnp.array(kept)].set(True)
+        tokens = jnp.full((BATCH, LENGTH), 4).at[:, jnp.array(kept)].set(TOKENS[:, :5])
+        np.testing.assert_allclose(run(tokens, where)[:, kept], alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "s4d"])
+def test_a_cache_keeps_its_types(kind):
+    """In bfloat16 too, so that a scan over steps can carry it."""
+    net = model(kind, dtype=jnp.bfloat16)
+    params = jax.jit(net.init)(KEY, TOKENS)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        cache = net.apply(params, BATCH, dtype=dtype, method="empty_cache")
+        step = lambda *a: net.apply(params, *a, method="step")[1]  # noqa: E731
+        after = jax.eval_shape(step, cache, TOKENS[:, 0], jnp.zeros(BATCH, int))
+        assert [x.dtype for x in jax.tree.leaves(after)] == [
+            x.dtype for x in jax.tree.leaves(cache)
+        ]
+
+
+def test_bytes_and_tokens_that_are_none():
+    """The start token of bytes, 256, is no byte; a negative token is seen under jit."""
+    net = StateSpace(256, depth=1, width=8, kind="s4d", block_options=tuple(SIZES.items()))
+    tokens = jnp.array([[3, 250, 7]], jnp.uint8)
+    params = filled(net, tokens)
+    cache = net.apply(params, 1, method="empty_cache")
+    prefill = jax.jit(lambda cache, x: net.apply(params, cache, x, method="prefill")[0])
+    expected = net.apply(params, tokens)
+    np.testing.assert_allclose(prefill(cache, tokens), expected, atol=1e-5)
+    step = net.apply(params, cache, tokens[:, 0], jnp.zeros(1, jnp.int32), method="step")[0]
+    np.testing.assert_allclose(step, expected[:, 0], atol=1e-5)
+    wrong = jax.jit(lambda x: net.apply(params, x))(jnp.array([[-1, 0, 0]]))
+    assert np.isnan(wrong[0, 1]).all()

@@ -373,3 +373,20 @@ def test_bad_input_is_refused_by_name(unchecked):
             call()
     with pytest.raises(TypeError, match="eigenvalues must be complex"):
         ss.s4d_kernel(one, one, one, 0.1, 5)
+
+
+def test_a_mask_under_x64_and_integers(x64, unchecked):
+    """Inputs in double precision with parameters in single: the state is of the wider type."""
+    u, where = jnp.ones((1, 4, 2)), jnp.ones((1, 4), bool)
+    eigenvalues = ss.s4d_lin(4).astype(jnp.complex64)
+    given = eigenvalues, jnp.ones(2), jnp.ones((2, 2)), jnp.full(2, 0.1)
+    masked = ss.s4d_convolution(u, *given, where=where)
+    np.testing.assert_allclose(masked[0], ss.s4d_convolution(u, *given)[0], rtol=1e-5)
+    assert masked[1].dtype == jnp.complex128
+    for call in (
+        lambda u: ss.s4d_convolution(u, *given),
+        lambda u: ss.causal_convolution(u, jnp.ones((2, 3))),
+        lambda u: ss.short_convolution(u, jnp.ones((3, 2))),
+    ):
+        with pytest.raises(TypeError, match="must have a floating dtype"):
+            call(u.astype(int))

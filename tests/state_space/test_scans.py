@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from genjax import state_space as ss
+from genjax.state_space.discretisation import relative_expm1
 from tests.state_space import oracles
 
 # The shortest and the longest in float64, the longest in float32; the others in test-all.
@@ -336,3 +337,50 @@ def test_bad_input_is_refused_by_name(unchecked):
             call()
     with pytest.raises(TypeError, match="where must be boolean"):
         scan(where=jnp.ones((2, 6)))
+
+
+def test_zero_order_hold_has_its_derivatives_at_zero():
+    """d/dA of (exp(dt A) - 1) / A is dt^2 / 2 at 0, and right on either side of the series."""
+    slope = jax.jit(jax.grad(relative_expm1))
+    for z in (0.0, -1e-7, -1e-4, -0.049, -0.051, -1.0, 0.3):
+        exact = np.float64(z)
+        if abs(z) < 1e-3:
+            expected = 0.5 + exact / 3
+        else:
+            expected = (exact * np.exp(exact) - np.expm1(exact)) / exact**2
+        np.testing.assert_allclose(slope(z), expected, rtol=1e-5)
+    ones = jnp.ones((1, 3, 1))
+
+    def last(rate):
+        return ss.selective_scan(ones, ones / 2, rate, ones, ones, discretisation="zoh")[0][0, 0, 0]
+
+    np.testing.assert_allclose(jax.grad(last)(jnp.zeros((1, 1))), 0.125, rtol=1e-6)
+
+
+def test_types_may_differ_and_integers_are_refused(x64, unchecked):
+    """Under x64 a state takes the widest type; integers would be cut down to whole outputs."""
+    u, dt, B = jnp.ones((1, 4, 2), jnp.float32), jnp.full((1, 4, 2), 0.5), jnp.ones((1, 4, 3))
+    y, h = ss.selective_scan(u, dt, -jnp.ones((2, 3)), B, B)
+    assert (y.dtype, h.dtype) == (jnp.float32, jnp.float64)
+    x, shared = jnp.ones((1, 4, 2, 3), jnp.float32), jnp.ones((1, 4, 1, 3))
+    y, h = ss.ssd(x, dt, -jnp.ones(2), shared, shared)
+    assert (y.dtype, h.dtype) == (jnp.float32, jnp.float64)
+    with pytest.raises(TypeError, match="u must have a floating dtype"):
+        ss.selective_scan(u.astype(int), dt, -jnp.ones((2, 3)), B, B)
+    with pytest.raises(TypeError, match="x must have a floating dtype"):
+        ss.ssd(x.astype(int), dt, -jnp.ones(2), shared, shared)
+    with pytest.raises(ValueError, match="x must have rank 4"):
+        ss.ssd(x[0], dt, -jnp.ones(2), shared, shared)
+
+
+def test_steps_refuse_shapes_that_would_be_broadcast(unchecked):
+    u, A, B = jnp.ones((2, 3)), -jnp.ones((3, 4)), jnp.ones((2, 4))
+    state = jnp.zeros((2, 3, 4))
+    for given in [(u[:, :1], u, A, B, B), (u, u[:, :1], A, B, B), (u, u, A, B[:1], B)]:
+        with pytest.raises(ValueError, match="must have|must be equal"):
+            ss.selective_step(state, *given)
+    x, dt, shared = jnp.ones((2, 3, 5)), jnp.ones((2, 3)), jnp.ones((2, 1, 4))
+    state, A = jnp.zeros((2, 3, 5, 4)), -jnp.ones(3)
+    for given in [(x, dt[:, :1], A, shared), (x, dt, A[:1], shared), (x, dt, A, shared[:1])]:
+        with pytest.raises(ValueError, match="must have|must be equal"):
+            ss.ssd_step(state, *given, shared)

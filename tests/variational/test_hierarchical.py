@@ -295,3 +295,24 @@ def test_bad_input(key, unchecked):
         hierarchical_iwae(bottom_up, levels, likelihood, key, x, num_samples=0)
     with pytest.raises(ValueError, match="sizes must have shape"):
         kl_balance(jnp.ones((2, 3)), [1, 2])
+
+
+def test_what_is_not_said_is_seen():
+    """NaN is no free divergence; a lower level without a prior has no shape to draw."""
+    assert np.isnan(free_nats_kl(jnp.array([[jnp.nan, 2.0]]), 1.0)[0, 0])
+    top = Level(None, lambda h, f: (f, 0 * f), lambda h, z: z)
+    with pytest.raises(ValueError, match=r"levels\[1\].prior must be a function"):
+        hierarchical_sample(jax.random.key(0), [top, top], (4, 2))
+
+
+def test_balance_may_end_in_a_compiled_step():
+    """As a number of the step: outside the warm-up the loss is the bound again."""
+    x = jnp.asarray(np.array(INPUTS["x"]), jnp.float32)
+
+    def loss(**options):
+        return hierarchical_elbo(*chain(), jax.random.key(0), x, **options)[0]
+
+    run = jax.jit(lambda now: loss(balance=now))
+    np.testing.assert_allclose(run(True), loss(balance=True), rtol=1e-5)
+    np.testing.assert_allclose(run(False), loss(), rtol=1e-5)
+    assert not np.allclose(run(True), run(False))

@@ -136,3 +136,17 @@ def test_bad_input(unchecked):
         ppca_log_likelihood(model, x[:, :4])
     with pytest.raises(ValueError, match="x must have rank 2"):
         ppca_fit(x[0], 2)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        jax.random.normal(jax.random.key(0), (3, 10)),
+        jnp.full((10, 3), 0.1),
+        jnp.outer(jnp.arange(9.0), jnp.ones(3)) + 7.3,
+    ],
+)
+def test_data_without_variance_left_for_the_noise_are_refused(x):
+    """Rounding is no noise; centring takes an example."""
+    with pytest.raises(ValueError, match=r"noise variance|must hold more examples"):
+        ppca_fit(x, 2)

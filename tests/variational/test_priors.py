@@ -110,3 +110,18 @@ def test_bad_input(key, unchecked):
         mixture_sample(key, MEANS, LOG_VARS[:2], 3)
     with pytest.raises(ValueError, match="batch sizes"):
         vamp_log_prob(lambda u: (u[:2], u[:2]), jnp.zeros((4, 2)), z)
+
+
+def test_components_without_weight_leave_gradients_finite():
+    """A whole block of them, by logits of -inf."""
+    logits = jnp.where(jnp.arange(8) < 4, -jnp.inf, 0.0)
+    means = jnp.linspace(-1, 1, 8)[:, None]
+
+    def nats(z, means, logits):
+        return mixture_log_prob(z, means, jnp.zeros((8, 1)), logits=logits, block=4)[0]
+
+    given = jnp.zeros((1, 1)), means, logits
+    half = mixture_log_prob(given[0], means[4:], jnp.zeros((4, 1)))
+    np.testing.assert_allclose(nats(*given), half[0], rtol=1e-6)
+    for gradient in jax.grad(nats, argnums=(0, 1, 2))(*given):
+        assert np.isfinite(gradient).all()

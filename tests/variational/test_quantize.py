@@ -244,3 +244,10 @@ def test_bad_input(key, unchecked):
         perplexity(jnp.zeros(3), 8)
     with pytest.raises(ValueError, match="count must be positive"):
         codebook_state(CODEBOOK, count=0.0)
+
+
+@pytest.mark.slow
+def test_perplexity_counts_beyond_the_whole_numbers_of_float32():
+    index = jnp.concatenate([jnp.zeros(40_000_000, jnp.int8), jnp.ones(20_000_000, jnp.int8)])
+    expected = np.exp(-(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3)))
+    np.testing.assert_allclose(perplexity(index, 2), expected, rtol=1e-5)

@@ -99,3 +99,10 @@ def test_bad_input(unchecked):
         lookup_free_quantise(z, temperature=0.0)
     with pytest.raises(ValueError, match=r"bits, the features of z, must lie in \[1, 16\], got 20"):
         lookup_free_quantise(jnp.zeros((2, 20)))
+
+
+@pytest.mark.parametrize("levels", [1001, 1002, 1500])
+def test_many_levels_stay_within_their_ends(levels):
+    values, index = finite_scalar_quantise(jnp.array([[100.0], [-100.0]]), (levels,))
+    assert index.tolist() == [levels - 1, 0]
+    np.testing.assert_allclose(values, finite_scalar_codes(index, (levels,)), rtol=1e-6)
