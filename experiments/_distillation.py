@@ -67,7 +67,7 @@ def progressive(config: Any, data: Data) -> System:
     """Rounds of equal length, in which the steps halve from `first_steps` to `num_steps`."""
     teacher, scaling = open_teacher(config, data), data.scaling()
     model, rounds = teacher.model, (config.first_steps // config.num_steps).bit_length()
-    if config.first_steps != config.num_steps << (rounds - 1):
+    if not rounds or config.first_steps != config.num_steps << (rounds - 1):
         raise ValueError(
             f"first_steps must be num_steps * 2^k, got {config.first_steps} and {config.num_steps}"
         )

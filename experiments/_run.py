@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -76,8 +76,9 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, Stopped):  # of runs inside a run the outermost is the one to resume
-            error.resume = resume_command(self.config, self.folder)
+        stop = error if isinstance(error, Stopped) else _interrupt(error)
+        if stop is not None:  # of runs inside a run the outermost is the one to resume
+            stop.resume = resume_command(self.config, self.folder)
         self.close()
 
     def close(self) -> None:
@@ -99,16 +100,20 @@ def launch(main: Callable[[Any], Any], config_type: type) -> None:
         check_numbers(config)
         # What trains nothing has no such options.
         given = [getattr(config, name, None) for name in ("coordinator", "processes", "process")]
-        if given[0] is not None or "JAX_COORDINATOR_ADDRESS" in os.environ:
+        if given != [None] * 3 or "JAX_COORDINATOR_ADDRESS" in os.environ:
             initialize_distributed(*given)
         main(config)
     except Stopped as stop:
         if stop.resume and jax.process_index() == 0:
             print(f"resume with: {stop.resume}", file=sys.stderr, flush=True)
         raise
+    except KeyboardInterrupt as stop:
+        _end_interrupted(stop)
     except (CheckpointError, NonFiniteError, OSError) as error:
         sys.exit(_one_line(error))
     except (RunError, NotPreparedError, ValueError, ImportError) as error:
+        if (stop := _interrupt(error)) is not None:
+            _end_interrupted(stop)
         print(_one_line(error), file=sys.stderr, flush=True)
         sys.exit(USAGE)
     except jax.errors.JaxRuntimeError as error:
@@ -120,8 +125,25 @@ def launch(main: Callable[[Any], Any], config_type: type) -> None:
         sys.exit(USAGE)
 
 
+def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C that an error is of: jax may turn one into an error of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _end_interrupted(stop: KeyboardInterrupt) -> NoReturn:
+    """End after Ctrl-C outside of the training, which has its own way to stop."""
+    resume = getattr(stop, "resume", None)
+    print("stopped by SIGINT", file=sys.stderr, flush=True)
+    if resume and jax.process_index() == 0:
+        print(f"resume with: {resume}", file=sys.stderr, flush=True)
+    sys.exit(130)
+
+
 def _one_line(error: Exception) -> str:
-    notes = getattr(error, "__notes__", [])
+    """The error and its notes; what jax notes is of its own frames."""
+    notes = [n for n in getattr(error, "__notes__", []) if "JAX_TRACEBACK_FILTERING" not in n]
     return " ".join("; ".join([f"error: {error}", *notes]).split())
 
 

@@ -381,7 +381,9 @@ def _stored_config(folder: Path, changes: Mapping[str, Any]) -> tuple[Any, Any]:
     if unknown:
         what = f"has the unknown {unknown[0]!r}"
         raise _run.RunError(f"{folder / 'config.json'} {what}: an older layout")
-    config = config_of(stored, module.Config)
+    config, lacking = config_of(stored, module.Config), sorted(changes.keys() - fields)
+    if lacking:
+        raise _run.RunError(f"{folder} is of {name}, which has no {lacking[0]!r}")
     return module, dataclasses.replace(config, **{"run_dir": str(folder), **changes})
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from experiments import _panels, _run
+from genjax import checks
 
 # Options that say where a run lies and not what it is.
 PLACES = ("run_dir", "data_dir", "resume", "coordinator", "processes", "process", "progress")
@@ -103,7 +104,10 @@ def picture(
     from matplotlib.figure import Figure
 
     found = [_panels.curves(folder) for folder in folders]
-    shown = terms or tuple(dict.fromkeys(term for run in found for term in run))
+    logged = tuple(dict.fromkeys(term for run in found for term in run))
+    for term in terms:
+        checks.one_of("terms", term, logged)
+    shown = terms or logged
     columns = min(4, max(len(folders), len(shown)))
     above, below = (math.ceil(len(x) / columns) for x in (folders, shown))
     figure = Figure(figsize=(4 * columns, 4 * above + 2.5 * below), layout="constrained")

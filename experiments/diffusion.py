@@ -150,6 +150,10 @@ def build(config: Config, data: Data) -> System:
     checks.one_of("sampler", config.sampler, SAMPLERS)
     model, scaling, classes = make_model(config, data), data.scaling(), data.spec.classes
     times = gd.time_grid(model.process, config.num_steps, spacing=config.spacing)
+    several = ("dpm_solver", "dpm_solver_3", "dpm_solver_sde", "unipc")
+    checks.integer("num_steps", config.num_steps, 2 if config.sampler in several else 1)
+    if config.guidance != 1 and classes is None:
+        raise ValueError(f"guidance must be 1 for data without labels, got {config.guidance}")
 
     def sample(params: Any, key: jax.Array, n: int, label: Any = None) -> jax.Array:
         x = gd.sample(

@@ -192,6 +192,15 @@ def core(config: Config, data: Data) -> Core:
         raise ValueError(f"model {config.model!r} is for images, got dataset {data.spec.name!r}")
     if (config.conditional or config.noise) and config.model != "tarflow":
         raise ValueError("conditional and noise need model 'tarflow'")
+    if config.conditional:
+        data.require("images", labels=True)
+    if config.guidance and not config.conditional:
+        raise ValueError(f"guidance must be 0 without --conditional, got {config.guidance}")
+    if config.temperature != 1 and config.model == "spline" and unit(config, data):
+        raise ValueError(
+            "temperature must be 1 with splines on images, whose base is uniform, got "
+            f"{config.temperature}"
+        )
     layers, width = (
         default if given is None else given
         for given, default in zip((config.layers, config.width), SIZES[config.model], strict=True)

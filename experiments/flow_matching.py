@@ -94,6 +94,8 @@ def main(config: Config) -> dict[str, Any]:
     before = config.methods[: config.methods.index("reflow")] if "reflow" in config.methods else ()
     if "reflow" in config.methods and "flow" not in before:
         raise ValueError(f"methods must have flow before reflow, got {config.methods}")
+    if len(set(config.methods)) < len(config.methods):
+        raise ValueError(f"methods must differ, got {config.methods}")
     data = load_data(config)
     compare = Comparison(config, data)
     with _run.start_run(config) as run:
@@ -253,10 +255,12 @@ def pairs_of(config: Config, data: Data, params: Any) -> dict[str, np.ndarray]:
         field = velocity(params, label)
         return flows.reflow_pairs(field, x0, num_steps=config.sample_steps)
 
-    split = lambda a: a.reshape(-1, min(count, 4096), *a.shape[1:])  # noqa: E731
-    inputs = (split(x0), None if label is None else split(label))
+    # Parts of one size, the last one filled up from the front.
+    parts = -(-count // 4096)
+    index = np.resize(np.arange(count), (parts, -(-count // parts)))
+    inputs = (x0[index], None if label is None else jnp.asarray(label)[index])
     pairs = jax.jit(lambda inputs: jax.lax.map(part, inputs))(inputs)
-    x0, x1 = (np.asarray(leaf).reshape(count, *data.spec.shape) for leaf in pairs)
+    x0, x1 = (np.asarray(leaf).reshape(-1, *data.spec.shape)[:count] for leaf in pairs)
     return {"x0": x0, "x1": x1, **({} if label is None else {"label": np.asarray(label)})}
 
 

@@ -18,7 +18,9 @@ import numpy as np
 
 from experiments import _judge, _pictures, _run
 from experiments._data import Data, load_data
+from genjax import checks
 from genjax.metrics import sliced_wasserstein
+from genjax.training import NonFiniteError
 from genjax.training.record import MetricsLog
 from genjax.transport import sinkhorn_divergence, squared_euclidean
 
@@ -49,6 +51,8 @@ class Config(_run.RunConfig):
 
 def main(config: Config) -> dict[str, Any]:
     """Run the flow, draw it, measure where it ends; returns the summary."""
+    checks.positive("epsilon", config.epsilon)
+    checks.integer("num_particles", config.num_particles, 2)
     data = load_data(config)
     scaling = data.scaling()
     key_start, key_data, key_score = jax.random.split(jax.random.key(config.seed), 3)
@@ -59,13 +63,16 @@ def main(config: Config) -> dict[str, Any]:
 
     with _run.start_run(config) as run:
         scale = jnp.mean(squared_euclidean(y, y))
-        path, trace = jax.jit(flow, static_argnums=2)(x, y, config, scale)
-        path, trace = jax.device_get((path, trace))
+        found = jax.jit(flow, static_argnums=2)(x, y, config, scale)
+        path, trace, end = jax.device_get(found)
         run.training_seconds = time.monotonic() - run.begun
         log = MetricsLog(run.folder)
         for step in range(config.steps):
             log.write(step, {name: values[step] for name, values in trace.items()})
         log.close()
+        if not np.isfinite(path).all():
+            step = np.argmin(np.isfinite(path).all(axis=(1, 2)))
+            raise NonFiniteError(f"the particles are not finite after step {step}")
 
         samples = np.asarray(scaling.to_levels(path[-1].reshape(-1, *data.spec.shape)))
         np.save(run.folder / "samples.npy", samples)
@@ -73,7 +80,7 @@ def main(config: Config) -> dict[str, Any]:
         pair = [z.reshape(len(z), -1).astype(np.float32) for z in (samples, data.test["x"])]
         summary = {
             "divergence_start": trace["divergence"][0],
-            "divergence_end": trace["divergence"][-1],
+            "divergence_end": end,
             "largest_marginal_error": trace["marginal_error"].max(),
             "sliced_wasserstein": sliced_wasserstein(key_score, *pair),
             **_judge.judge(_judge.reference(data), samples),
@@ -83,8 +90,9 @@ def main(config: Config) -> dict[str, Any]:
 
 def flow(
     x: jax.Array, y: jax.Array, config: Config, scale: Any
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Follow the gradient from x [n, d]: the path [steps + 1, n, d] and each step's numbers.
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    """Follow the gradient from x [n, d]: the path [steps + 1, n, d], each step's numbers, and the
+    divergence at the end.
 
     epsilon is in parts of `scale`. The target stays, so the potentials of one step start the next.
     """
@@ -109,8 +117,8 @@ def flow(
 
     zeros = jnp.zeros((len(x),)), jnp.zeros((len(y),))
     start = (zeros, (zeros[0], zeros[0]), (zeros[1], zeros[1]))
-    _, (path, numbers) = jax.lax.scan(step, (x, start), length=config.steps)
-    return jnp.concatenate([x[None], path]), numbers
+    (last, init), (path, numbers) = jax.lax.scan(step, (x, start), length=config.steps)
+    return jnp.concatenate([x[None], path]), numbers, divergence(last, init)[0]
 
 
 def plot(folder: Any, path: np.ndarray, target: np.ndarray, data: Data, config: Config) -> None:

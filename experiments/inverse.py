@@ -51,6 +51,8 @@ def main(config: Config) -> dict[str, Any]:
     if config.method == "replacement" and config.task != "inpaint":
         raise ValueError("method=replacement is for task=inpaint, where pixels are seen unchanged")
     _, params, trained = reopen(config.model, data_dir=config.data_dir)
+    if not isinstance(trained, diffusion.Config):
+        raise _run.RunError(f"model must be a run of experiments.diffusion, got {config.model}")
     data = load_data(trained)
     data.require("images")
     model = diffusion.make_model(trained, data)

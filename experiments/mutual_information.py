@@ -100,6 +100,8 @@ def load_data(config: Config) -> Data:
     checks.integer("dims", config.dims, 1)
     if not -1 < config.rho < 1:
         raise ValueError(f"rho must lie in (-1, 1), got {config.rho}")
+    if config.shift or config.flip:
+        raise ValueError("shift and flip are for images")
     spec = DataSpec("gaussians", "points", (2 * config.dims,), None, None)
     test = {"x": sample_pairs(config, np.random.default_rng([config.seed, 1]), TEST_PAIRS)}
     return Data({}, test, spec)

@@ -26,6 +26,7 @@ import optax
 from experiments import _run
 from experiments._data import Data, load_data
 from experiments._system import Row, System, train
+from genjax import checks
 from genjax.networks import MLP
 from genjax.transport import (
     cosine,
@@ -106,6 +107,8 @@ def main(config: Config) -> dict[str, Any]:
 def build(config: Config, data: Data) -> System:
     """The generator, and the features of a learned cost."""
     config = settled(config, data.kind)
+    checks.positive("epsilon", config.epsilon)
+    checks.integer("batch_size", config.batch_size, 2)
     plane, event = data.kind == "points", data.spec.shape
     size, scaling = math.prod(event), data.scaling()
     spread = float(np.std(data.train["x"])) if plane else 1.0

@@ -86,6 +86,8 @@ def main(config: Config) -> dict[str, Any]:
 
 def build(config: Config, data: Data) -> System:
     """The two players with the losses of the network."""
+    if config.network != "mlp" and config.condition != "projection":
+        raise ValueError(f"condition must be projection, got {config.condition!r} (mlp takes both)")
     return stylegan2(config, data) if config.network == "stylegan2" else r3gan(config, data)
 
 
@@ -208,7 +210,7 @@ def remembered(config: Config) -> dict[str, jax.Array]:
 def after_critic(config: Config, carry: Any, params: Any, seen: Any) -> Any:
     """ADA's controller in every 4th step."""
     seen_images = jnp.asarray(ADA_EVERY * config.batch_size, jnp.float32)
-    p = ga.ada_update(carry["p"], seen["sure"][None], images=seen_images)
+    p = ga.ada_update(carry["p"], sure=seen["sure"], images=seen_images)
     return {**carry, "p": jnp.where(carry["step"] % ADA_EVERY == 0, p, carry["p"])}
 
 

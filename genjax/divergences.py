@@ -130,6 +130,14 @@ def _jensen_shannon_of_log(x: Array) -> Array:
     return jnp.where(near, (1 + jnp.exp(jnp.where(near, x, 0))) / 4 * square * series, far)
 
 
+def _gan_of_log(x: Array) -> Array:
+    """-u log(1 + 1/u) - log(1 + u): two terms of one sign, the first of which goes to -1."""
+    far = x > 15
+    s, y = jnp.where(far, 0, x), jnp.exp(-jnp.where(far, x, 15))
+    first = jnp.where(far, 1 - y / 2 + jnp.square(y) / 3, jnp.exp(s) * softplus(-s))
+    return -jnp.where(x == -jnp.inf, 0, first) - softplus(x)
+
+
 @jax.custom_jvp
 def _log_omega(s: Array) -> Array:
     """Solve y + exp(y) = s for y by Newton's method, from above, where it falls monotonically."""
@@ -200,7 +208,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
     ),
     # (KL(P || M) + KL(Q || M)) / 2 with M = (P + Q) / 2, between 0 and log 2
     "jensen_shannon": _entry(
-        f=_nonnegative(lambda u: (xlogy(u, u) - (1 + u) * jnp.log((1 + u) / 2)) / 2),
+        f=_nonnegative(lambda u: _jensen_shannon_of_log(jnp.log(u))),
         f_of_log=_jensen_shannon_of_log,
         dual="jensen_shannon",
         # 2 - exp(2t) = -2 expm1(2t - log 2)
@@ -213,8 +221,8 @@ F_DIVERGENCES: dict[str, FDivergence] = {
     ),
     # 2 JS - log 4: E_P log sigmoid(V) + E_Q log(1 - sigmoid(V))
     "gan": _entry(
-        f=_nonnegative(lambda u: xlogy(u, u) - (1 + u) * jnp.log1p(u)),
-        f_of_log=lambda x: _u_log_u(x) - (1 + jnp.exp(x)) * softplus(x),
+        f=_nonnegative(lambda u: _gan_of_log(jnp.log(u))),
+        f_of_log=_gan_of_log,
         dual="gan",
         conjugate=_below(0.0, lambda t: -jnp.log(-jnp.expm1(t))),
         domain=(-math.inf, 0.0),

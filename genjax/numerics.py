@@ -65,6 +65,7 @@ def masked_mean(
     values = at_least_float32(values)
     if where is None:
         return jnp.mean(values) if values.size else jnp.zeros((), values.dtype)
+    checks.same_shape(values=values, where=where)
     total = jnp.sum(jnp.where(where, values, 0))
     return total / jnp.maximum(jnp.sum(where.astype(values.dtype)), 1)
 

@@ -124,9 +124,10 @@ def augment(
 
 def ada_update(
     p: Number,
-    real_scores: Float[Array, " batch"],
+    real_scores: Float[Array, " batch"] | None = None,
     *,
     images: Number,
+    sure: Number | None = None,
     target: Number = 0.6,
     speed: Number = 500_000,
 ) -> Float[Array, ""]:
@@ -136,15 +137,19 @@ def ada_update(
 
     images: examples seen since the last update (the paper's four batches); `speed` of them take p
     from 0 to 1. Without gradient. Karras et al. 2020 (arXiv:2006.06676), section 3.1, whose r_t is
-    mean sign D(real).
+    mean sign D(real): `sure` gives it in the place of the scores, where it is known already.
 
     >>> scores = jnp.ones(64)  # the critic is sure of all real examples
     >>> round(float(ada_update(0.1, scores, images=5000)), 3)
     0.11
     """
-    checks.rank("real_scores", real_scores, 1)
     checks.positive("images", images)
     checks.positive("speed", speed)
-    sure = jnp.mean(jnp.sign(at_least_float32(real_scores)))
+    if real_scores is not None:
+        checks.rank("real_scores", real_scores, 1)
+        sure = jnp.mean(jnp.sign(at_least_float32(real_scores)))
+    if sure is None:
+        raise ValueError("real_scores or sure must be given, got neither")
+    checks.between("sure", sure, -1, 1)
     moved = p + jnp.sign(sure - target) * (images / speed)
     return stop_gradient(jnp.clip(moved, 0.0, 1.0))

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
 
@@ -163,8 +164,9 @@ def donsker_varadhan(
     """
     real, keep_real, fake, keep_fake = _prepare(real_scores, fake_scores, where)
     checks.between("decay", decay, 0, 1)
-    if checks.is_concrete(decay) and decay == 1:
-        raise ValueError("decay must be below 1, where the average would never move, got 1")
+    # In float32, the numbers next to 1 among them.
+    if checks.is_concrete(decay) and np.float32(decay) == 1:
+        raise ValueError(f"decay must be below 1, where the average would never move, got {decay}")
     count = jnp.sum(keep_fake)
     kept = jnp.where(keep_fake, fake, -jnp.inf)
     safe = jnp.where(count > 0, kept, 0)  # all masked: a defined 0, and no NaN in the gradient

@@ -170,9 +170,17 @@ def find_images(root: Path) -> tuple[tuple[str, ...], dict[str, list[Example]]]:
 
 
 def _files(place: Path) -> list[Path]:
-    found = (Path(above, f) for above, _, files in os.walk(place, followlinks=True) for f in files)
-    kept = [p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    return sorted(p.relative_to(place) for p in kept)
+    """The images below, without what is hidden; a folder that links lead to again counts once."""
+    kept, seen = [], set()
+    for above, folders, files in os.walk(place, followlinks=True):
+        real = os.path.realpath(above)
+        folders[:] = [f for f in sorted(folders) if not f.startswith(".")]
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        kept += [Path(above, f) for f in files if not f.startswith(".")]
+    return sorted(p.relative_to(place) for p in kept if p.suffix.lower() in SUFFIXES)
 
 
 def _label(classes: tuple[str, ...], path: Path) -> int | None:

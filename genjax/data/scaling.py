@@ -79,6 +79,7 @@ class Scaling(NamedTuple):
         return jnp.asarray(x).astype(jnp.float32)
 
     def _check(self) -> None:
+        checks.integer("levels", self.levels)
         checks.between("levels", self.levels, 2, 256)
         if checks.is_concrete(self.low) and checks.is_concrete(self.high):
             if not self.low < self.high:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from genjax.numerics import LOG_2PI
+from genjax import checks
+from genjax.numerics import LOG_2PI, at_least_float32
 from genjax.typing import PRNGKey
 
 Points = Float[Array, "n 2"]
@@ -45,6 +46,7 @@ class GaussianMixture:
 
     def log_prob(self, x: Points) -> Float[Array, " n"]:
         """Log-density [n], nats."""
+        x = at_least_float32(x)
         scaled = (x[:, None, :] - jnp.asarray(self.means, x.dtype)[None]) / self.std
         exponents = -0.5 * jnp.sum(scaled**2, axis=-1)
         constant = LOG_2PI + 2 * math.log(self.std) + math.log(len(self.means))
@@ -60,6 +62,11 @@ class Checkerboard:
 
     cells: int = 4
     half: float = 4.0
+
+    def __post_init__(self) -> None:
+        checks.integer("cells", self.cells, 2)
+        if self.cells % 2:
+            raise ValueError(f"cells must be even, got {self.cells}")
 
     def sample(self, key: PRNGKey, n: int) -> Points:
         """Draw n points, float32 [n, 2]."""

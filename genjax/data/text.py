@@ -94,7 +94,8 @@ def text(name: str | os.PathLike) -> Text:
     if not path.is_file():
         raise ValueError(f"text must be one of {list(TEXTS)}, a file or a folder, got {name!r}")
     raw = _read(path)
-    cut = raw.find(b"\n", int((1 - HELD_OUT) * len(raw))) + 1 or int((1 - HELD_OUT) * len(raw))
+    start = int((1 - HELD_OUT) * len(raw))
+    cut = raw.find(b"\n", start, len(raw) - 1) + 1 or start  # after a line that is not the last
     while cut < len(raw) and raw[cut] & 0xC0 == 0x80:  # not inside a character
         cut += 1
     if not 0 < cut < len(raw):

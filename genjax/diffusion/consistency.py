@@ -5,6 +5,7 @@ that of TrigFlow, x = cos(t) x_0 + sin(t) z with t in [0, pi / 2], where the pai
 close.
 """
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -107,9 +108,9 @@ def num_levels_at(step: Levels, steps: int, *, first: int = 10, last: int = 1280
     checks.integer("steps", steps, 1)
     checks.integer("first", first, 1)
     checks.integer("last", last, first)
-    doublings = (last // first).bit_length() - 1
-    period = max(steps // (doublings + 1), 1)
-    power = jnp.minimum(jnp.asarray(step) // period, doublings)
+    doublings = math.log2(last / first)
+    period = max(int(steps / (doublings + 1)), 1)
+    power = jnp.minimum(jnp.asarray(step) // period, math.ceil(doublings))
     return jnp.minimum(first * 2**power, last) + 1
 
 

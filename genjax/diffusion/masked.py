@@ -39,6 +39,14 @@ MASKING_SCHEDULES: dict[str, MaskingFn] = {
 }
 
 
+# t -> alpha(t) = 1 - m(t), without the cancellation near t = 1.
+_REMAINING: dict[str, MaskingFn] = {
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: 2 * jnp.square(jnp.sin(0.25 * math.pi * (1 - t))),
+    "quadratic": lambda t: (1 - t) * (1 + t),
+}
+
+
 def masking(schedule: str | MaskingFn) -> MaskingFn:
     """The share m(t) of a schedule by name, or of one's own; raises unless m(0) = 0, m(1) = 1."""
     if not callable(schedule):
@@ -233,8 +241,9 @@ def step_bound(
         sum over i of (alpha_s - alpha_t) / (1 - alpha_t) sum over hidden of -log p(x_i | z_t),
 
     s = t - 1 / num_steps (Austin et al. 2021, absorbing), of which one step is drawn, evenly
-    spread over the batch, times `num_steps`. At most the continuous one in value; it depends on
-    the schedule, and has `masked_bound` as its limit. aux and errors as there.
+    spread over the batch, times `num_steps`. Of an exact network at least the continuous one in
+    value, for what is hidden costs more the later it is; it depends on the schedule, and has
+    `masked_bound` as its limit. aux and errors as there.
 
     >>> predict = lambda *given: jnp.zeros((2, 6, 4))
     >>> x, options = jnp.zeros((2, 6), jnp.int32), dict(vocabulary=4, num_steps=8)
@@ -290,7 +299,11 @@ def score_entropy(
     hidden = _hide(key_mask, share(t), where, first_index)
     z = jnp.where(hidden | ~where, vocabulary, x)
     log_s = token_logits(at_least_float32(log_score(z, t)), x, vocabulary)
-    log_u = log_s + (jnp.log(share(t)) - jnp.log1p(-share(t)))[:, None, None]
+    if callable(schedule):
+        remaining = jnp.maximum(1 - share(t), 0.5 * jnp.finfo(t.dtype).eps)
+    else:
+        remaining = _REMAINING[schedule](t)
+    log_u = log_s + (jnp.log(share(t)) - jnp.log(remaining))[:, None, None]
     log_u = jnp.where(hidden[..., None], log_u, 0)
     chosen = jnp.take_along_axis(log_u, x[..., None], axis=-1)[..., 0]
     terms = jnp.sum(jnp.exp(log_u), axis=-1) - chosen - 1

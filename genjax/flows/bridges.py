@@ -31,9 +31,9 @@ def brownian_bridge(
     """Point x_t of the bridge from x0 to x1, and the drift (x1 - x_t) / (1 - t) that leads there.
 
     x_t = (1 - t) x0 + t x1 + sigma sqrt(t (1 - t)) z, z the standard normal `noise`; the drift is
-    written as x1 - x0 - sigma sqrt(t / (1 - t)) z, without cancellation. t in [0, 1). At sigma = 0
-    these are `interpolate`'s straight line and its velocity. Peluchetti 2021; Shi et al. 2023
-    (arXiv:2303.16852), eq. 4.
+    written as x1 - x0 - sigma sqrt(t / (1 - t)) z, without cancellation. t in [0, 0.999]. At
+    sigma = 0 these are `interpolate`'s straight line and its velocity. Peluchetti 2021; Shi et al.
+    2023 (arXiv:2303.16852), eq. 4.
 
     >>> x0, x1, t = jnp.zeros((1, 1)), jnp.ones((1, 1)), jnp.array([0.5])
     >>> x_t, drift = brownian_bridge(x0, x1, t, 0 * x0, sigma=1.0)

@@ -213,7 +213,7 @@ def sample_pairs(
             f"above 0: it gave {n - int(jnp.sum(usable))} of {n} neither"
         )
     logits = jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1)), -jnp.inf)
-    drawn = x0[jax.random.categorical(key_pair, logits, axis=0)]
+    drawn = jnp.asarray(x0)[jax.random.categorical(key_pair, logits, axis=0)]
     usable = usable.reshape((n,) + (1,) * (x0.ndim - 1))
     return Pairs(jnp.where(usable, drawn, jnp.nan), x1)
 

@@ -122,11 +122,12 @@ def map_row_blocks(
     """Apply `function(rows [b, d], index [b])` to blocks of x's rows of at most 2^22 / width.
 
     Returns its results stacked [blocks, ...] and `valid` [blocks, b]: the last block is padded
-    with rows of zeros, whose index is n or more.
+    with copies of the last row, whose index is n or more.
     """
     size = x.shape[0]
     count, block = _even_blocks(size, max(1, min(_MOST_ROWS, _BLOCK_ENTRIES // max(width, 1))))
-    rows = jnp.pad(x, ((0, count * block - size), (0, 0))).reshape(count, block, x.shape[1])
+    rows = jnp.pad(x, ((0, count * block - size), (0, 0)), mode="edge")
+    rows = rows.reshape(count, block, x.shape[1])
     index = jnp.arange(count * block).reshape(count, block)
     return jax.lax.map(lambda args: function(*args), (rows, index)), index < size
 

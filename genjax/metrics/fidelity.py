@@ -45,7 +45,7 @@ def precision_recall(real: Features, fake: MoreFeatures, *, k: int = 3) -> Preci
     other point of its own sample; ties and duplicates lie inside. Kynkaanniemi et al. 2019,
     equations (1) and (2).
 
-    Distances are taken in the features' dtype (float32 at least), in blocks of rows. Raises
+    Distances are taken in float32 (float64 where jax has it on), in blocks of rows. Raises
     ValueError on NaN, different widths, fewer than k + 1 samples; under `jax.jit` NaN gives NaN.
 
     >>> real, fake = jax.random.normal(jax.random.key(0), (2, 128, 2))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
 from genjax import checks
@@ -175,11 +176,16 @@ class GPT(nn.Module):
             checks.between("tokens", tokens, 0, most)
         if segments is not None:
             checks.same_shape(tokens=tokens, segments=segments)
+            if checks.is_concrete(tokens) and checks.is_concrete(segments):
+                real = np.asarray(tokens)[np.asarray(segments) >= 0]
+                checks.between("tokens", real, 0, most)
         if self.positions == "learned" and tokens.shape[1] > self.max_length:
             raise ValueError(
                 f"tokens must be at most max_length = {self.max_length} long, got {tokens.shape}"
             )
-        return tokens.astype(jnp.int32)
+        # The start token's row, `vocabulary`, is no other token's.
+        tokens = tokens.astype(jnp.int32)
+        return jnp.where(tokens > most, self.vocabulary + 1, tokens)
 
     def _embed(self, tokens: Array, places: Array) -> Array:
         # Out of range is NaN in jnp.take, unless negative.

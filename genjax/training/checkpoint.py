@@ -144,9 +144,8 @@ class Checkpoints:
             except CheckpointError as error:
                 reasons[step] = str(error)
                 continue
-            for bad, reason in reasons.items():
-                aside = self._move_aside(bad)
-                log.warning("%s; moved to %s; going back to step %d", reason, aside, step)
+            self._pass_over(reasons, step)
+            self._saved = step  # as it is on the disk: an error before the next step saves nothing
             return step, state
         if reasons:
             listed = "\n  ".join(reasons.values())
@@ -154,12 +153,34 @@ class Checkpoints:
         return None
 
     def restore_best(self, like: Any) -> tuple[int, Any] | None:
-        """Read the checkpoint with the best metric; None where none has it and finite."""
+        """Read the checkpoint with the best metric; None where none has it and finite.
+
+        One that is damaged is passed over as in `restore`, for the next best.
+        """
         if self.best is None:
             raise ValueError("best must name a metric when the Checkpoints are made, got None")
         self.wait()
-        step = self._best_step()
-        return None if step is None else (step, self.read(step, like))
+        best, reasons = self._from_the_best(), {}
+        for step in [*best, *(s for s in reversed(self.steps()) if s not in best)]:
+            if step not in best and not reasons:
+                return None  # there is none with a score
+            try:
+                state = self.read(step, like)
+            except CheckpointError as error:
+                reasons[step] = str(error)
+                continue
+            self._pass_over(reasons, step)
+            return (step, state) if step in best else None
+        if reasons:
+            listed = "\n  ".join(reasons.values())
+            raise CheckpointError(f"no checkpoint in {self.folder} can be read:\n  {listed}")
+        return None
+
+    def _pass_over(self, reasons: Mapping[int, str], step: int) -> None:
+        """Move aside what could not be read, where another one can."""
+        for bad, reason in reasons.items():
+            aside = self._move_aside(bad)
+            log.warning("%s; moved to %s; going back to step %d", reason, aside, step)
 
     def read(self, step: int, like: Any) -> Any:
         """Read one checkpoint into the structure and devices of `like`; checks every array."""
@@ -191,7 +212,8 @@ class Checkpoints:
                 return metrics[name]
         raise ValueError(f"metrics must hold best = {self.best!r}, got {sorted(metrics)}")
 
-    def _best_step(self) -> int | None:
+    def _from_the_best(self) -> list[int]:
+        """The steps that have a score, the best first."""
         scores = {}
         for step in self.steps() if self.best is not None else []:
             # Left out where it is damaged, or was saved without an evaluation.
@@ -199,13 +221,12 @@ class Checkpoints:
                 scores[step] = float(self._score(self._read_record(step)["metrics"]))
         # NaN compares false with everything: min and max would keep it where it comes first.
         scores = {step: score for step, score in scores.items() if math.isfinite(score)}
-        pick = min if self.mode == "min" else max
-        return pick(scores, key=lambda step: scores[step], default=None)
+        return sorted(scores, key=lambda step: scores[step], reverse=self.mode == "max")
 
     def _prune(self) -> None:
         """Remove all but the newest and the best; the first process does it for all."""
         for step in self.steps()[: -self.keep] if jax.process_index() == 0 else []:
-            if step != self._best_step():
+            if step not in self._from_the_best()[:1]:
                 shutil.rmtree(self.folder / str(step), ignore_errors=True)
 
     def _remove_partial(self) -> None:

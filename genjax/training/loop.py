@@ -191,6 +191,7 @@ class _Training:
         self.state, metrics = self.step_fn(self.state, batch)
         if block:
             jax.block_until_ready(self.state)
+        self.begun = self.begun or time.monotonic()
         before, self.pending = self.pending, (self.step, count, metrics)
         self.before, self.step = self.step, self.step + count
         return self._read(before)
@@ -270,8 +271,7 @@ class _Training:
         """Whether the seconds are up, counted from the end of the first call."""
         if not max_seconds:
             return False
-        self.begun = self.begun or time.monotonic()
-        return _anywhere(time.monotonic() - self.begun >= max_seconds)
+        return _anywhere(time.monotonic() - (self.begun or 0.0) >= max_seconds)
 
     def stop_after(self, signals: list[str]) -> None:
         """Save and raise Stopped where a signal came, to any of the processes."""

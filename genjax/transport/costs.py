@@ -4,6 +4,7 @@ Any callable of that shape is a cost. Those here accumulate in float32 at least 
 float64), ask for HIGHEST precision in their products, and have finite gradients where x = y.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -46,6 +47,9 @@ def cosine(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"
 
     def unit(z: Array) -> tuple[Array, Array]:
         z = at_least_float32(z)
+        # Squares of what is far from 1 overflow or vanish.
+        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(z), axis=1, keepdims=True, initial=0))
+        z = z / jnp.where(largest > 0, largest, 1)
         norm = safe_norm(z, axis=1, keepdims=True)
         return z / jnp.where(norm > 0, norm, 1), norm[:, 0] > 0
 

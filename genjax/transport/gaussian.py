@@ -49,7 +49,7 @@ def _log_term(s: Array, s2: Array) -> tuple[Array, Array]:
     """D = (4 s^2 + s2^2)^{1/2} and log((D + s2) / (2 s2)), 0 for s2 = 0, where 2 s2 = epsilon."""
     d = 2 * s * jnp.sqrt(1 + jnp.square(s2 / 2 * _inverse(s)))
     d = jnp.where(s == 0, s2, d)
-    excess = 4 * s * s * _inverse(d + s2)  # D - s2, without cancelling
+    excess = 4 * s * (s * _inverse(d + s2))  # D - s2, without cancelling
     return d, jnp.log1p(excess / 2 * _inverse(s2))
 
 

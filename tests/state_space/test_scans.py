@@ -377,10 +377,10 @@ def test_steps_refuse_shapes_that_would_be_broadcast(unchecked):
     u, A, B = jnp.ones((2, 3)), -jnp.ones((3, 4)), jnp.ones((2, 4))
     state = jnp.zeros((2, 3, 4))
     for given in [(u[:, :1], u, A, B, B), (u, u[:, :1], A, B, B), (u, u, A, B[:1], B)]:
-        with pytest.raises(ValueError, match="must have|must be equal"):
+        with pytest.raises(ValueError, match=r"must have|must be equal"):
             ss.selective_step(state, *given)
     x, dt, shared = jnp.ones((2, 3, 5)), jnp.ones((2, 3)), jnp.ones((2, 1, 4))
     state, A = jnp.zeros((2, 3, 5, 4)), -jnp.ones(3)
     for given in [(x, dt[:, :1], A, shared), (x, dt, A[:1], shared), (x, dt, A, shared[:1])]:
-        with pytest.raises(ValueError, match="must have|must be equal"):
+        with pytest.raises(ValueError, match=r"must have|must be equal"):
             ss.ssd_step(state, *given, shared)
