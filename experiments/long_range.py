@@ -26,7 +26,6 @@ import optax
 from experiments import _data, _run, _system
 from experiments._data import Data
 from experiments._system import System, parameter_count, prepare, weights
-from experiments.features import shifted
 from genjax import checks
 from genjax.data import DataSpec
 from genjax.networks import StateSpace, state_space_groups
@@ -273,6 +272,17 @@ def measure(config: Config, data: Data, params: Any) -> Mapping[str, float]:
         found[f"accuracy_{length}"] = float(np.mean(every))
         found[f"whole_sequences_{length}"] = float(np.mean(np.all(every, axis=1)))
     return found
+
+
+def shifted(key: jax.Array, x: jax.Array, most: int) -> jax.Array:
+    """Shift each image by up to `most` pixels up or down and to either side, level 0 moving in."""
+    padded = jnp.pad(x, ((0, 0), (most, most), (most, most), (0, 0)))
+    starts = jax.random.randint(key, (len(x), 2), 0, 2 * most + 1)
+
+    def cut(image: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (start[0], start[1], 0), x.shape[1:])
+
+    return jax.vmap(cut)(padded, starts)
 
 
 if __name__ == "__main__":

@@ -291,3 +291,40 @@ def test_pictures(tmp_path):
     assert _pictures.save_curves(tmp_path / "c.png", curve, title="c", log_y=True).exists()
     with pytest.raises(ValueError, match=r"images must be \[n, height, width, 1 or 3\]"):
         _pictures.save_grid(tmp_path / "d.png", np.zeros((4, 5)), title="d")
+
+
+@pytest.mark.parametrize("inside", [KeyboardInterrupt, ValueError])
+def test_ctrl_c_after_training_ends_in_the_command_that_resumes(
+    tmp_path, monkeypatch, capsys, inside
+):
+    """Also where it comes out of jax as an error of another kind."""
+
+    def main(config):
+        with _run.start_run(config):
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as stop:
+                raise (stop if inside is KeyboardInterrupt else ValueError("in jax")) from None
+
+    monkeypatch.setattr(sys, "argv", ["tiny", "--run-dir", str(tmp_path / "run"), "--steps", "9"])
+    with pytest.raises(SystemExit) as end:
+        _run.launch(main, tiny.Config)
+    assert end.value.code == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "stopped by SIGINT"
+    assert said[1].endswith(f"--resume --run-dir {tmp_path / 'run'}")
+
+
+def test_notes_of_jax_are_not_the_user_s(capsys):
+    error = ValueError("layers must be at least 2")
+    error.add_note("For simplicity, JAX has removed its frames. Set JAX_TRACEBACK_FILTERING=off")
+    error.add_note("mend this")
+    assert _run._one_line(error) == "error: layers must be at least 2; mend this"
+
+
+@pytest.mark.parametrize("option", ["--processes", "--process"])
+def test_several_processes_need_all_three(monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["tiny", option, "2"])
+    with pytest.raises(SystemExit):
+        _run.launch(tiny.main, tiny.Config)
+    assert "give all three or none" in capsys.readouterr().err

@@ -123,3 +123,9 @@ def test_centred_takes_the_mean_of_the_first():
     x, y = numerics.centred(jnp.asarray(X[0]), jnp.asarray(X[1]))
     np.testing.assert_allclose(x, X[0] - X[0].mean(0), atol=1e-6)
     np.testing.assert_allclose(y, X[1] - X[0].mean(0), atol=1e-6)
+
+
+def test_a_mask_of_another_shape_is_no_mask(unchecked):
+    for where in ([True], np.ones((4, 1), bool)):
+        with pytest.raises(ValueError, match="shapes must be equal, got values"):
+            numerics.masked_mean(jnp.ones(4), jnp.asarray(where))

@@ -62,7 +62,7 @@ def _covariance_term(a: Array, b: Array, s2: Array) -> Array:
     """
     left, right, s = _factors(a, b)
     d, log = _log_term(s, s2)
-    added = 2 * s * s2 * _inverse(d + s2) * (1 + s2 * _inverse(d + 2 * s)) + s2 * log
+    added = 2 * s * (s2 * _inverse(d + s2)) * (1 + s2 * _inverse(d + 2 * s)) + s2 * log
     bures = jnp.where(jnp.all(a == b), 0, jnp.sum(jnp.square(left - right)))
     return bures + jnp.sum(added)
 

@@ -91,3 +91,14 @@ def test_unknown_names_and_shares_are_refused(unchecked):
         ga.augment(KEY, X, p=1.5)
     with pytest.raises(ValueError, match="images must have rank 4"):
         ga.augment(KEY, X[0], p=0.5)
+
+
+@pytest.mark.parametrize("sure", [0.9, 0.5, 0.1, -0.1])
+def test_the_controller_takes_a_known_share_too(sure):
+    """As many signs give the same step as their mean."""
+    scores = jnp.where(jnp.arange(20) < 10 * (1 + sure), 1.0, -1.0)
+    by_scores = ga.ada_update(0.5, scores, images=512)
+    np.testing.assert_array_equal(ga.ada_update(0.5, sure=sure, images=512), by_scores)
+    assert (by_scores > 0.5) == (sure > 0.6)
+    with pytest.raises(ValueError, match="real_scores or sure must be given"):
+        ga.ada_update(0.5, images=512)

@@ -311,3 +311,12 @@ def test_bad_input(unchecked):
     with pytest.raises(ValueError, match="did you mean 'total_variation'"):
         f_gan("tv", scores, scores)
     assert math.isclose(gan(scores, scores).critic, 2 * math.log(2), rel_tol=1e-6)
+
+
+def test_a_decay_next_to_1_is_refused(unchecked):
+    """In float32 it is 1, where the average would be of nothing."""
+    scores, average = jnp.ones(4), jnp.zeros(())
+    with pytest.raises(ValueError, match="decay must be below 1"):
+        donsker_varadhan(scores, scores, log_average=average, decay=1 - 1e-8)
+    found = donsker_varadhan(scores, scores, log_average=average, decay=1 - 1e-6)
+    assert np.isfinite(found.log_average)

@@ -144,3 +144,18 @@ def test_the_command_prepares_a_folder(folder, tmp_path, monkeypatch, capsys):
     runpy.run_module("genjax.data", run_name="__main__")
     place = capsys.readouterr().out.strip()
     assert place.startswith(str(tmp_path / "data" / "folder" / "images-"))
+
+
+def test_hidden_folders_are_no_classes_and_a_loop_is_walked_once(tmp_path):
+    for name in ("cat", "dog", ".thumbs"):
+        place = tmp_path / "images" / name
+        place.mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (8, 8), 20 * i).save(place / f"{i}.png")
+    (tmp_path / "images" / "cat" / "loop").symlink_to(tmp_path / "images")
+    splits = [
+        load(f"folder:{tmp_path / 'images'}", split, data_dir=tmp_path / "data", image_size=8)
+        for split in ("train", "test")
+    ]
+    assert splits[0][1].classes == 2
+    assert sum(len(arrays["x"]) for arrays, _ in splits) == 6

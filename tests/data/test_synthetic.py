@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from genjax.data import DENSITIES
+from genjax.data.synthetic import Checkerboard
 
 HALF = 7.2
 # Midpoint rules finer than the standard deviation; the cells of the board are met exactly.
@@ -101,3 +102,13 @@ def test_modes():
     assert means.shape == (25, 2)
     assert set(means.ravel()) == {-4.0, -2.0, 0.0, 2.0, 4.0}
     np.testing.assert_allclose(np.linalg.norm(DENSITIES["8gaussians"].means, axis=1), 2.0)
+
+
+def test_boards_are_even_and_points_of_whole_numbers_are_points(unchecked):
+    with pytest.raises(ValueError, match="cells must be even, got 3"):
+        Checkerboard(cells=3)
+    whole = jnp.array([[1, 1], [2, 0], [-1, -2]])
+    density = DENSITIES["8gaussians"]
+    np.testing.assert_array_equal(
+        density.log_prob(whole), density.log_prob(whole.astype(jnp.float32))
+    )

@@ -125,3 +125,11 @@ def test_bad_input(tmp_path):
     (tmp_path / "empty.txt").unlink()
     with pytest.raises(ValueError, match=r"at least two \.txt files, got 0"):
         text(tmp_path)
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_text_of_one_line_is_cut_all_the_same(tmp_path, end):
+    path = tmp_path / "one.txt"
+    path.write_bytes(b"abcdefghij" * 1000 + end)
+    found = text(path)
+    assert (len(found.train), len(found.test)) == (9000, 1000 + len(end))

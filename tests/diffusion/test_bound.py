@@ -188,3 +188,26 @@ def test_bad_input(unchecked, key):
         gd.variational_bound(
             lambda x, t: x, key, jnp.ones((2, 3), int), process=gd.EDM(), num_steps=4, levels=4
         )
+
+
+@pytest.mark.parametrize("std", [0.4, 0.05, 2e-3, 3e-4, 1e-4])
+def test_the_decoder_s_gradient_holds_in_the_far_tail(std):
+    """In float32 against the asymptotic law: log Phi falls by its argument, z + 1/z - 2/z^3."""
+    x, mean = jnp.zeros(()) + 1 / 256, 1.0
+
+    def nats(mean, std):
+        return gd.discretised_gaussian(x, mean, std, levels=256)
+
+    of_mean, of_std = jax.jit(jax.grad(nats, argnums=(0, 1)))(jnp.float32(mean), jnp.float32(std))
+    edge = np.float64(2 / 256)
+    step = 1e-6 * std
+
+    def exact(mean, std):
+        a, b = (0 - mean) / std, (edge - mean) / std
+        return norm.logcdf(b) + np.log(-np.expm1(norm.logcdf(a) - norm.logcdf(b)))
+
+    slopes = (
+        (exact(mean + step, std) - exact(mean - step, std)) / (2 * step),
+        (exact(mean, std + step) - exact(mean, std - step)) / (2 * step),
+    )
+    np.testing.assert_allclose([of_mean, of_std], slopes, rtol=2e-4)

@@ -96,6 +96,9 @@ def test_the_drawn_levels_have_their_shares():
     np.testing.assert_allclose(share, EXPECTED["level_probabilities"], atol=0.015)
     numbers = [int(gd.num_levels_at(k, 800)) for k in (0, 99, 100, 350, 700, 799, 5000)]
     assert numbers == [11, 11, 21, 81, 1281, 1281, 1281]
+    # 200 / 10 is no power of two: K' = floor(1000 / (log2 20 + 1)) = 187, and the end is reached.
+    numbers = [int(gd.num_levels_at(k, 1000, last=200)) for k in (0, 186, 187, 600, 935, 999)]
+    assert numbers == [11, 11, 21, 81, 201, 201]
 
 
 def spread(t):

@@ -345,3 +345,27 @@ def test_bad_input_is_refused_by_name(unchecked):
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "quadratic"])
+def test_score_entropy_is_the_masked_bound_near_the_end_in_float32(schedule):
+    """1 - m(t) is formed without cancellation: the cosine's m rounds to 1 from t = 1 - 2e-4."""
+    times = np.array([0.999, 0.9999, 1 - 1.1e-5])
+    alpha = {
+        "linear": 1 - times,
+        "cosine": 2 * np.sin(0.25 * math.pi * (1 - times)) ** 2,
+        "quadratic": (1 - times) * (1 + times),
+    }[schedule]
+    ratio = jnp.asarray(np.log(alpha / (1 - alpha)) - math.log(V), jnp.float32)
+
+    def log_score(z, t):
+        return jnp.broadcast_to(ratio[:, None, None], (*z.shape, V))
+
+    options = {"vocabulary": V, "schedule": schedule, "times": jnp.asarray(times, jnp.float32)}
+    x = rows(3)
+    even = lambda z: jnp.zeros((*z.shape, V))  # noqa: E731
+    expected = gd.masked_bound(even, jax.random.key(1), x, **options)[0]
+    found = gd.score_entropy(log_score, jax.random.key(1), x, **options)[0]
+    assert np.isfinite(found).all()
+    # The time itself is rounded: 1 - t has but few digits.
+    np.testing.assert_allclose(found[:2], expected[:2], rtol=2e-3)

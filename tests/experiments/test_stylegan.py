@@ -50,3 +50,11 @@ def test_stylegan2_carries_its_means(tmp_path):
     assert np.abs(params["mean"]).max() > 0
     samples = system.sample(params, _system.keys(0).sample, 3, jnp.arange(3))
     assert samples.shape == (3, 8, 8, 1)
+
+
+@pytest.mark.parametrize(("sure", "rises"), [(0.9, True), (0.3, False)])
+def test_the_controller_of_a_run_aims_at_0_6(sure, rises):
+    config = stylegan.Config(network="stylegan2", augment=True)
+    carry = {**stylegan.remembered(config), "p": jnp.float32(0.5)}
+    after = stylegan.after_critic(config, carry, None, {"sure": jnp.float32(sure)})
+    assert (after["p"] > 0.5) == rises

@@ -308,3 +308,10 @@ def test_bad_input_is_named(unchecked):
     for match, call in cases:
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def test_numpy_noise_may_be_closed_over_in_jit(unchecked):
+    x0, x1 = np.random.default_rng(0).normal(size=(2, 8, 2)).astype(np.float32)
+    even = lambda cost: jnp.ones_like(cost)  # noqa: E731
+    pairs = jax.jit(lambda key: flows.sample_pairs(key, x1, x0=x0, coupling=even))
+    assert np.isin(pairs(jax.random.key(0)).x0, x0).all()

@@ -174,3 +174,14 @@ def test_bad_input(key):
         mmd(x, y, bandwidth=0.0)
     with pytest.raises(ValueError, match="y must have at least 2 samples"):
         mmd(x, y[:1])
+
+
+def test_a_kernel_of_one_s_own_has_a_gradient_for_any_number_of_rows():
+    """What fills up a block are rows of the caller's: a cosine is NaN at 0."""
+
+    def kernel(x, y):
+        norms = [jnp.linalg.norm(z, axis=1, keepdims=True) for z in (x, y)]
+        return (x @ y.T) / (norms[0] @ norms[1].T)
+
+    x, y = (jax.random.normal(jax.random.key(i), (n, 3)) for i, n in enumerate((1001, 10)))
+    assert np.isfinite(jax.jit(jax.grad(lambda y: mmd(x, y, kernel=kernel)))(y)).all()

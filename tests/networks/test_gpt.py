@@ -152,3 +152,17 @@ def test_bad_input(unchecked, params):
     logits, _ = jax.jit(step)(jnp.array([0, 4]))
     assert np.isfinite(logits[0]).all()
     assert np.isnan(logits[1]).all()
+
+
+def test_a_token_outside_is_nan_where_it_is_traced_or_refused(params, unchecked):
+    """The start token's row is no token's, though the embedding has it."""
+    run = jax.jit(lambda tokens: SMALL.apply(params, tokens))
+    size = SMALL.vocabulary
+    for wrong in (-1, size, size + 1):
+        logits = run(jnp.array([[0, wrong, 1], [0, 1, 1]]))
+        assert np.isnan(logits[0, 2]).all()
+        assert np.isfinite(logits[1]).all()
+    segments = jnp.array([[0, 0, -1]])
+    with pytest.raises(ValueError, match="tokens must lie in"):
+        SMALL.apply(params, jnp.array([[0, size, 1]]), segments=segments)
+    SMALL.apply(params, jnp.array([[0, 1, size + 2]]), segments=segments)

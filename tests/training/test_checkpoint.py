@@ -167,3 +167,31 @@ def test_bad_input(tmp_path, unchecked):
         Checkpoints(tmp_path, mode="least")
     with pytest.raises(ValueError, match="best must name a metric"):
         Checkpoints(tmp_path).restore_best(make_state())
+
+
+def test_a_damaged_best_gives_way_to_the_next_best(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path / "c", best="a")
+    for step, score in ((1, 0.1), (2, 0.3), (3, 0.2), (4, 0.4)):
+        checkpoints.save(step, make_state(step), {"a": score})
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2, 3, 4]
+    for path in (tmp_path / "c" / "1" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"?")
+    step, state = Checkpoints(tmp_path / "c", best="a").restore_best(make_state())
+    assert step == 3
+    same(state, make_state(3))
+    assert "going back to step 3" in caplog.text
+    assert (tmp_path / "c-damaged" / "1").is_dir()
+    with pytest.raises(CheckpointError, match="not of this run or is damaged"):
+        Checkpoints(tmp_path / "c", best="a").restore_best(make_state(width=5))
+    assert Checkpoints(tmp_path / "c").steps() == [2, 3, 4]
+
+
+def test_a_restored_step_is_on_the_disk(saved):
+    """An error before the next step asks for it to be saved again."""
+    checkpoints = Checkpoints(saved)
+    checkpoints.restore(make_state())
+    checkpoints.save(2, make_state(2))
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2]

@@ -295,3 +295,26 @@ def test_bad_input(tmp_path, unchecked):
         fit(start(), make_step(), make_batch, folder=tmp_path, num_steps=2.5)
     with pytest.raises(ValueError, match="max_seconds must be at least 0, got -1"):
         fit(start(), make_step(), make_batch, folder=tmp_path, num_steps=2, max_seconds=-1.0)
+
+
+def test_an_evaluation_after_the_first_call_is_in_the_budget(tmp_path):
+    def evaluate(state):
+        time.sleep(0.4)
+        return {"score": 1.0}
+
+    options = {"num_steps": 100, "folder": tmp_path, "max_seconds": 0.3, "evaluate_every": 1}
+    assert int(fit(start(), make_step(), make_batch, evaluate=evaluate, **options).step) == 1
+
+
+def test_data_that_are_gone_at_the_first_batch_of_a_resumed_run_are_what_is_named(tmp_path):
+    train(tmp_path, num_steps=3)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    _, state = checkpoints.restore(start())
+
+    def gone(step):
+        raise FileNotFoundError("data folder gone")
+
+    options = {"num_steps": 9, "folder": tmp_path, "checkpoints": checkpoints}
+    with pytest.raises(FileNotFoundError, match="data folder gone") as error:
+        fit(state, make_step(), gone, **options)
+    assert error.value.__notes__ == ["the state of step 3 is saved: mend this, then resume"]

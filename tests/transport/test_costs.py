@@ -55,3 +55,13 @@ def test_bad_shapes(unchecked):
         squared_euclidean(jnp.zeros((3, 2)), jnp.zeros((3, 4)))
     with pytest.raises(ValueError, match="rank 2"):
         cosine(jnp.zeros(3), jnp.zeros((3, 4)))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-10, 1.0, 1e20])
+def test_cosine_does_not_depend_on_lengths(scale):
+    x = scale * jnp.array([[1.0, 2.0], [3.0, -1.0]])
+    y = jnp.array([[2.0, 4.0], [-1.0, 0.5]])
+    np.testing.assert_allclose(cosine(x, y), cosine(x / scale, y), atol=1e-6)
+    gradient = jax.grad(lambda x: cosine(x, y).sum())(x)
+    slopes = jax.grad(lambda x: cosine(x, y).sum())(x / scale)
+    np.testing.assert_allclose(scale * gradient, slopes, atol=1e-5)

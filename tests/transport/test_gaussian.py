@@ -198,3 +198,14 @@ def test_bad_input(unchecked):
         gaussian_wasserstein(m, a, m, jnp.eye(3))
     with pytest.raises(ValueError, match="epsilon must be positive"):
         gaussian_entropic_ot(m, a, m, a, epsilon=0.0)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e18, 1e30])
+def test_large_variances_scale(scale):
+    """A = s I, B = 4 s I: squared distance 2 s, and with epsilon = s / 10 in proportion."""
+    mean, eye = jnp.zeros(2), jnp.eye(2)
+    given = mean, scale * eye, mean, 4 * scale * eye
+    np.testing.assert_allclose(gaussian_wasserstein(*given) / scale, 2, rtol=1e-5)
+    one = gaussian_entropic_ot(mean, eye, mean, 4 * eye, epsilon=0.1)
+    found = gaussian_entropic_ot(*given, epsilon=0.1 * scale)
+    np.testing.assert_allclose(found / scale, one, rtol=1e-5)
