@@ -54,14 +54,15 @@ def make_network(
     return UNet(channels, attention=tuple(attention), classes=classes, **options)
 
 
-def network_of(config: Any, data: Data) -> Any:
+def network_of(config: Any, data: Data, **options: Any) -> Any:
     """The network that the config names for examples of the data, with labels where the config is
-    `conditional`."""
+    `conditional`; options as `make_network` has them."""
     if config.conditional and not data.spec.classes:
         raise ValueError(f"conditional needs a data set with classes, got {data.spec.name!r}")
     if config.network != "mlp":
         data.require("images")
-    return make_network(config, data.spec.shape, data.spec.classes if config.conditional else None)
+    classes = data.spec.classes if config.conditional else None
+    return make_network(config, data.spec.shape, classes, **options)
 
 
 def channels_of(side: int) -> tuple[int, ...]:

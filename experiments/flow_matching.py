@@ -140,7 +140,9 @@ def fit(config: Config, whole: _run.Run, data: Data, method: Method, flow: Any) 
 def velocity_of(config: Config, data: Data) -> tuple[Any, Callable[..., Any]]:
     """The network, and (params, label=None, key=None) -> the field v(x, t) with label and dropout
     key closed over."""
-    network, path = network_of(config, data), path_of(config)
+    # Inputs of variance 1 bear a norm, without which a few of many paths run away at the end.
+    norm = "layer" if config.preconditioned else "none"
+    network, path = network_of(config, data, norm=norm), path_of(config)
 
     def velocity(params: Any, label: Any = None, key: Any = None) -> Any:
         field = lambda x, t: network.apply(params, x, t, label=label, dropout_key=key)  # noqa: E731

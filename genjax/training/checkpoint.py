@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,20 +137,10 @@ class Checkpoints:
         can be saved again. Raises CheckpointError, naming each reason, where none can be read.
         """
         self.wait()
-        reasons: dict[int, str] = {}
-        for step in reversed(self.steps()):
-            try:
-                state = self.read(step, like)
-            except CheckpointError as error:
-                reasons[step] = str(error)
-                continue
-            self._pass_over(reasons, step)
-            self._saved = step  # as it is on the disk: an error before the next step saves nothing
-            return step, state
-        if reasons:
-            listed = "\n  ".join(reasons.values())
-            raise CheckpointError(f"no checkpoint in {self.folder} can be read:\n  {listed}")
-        return None
+        found = self._first_whole([*reversed(self.steps())], like)
+        if found is not None:
+            self._saved = found[0]  # it is on the disk: an error before the next step saves nothing
+        return found
 
     def restore_best(self, like: Any) -> tuple[int, Any] | None:
         """Read the checkpoint with the best metric; None where none has it and finite.
@@ -160,27 +150,29 @@ class Checkpoints:
         if self.best is None:
             raise ValueError("best must name a metric when the Checkpoints are made, got None")
         self.wait()
-        best, reasons = self._from_the_best(), {}
-        for step in [*best, *(s for s in reversed(self.steps()) if s not in best)]:
-            if step not in best and not reasons:
-                return None  # there is none with a score
+        best = self._from_the_best()
+        others = [step for step in reversed(self.steps()) if step not in best]
+        found = self._first_whole([*best, *others], like) if best else None
+        return found if found is not None and found[0] in best else None
+
+    def _first_whole(self, steps: Sequence[int], like: Any) -> tuple[int, Any] | None:
+        """The first of the steps that can be read; those before it are moved aside. Raises
+        CheckpointError where none can be."""
+        reasons: dict[int, str] = {}
+        for step in steps:
             try:
                 state = self.read(step, like)
             except CheckpointError as error:
                 reasons[step] = str(error)
                 continue
-            self._pass_over(reasons, step)
-            return (step, state) if step in best else None
+            for bad, reason in reasons.items():
+                aside = self._move_aside(bad)
+                log.warning("%s; moved to %s; going back to step %d", reason, aside, step)
+            return step, state
         if reasons:
             listed = "\n  ".join(reasons.values())
             raise CheckpointError(f"no checkpoint in {self.folder} can be read:\n  {listed}")
         return None
-
-    def _pass_over(self, reasons: Mapping[int, str], step: int) -> None:
-        """Move aside what could not be read, where another one can."""
-        for bad, reason in reasons.items():
-            aside = self._move_aside(bad)
-            log.warning("%s; moved to %s; going back to step %d", reason, aside, step)
 
     def read(self, step: int, like: Any) -> Any:
         """Read one checkpoint into the structure and devices of `like`; checks every array."""

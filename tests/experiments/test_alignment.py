@@ -147,7 +147,7 @@ def test_options_out_of_range():
     data = rlhf.load_data(SHORT)
     for changes, message in (
         ({"group": 1}, "group must be at least 2"),
-        ({"group": 5}, "batch_size must be a multiple of group"),
+        ({"group": 5}, "batch_size / accumulate must be a multiple of group = 5, got 16"),
         ({"beta": 0.0}, "beta must be positive"),
         ({"right": 1.5}, "right must lie in"),
     ):

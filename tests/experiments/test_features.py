@@ -1,7 +1,5 @@
 """The classifier whose features the metrics take: a short run."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib import colormaps, image
@@ -24,14 +22,6 @@ def test_short_run(tmp_path):
     net = feature_extractor("short", path=tmp_path / "run" / "features.npz")
     assert net.sha256 == summary["sha256"]
     assert net.extract(np.zeros((3, 8, 8, 1), np.uint8)).shape == (3, 8)
-
-
-def test_shifts():
-    x = jnp.arange(1, 10, dtype=jnp.int32).reshape(1, 3, 3, 1)
-    many = np.asarray(features.shifted(jax.random.key(0), jnp.tile(x, (200, 1, 1, 1)), 1))
-    assert len(np.unique(many.reshape(200, -1), axis=0)) == 9
-    assert set(many[:, 1, 1, 0].tolist()) == set(range(1, 10))
-    np.testing.assert_array_equal(features.shifted(jax.random.key(0), x, 0), x)
 
 
 def test_points_have_no_features():

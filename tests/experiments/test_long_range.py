@@ -82,3 +82,11 @@ def test_options_that_make_no_task():
     ):
         with pytest.raises(ValueError, match=message):
             long_range.main(long_range.Config(**changes))
+
+
+def test_shifts():
+    x = jnp.arange(1, 10, dtype=jnp.int32).reshape(1, 3, 3, 1)
+    many = np.asarray(long_range.shifted(jax.random.key(0), jnp.tile(x, (200, 1, 1, 1)), 1))
+    assert len(np.unique(many.reshape(200, -1), axis=0)) == 9
+    assert set(many[:, 1, 1, 0].tolist()) == set(range(1, 10))
+    np.testing.assert_array_equal(long_range.shifted(jax.random.key(0), x, 0), x)
