@@ -42,8 +42,6 @@ from genjax.variational import (
     elbo,
     gaussian_sample,
     iwae,
-    ppca_fit,
-    ppca_posterior,
 )
 
 ROWS = (
@@ -312,11 +310,11 @@ def plot_latents(folder: Any, model: Model, params: Any, data: Data, key: jax.Ar
     save("interpolation", sheet, "between the codes of two test images, by row")
 
     # Codes of the test images: one on a line, two as they are, more by their two main directions.
-    codes, _ = encode(x)
+    codes = np.asarray(encode(x)[0])
     if latent > 2:
-        codes, _ = ppca_posterior(ppca_fit(codes, 2), codes)
-    elif latent == 1:
-        codes = jnp.pad(codes, ((0, 0), (0, 1)))
+        centred = codes - codes.mean(0)
+        codes = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+    codes = np.pad(codes, ((0, 0), (0, 2 - codes.shape[1])))
 
     def plot(axes: Any) -> None:
         labels = test.get("label")
