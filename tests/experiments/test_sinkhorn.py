@@ -83,7 +83,7 @@ def test_one_particle_moves_as_computed():
     # S of two points is |x - y|^2, so a step keeps 1 - 2 step_size of the way.
     config = gradient_flow.Config(steps=5, step_size=0.1)
     x, y = jnp.array([[2.0, -1.0]]), jnp.array([[0.5, 1.0]])
-    path, _ = gradient_flow.flow(x, y, config, scale=1.0)
+    path, _, _ = gradient_flow.flow(x, y, config, scale=1.0)
     expected = y[None] + 0.8 ** jnp.arange(6)[:, None, None] * (x - y)[None]
     np.testing.assert_allclose(path, expected, rtol=1e-5)
 
