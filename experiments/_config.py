@@ -103,20 +103,17 @@ COUNTS = ("steps", "batch_size", "steps_per_call", "accumulate", "save_every", "
           "kv_heads", "patch", "channels", "num_steps", "num_samples", "samples", "sample_steps",
           "test_samples", "test_draws", "draws", "seeds", "num_particles", "num_images",
           "frames")  # fmt: skip
-SHARES = ("top_p", "min_p")
 SIGNED = ("seed", "noise_mean", "guidance", "rho", "truncation")
 
 
 def check_numbers(config: Any) -> None:
-    """Raise by name for a number that no run has: NaN, a negative one but for `SIGNED`, one of
-    `COUNTS` that is below 1 (ValueError) or no integer (TypeError), one of `SHARES` above 1."""
+    """Raise by name for a number that no run has: NaN, a negative one but for `SIGNED`, and one of
+    `COUNTS` that is below 1 (ValueError) or no integer (TypeError)."""
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         if name in COUNTS and value is not None:
             for number in value if isinstance(value, tuple | list) else (value,):
                 checks.integer(name, number, 1)
-        elif name in SHARES:
-            checks.between(name, value, 0, 1)
         elif isinstance(value, int | float) and name not in SIGNED:
             checks.at_least(name, value, 0)
         elif isinstance(value, float) and math.isnan(value):

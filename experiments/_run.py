@@ -98,8 +98,9 @@ def launch(main: Callable[[Any], Any], config_type: type) -> None:
     keep_compiled_programs()
     try:
         check_numbers(config)
-        # What trains nothing has no such options.
+        # What trains nothing has no such options, and diffusion's `process` is that of its noise.
         given = [getattr(config, name, None) for name in ("coordinator", "processes", "process")]
+        given[2] = given[2] if isinstance(given[2], int) else None
         if given != [None] * 3 or "JAX_COORDINATOR_ADDRESS" in os.environ:
             initialize_distributed(*given)
         main(config)

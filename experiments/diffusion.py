@@ -31,6 +31,7 @@ from experiments._system import Row, System, adamw, train
 from genjax import checks, metrics
 from genjax import diffusion as gd
 from genjax.data import DENSITIES, DataSpec
+from genjax.diffusion.samplers import check_grid
 
 ROWS = (
     Row("diffusion", "Diffusion, with labels", {}, {"width": 128, "num_samples": 10_000},
@@ -150,8 +151,7 @@ def build(config: Config, data: Data) -> System:
     checks.one_of("sampler", config.sampler, SAMPLERS)
     model, scaling, classes = make_model(config, data), data.scaling(), data.spec.classes
     times = gd.time_grid(model.process, config.num_steps, spacing=config.spacing)
-    several = ("dpm_solver", "dpm_solver_3", "dpm_solver_sde", "unipc")
-    checks.integer("num_steps", config.num_steps, 2 if config.sampler in several else 1)
+    check_grid(times, SAMPLERS[config.sampler], model.process)
     if config.guidance != 1 and classes is None:
         raise ValueError(f"guidance must be 1 for data without labels, got {config.guidance}")
 

@@ -200,8 +200,6 @@ def build(config: Config, data: Data) -> System:
     """The network with its loss."""
     checks.one_of("network", config.network, NETWORKS)
     checks.between("dropout", config.dropout, 0, 0.99)
-    checks.integer("samples", config.samples, 1)
-    checks.at_least("adapt", config.adapt, 0)
     chosen(config)(jnp.zeros(2))  # refuses its options before anything is trained
     data.require("tokens")
     network = NETWORKS[config.network](config, data.spec.levels or 0)

@@ -259,8 +259,9 @@ def in_parts(config: Config) -> Callable[..., Any]:
 
 def check(config: Config) -> None:
     """Raise ValueError for options that make no model."""
-    sizes = ("codes", "code_dim", "stages", "blocks", "prior_width", "prior_depth", "tuples")
-    for name in (*sizes, "components"):
+    sizes = ("codes", "code_dim", "stages", "blocks", "prior_width", "prior_depth", "tuples",
+             "components")  # fmt: skip
+    for name in sizes:
         checks.integer(name, getattr(config, name), 1)
     checks.integers("channels", config.channels, 1)
     if config.quantiser == "fsq":

@@ -328,3 +328,11 @@ def test_several_processes_need_all_three(monkeypatch, capsys, option):
     with pytest.raises(SystemExit):
         _run.launch(tiny.main, tiny.Config)
     assert "give all three or none" in capsys.readouterr().err
+
+
+def test_a_noising_process_is_no_process_of_several(monkeypatch):
+    """diffusion's --process names its noise; a run of one process begins."""
+    monkeypatch.setattr(sys, "argv", ["diffusion", "--process", "vp"])
+    begun = []
+    _run.launch(begun.append, diffusion.Config)
+    assert begun[0].process == "vp"

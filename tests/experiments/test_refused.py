@@ -20,10 +20,14 @@ REFUSED = [
     ("rlhf", {"batch_size": 24, "group": 8, "accumulate": 2}, "batch_size / accumulate must be"),
     ("rlhf", {"steps": 20}, "steps must be above those of imitation, 3000, got 20"),
     ("language_model", {"top_p": 2.0}, r"top_p must lie in \[0, 1\], got 2.0"),
-    ("language_model", {"samples": 0}, "samples must be at least 1, got 0"),
+    ("language_model", {"min_p": 2.0}, r"min_p must lie in \[0, 1\]"),
     ("flow", {**DIGITS, "temperature": 0.5}, "temperature must be 1 with splines on images"),
     ("flow", {"model": "realnvp", "guidance": 3.0}, "guidance must be 0 without --conditional"),
-    ("diffusion", {"sampler": "unipc", "num_steps": 1}, "num_steps must be at least 2, got 1"),
+    (
+        "diffusion",
+        {"sampler": "unipc", "num_steps": 1},
+        "times must hold at least 3 values",
+    ),
     ("diffusion", {"dataset": "moons", "guidance": 2.0}, "guidance must be 1 for data without"),
     ("stylegan", {"conditional": True, "condition": "concat"}, "condition must be projection"),
     ("sinkhorn_gan", {"epsilon": 0.0}, "epsilon must be positive"),
@@ -63,7 +67,7 @@ def test_what_main_refuses(name, options, message, tmp_path):
         ("diffusion", {"heads": 0}, "heads must be at least 1, got 0"),
         ("stylegan", {"groups": 0}, "groups must be at least 1, got 0"),
         ("latent", {"channels": (16, 0)}, "channels must be at least 1, got 0"),
-        ("language_model", {"min_p": 2.0}, r"min_p must lie in \[0, 1\]"),
+        ("language_model", {"samples": 0}, "samples must be at least 1, got 0"),
     ],
 )
 def test_numbers_that_no_run_has(name, options, message):
