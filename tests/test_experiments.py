@@ -334,5 +334,9 @@ def test_a_noising_process_is_no_process_of_several(monkeypatch):
     """diffusion's --process names its noise; a run of one process begins."""
     monkeypatch.setattr(sys, "argv", ["diffusion", "--process", "vp"])
     begun = []
-    _run.launch(begun.append, diffusion.Config)
+
+    def main(config):
+        begun.append(config)
+
+    _run.launch(main, diffusion.Config)
     assert begun[0].process == "vp"
