@@ -29,7 +29,8 @@ from experiments._pixels import in_hundreds, pixel_law
 from experiments._system import Row, System, adamw, train
 from genjax import checks
 from genjax.metrics import test_log_likelihood
-from genjax.networks import ImageHierarchy
+from genjax.networks import ImageHierarchy, init_power, spectral_penalty
+from genjax.training import skip_above_median
 from genjax.variational import (
     Level,
     hierarchical_elbo,
@@ -76,6 +77,10 @@ class Config(_run.TrainConfig):
     """AdamW's decay of the matrices."""
     clip: float = 5.0
     """Largest norm of the gradient."""
+    skip_above: float = 0.0
+    """Leave out updates whose gradient norm is over so many times its running median; 0: none."""
+    spectral: float = 0.0
+    """Weight of the sum of all layers' largest singular values, in nats."""
     ema: float = 0.99
     held_out: float = 0.0
     """Share of the training split kept from training, to choose settings by."""
@@ -133,14 +138,29 @@ def build(config: Config, data: Data) -> System:
         likelihood = lambda x, h: model.log_likelihood(x, model.decode(params, h))  # noqa: E731
         return model.bottom_up(params, key), model.levels(params, key), likelihood
 
-    def loss(params: Any, key: jax.Array, batch: Any, step: jax.Array) -> Any:
+    def loss(params: Any, key: jax.Array, batch: Any, carry: Any) -> Any:
+        step, power = carry if config.spectral else (carry, {})
         key_z, key_drop = jax.random.split(key)
         balance = config.balance and step < config.warm_up
         options = {"free_nats": config.free_nats, "balance": balance}
         options["beta"] = config.beta * jnp.minimum(1.0, (step + 1) / max(config.warm_up, 1))
         losses, aux = hierarchical_elbo(*parts(params, key_drop), key_z, batch["x"], **options)
         by_level = {f"kl_{i}": aux["kl"][:, i] for i in range(len(config.latents))}
-        return losses, {"reconstruction": aux["reconstruction"], **by_level}, None
+        terms = {"reconstruction": aux["reconstruction"], **by_level}
+        if config.spectral:
+            terms["spectral"] = spectral_penalty(params, power)[0]
+            losses = losses + config.spectral * terms["spectral"]
+        return losses, terms, None
+
+    # The carry: steps so far, for the warm-up, and the power vectors, which no gradient moves.
+    def init_carry(key: jax.Array, params: Any) -> Any:
+        step = jnp.zeros(())
+        return (step, init_power(params, key)) if config.spectral else step
+
+    def absorb(carry: Any, params: Any, seen: Any) -> Any:
+        if not config.spectral:
+            return carry + 1
+        return carry[0] + 1, spectral_penalty(params, carry[1])[1]
 
     def log_prob(params: Any, key: jax.Array, x: jax.Array) -> jax.Array:
         return -hierarchical_iwae(*parts(params), key, x, num_samples=chunk)[0]
@@ -158,10 +178,13 @@ def build(config: Config, data: Data) -> System:
 
         return in_hundreds(hundred, key, n)
 
+    optimizer = adamw(config, optax.cosine_decay_schedule(config.learning_rate, config.steps))
+    if config.skip_above:
+        optimizer = skip_above_median(optimizer, config.skip_above)
     return System(
         model.init,
         loss,
-        adamw(config, optax.cosine_decay_schedule(config.learning_rate, config.steps)),
+        optimizer,
         sample,
         log_prob,
         likelihood={
@@ -170,9 +193,8 @@ def build(config: Config, data: Data) -> System:
             "estimator": "importance",
         },
         evaluations=len(config.latents),
-        # The loss counts its steps, for the warm-up.
-        init_carry=lambda key, params: jnp.zeros(()),
-        absorb=lambda step, params, seen: step + 1,
+        init_carry=init_carry,
+        absorb=absorb,
     )
 
 
@@ -186,6 +208,9 @@ def check(config: Config) -> None:
     checks.integer("warm_up", config.warm_up, 0)
     checks.at_least("beta", config.beta, 0)
     checks.at_least("free_nats", config.free_nats, 0)
+    checks.at_least("spectral", config.spectral, 0)
+    if config.skip_above and not config.skip_above > 1:
+        raise ValueError(f"skip_above must be 0 or over 1, got {config.skip_above}")
     checks.positive("temperature", config.temperature)
     checks.between("dropout", config.dropout, 0, 0.99)
 

@@ -225,14 +225,18 @@ def read_image(path: Path, options: Options) -> np.ndarray:
     """An image file as uint8 [height, width, 1 or 3]: upright, on white where it is transparent.
 
     With an image size: the largest square in the middle, resized with Lanczos' filter. Raises
-    OSError, ValueError or SyntaxError (Pillow's) for a file that is no whole image.
+    OSError, ValueError or SyntaxError (Pillow's) for a file that is no whole image, ValueError for
+    pixels of 32 bits, integer or floating, which do not say which number is white.
     """
     from PIL import Image, ImageOps
 
     with Image.open(path) as file:
         image: Any = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16 bits of grey
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+        if image.mode.startswith(("I", "F")):  # 16 bits of grey, which Pillow also has as 32
+            grey = np.asarray(image)
+            if grey.dtype.kind == "f" or grey.min() < 0 or grey.max() > 65535:
+                raise ValueError("32 bits a pixel: save it with 8 or 16")
+            image = Image.fromarray((grey.astype(np.int64) >> 8).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")

@@ -74,6 +74,23 @@ def test_the_middle_square_is_kept_and_transparency_is_white(tmp_path):
     np.testing.assert_array_equal(whole["x"][0, :, 8:16], pixels[:, 8:16, :3])
 
 
+def test_grey_of_16_bits_is_read_and_of_32_refused_by_name(tmp_path):
+    place = tmp_path / "images"
+    place.mkdir()
+    grey = np.linspace(0, 65535, 36).reshape(6, 6)
+    for i in range(4):
+        Image.fromarray(grey.astype(np.uint16)).save(place / f"{i}.png")
+    name, options = f"folder:{place}", {"grey": True, "data_dir": tmp_path / "data"}
+    x = load(name, "train", **options)[0]["x"]
+    np.testing.assert_array_equal(x[0, :, :, 0], grey.astype(np.uint16) // 256)
+    for numbers in ((grey / 65535).astype(np.float32), (grey * 1000).astype(np.int32)):
+        Image.fromarray(numbers).save(place / "last.tiff")
+        with pytest.raises(ValueError, match=r"last.tiff \(32 bits a pixel"):
+            load(name, "train", **options)
+    few = load(name, "train", unreadable="skip", **options)[0]["x"]
+    assert len(few) + len(load(name, "test", unreadable="skip", **options)[0]["x"]) == 4
+
+
 def test_prepared_once_and_again_where_a_file_changed(folder, tmp_path):
     name, options = f"folder:{folder}", {"data_dir": tmp_path / "data", "image_size": 8}
     load(name, "train", **options)

@@ -56,6 +56,35 @@ def test_hierarchy_run(tmp_path):
     np.testing.assert_array_equal(again, np.load(folder / "samples.npy"))
 
 
+def test_spectral_term_is_in_the_loss_and_its_vectors_move(data):
+    held = dataclasses.replace(LEVELS, spectral=0.5, skip_above=10.0)
+    free, system = (hierarchical_vae.build(config, data) for config in (LEVELS, held))
+    state, step, batches = _system.prepare(held, system, data)
+    params, (count, power) = jax.tree.map(jnp.copy, (state.params, state.carry))
+
+    @jax.jit
+    def terms(key, batch):
+        losses, aux, _ = system.loss(params, key, batch, (count, power))
+        return losses - free.loss(params, key, batch, count)[0], aux["spectral"]
+
+    more, spectral = terms(jax.random.key(0), jax.tree.map(jnp.asarray, batches(0)))
+    np.testing.assert_allclose(more, jnp.full(32, 0.5 * spectral), rtol=1e-3)
+    found = []
+    for i in range(6):
+        state, metrics = step(state, batches(i))
+        found.append(float(metrics["spectral"]))
+    assert float(state.carry[0]) == 6
+    # The vectors of random matrices turn to the first singular ones: the sum rises to LAPACK's.
+    leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(state.params))[0]
+    named = {jax.tree_util.keystr(path): w for path, w in leaves}
+    exact = sum(
+        np.linalg.svd(named[name].reshape(-1, named[name].shape[-1]), compute_uv=False)[0]
+        for name in power
+    )
+    assert found[0] < found[-1] < 1.01 * exact
+    assert found[-1] > 0.8 * exact
+
+
 @pytest.mark.slow
 def test_codes_run(tmp_path):
     folder = tmp_path / "run"
@@ -201,6 +230,10 @@ def test_bad_input(data, tmp_path):
         hierarchical_vae.build(dataclasses.replace(LEVELS, temperature=0.0), data)
     with pytest.raises(ValueError, match="latents must be at least 1, got 0"):
         hierarchical_vae.build(dataclasses.replace(LEVELS, latents=(4, 0)), data)
+    with pytest.raises(ValueError, match="skip_above must be 0 or over 1, got 1"):
+        hierarchical_vae.build(dataclasses.replace(LEVELS, skip_above=1.0), data)
+    with pytest.raises(ValueError, match="spectral must be at least 0"):
+        hierarchical_vae.build(dataclasses.replace(LEVELS, spectral=-1.0), data)
     config = dataclasses.replace(LEVELS, sides=(1, 3), run_dir=str(tmp_path / "run"))
     with pytest.raises(ValueError, match="sides must be multiples of the ones above"):
         hierarchical_vae.main(config)

@@ -22,7 +22,11 @@ SMALL = {
         **TRANSFORMER, "dataset": "digits", "network": "dit", "methods": ("flow",),
         "sample_steps": 2,
     },
+    "gan, spectral": {"spectral": True, "compute_dtype": "bfloat16"},
     "hierarchical_vae": {"latents": (3, 2), "sides": (1, 2), "width": 8},
+    "hierarchical_vae, held": {
+        "latents": (3, 2), "sides": (1, 2), "width": 8, "spectral": 0.1, "skip_above": 10.0,
+    },
     "latent": {"channels": (4, 8), "width": 8, "depth": 1},
     "latent, codes": {
         "channels": (4, 8), "width": 8, "depth": 1, "heads": 2, "latents": "vq", "codes": 4,

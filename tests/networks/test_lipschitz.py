@@ -22,6 +22,7 @@ from genjax.networks.lipschitz import (
     max_min,
     power_iteration,
     spectral_normalise,
+    spectral_penalty,
 )
 
 FOLDER = Path(__file__).parents[1] / "references"
@@ -81,6 +82,46 @@ def test_convolution_kernels_are_taken_as_matrices(x64, key):
     np.testing.assert_allclose(np.linalg.norm(new["['conv']['kernel']"]), 1, rtol=1e-12)
     # One step from the state that was kept is as good as many from the start.
     np.testing.assert_allclose(again, normalised, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 4e-3)])
+def test_spectral_penalty_is_the_sum_of_singular_values(dtype, tolerance, key):
+    """LAPACK's, of every kernel as a matrix; the gradient of each is u v'. The power vectors stay
+    float32 where the weights are cast, as a train step in bfloat16 has them."""
+    rng = np.random.default_rng(3)
+    u, v = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (4, 12))
+    conv = (u * [5.0, 2.0, 1.0, 0.5]) @ v[:4]  # [out, h w in]
+    params = {
+        "conv": {"kernel": jnp.asarray(conv.T.reshape(2, 2, 3, 4), dtype)},
+        "dense": {"kernel": jnp.asarray([[0.0, -3.0], [1.0, 0.0]], dtype), "bias": jnp.ones(2)},
+    }
+
+    @jax.jit
+    def run(params, key):
+        power = init_power(jax.tree.map(lambda x: x.astype(jnp.float32), params), key)
+        loss = lambda p: spectral_penalty(p, power, num_steps=40)  # noqa: E731
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (penalty, power), slope = run(params, key)
+    exact = [np.linalg.svd(np.asarray(m, np.float64)) for m in
+             (np.asarray(params["conv"]["kernel"], np.float64).reshape(12, 4).T,
+              params["dense"]["kernel"].T)]  # fmt: skip
+    np.testing.assert_allclose(penalty, sum(s[0] for _, s, _ in exact), rtol=1e-5)
+    assert penalty.dtype == jnp.float32
+    assert all(p.dtype == jnp.float32 for p in power.values())
+    for name, (u, _, vt) in zip(("conv", "dense"), exact, strict=True):
+        got = np.asarray(slope[name]["kernel"], np.float64)
+        got = got.reshape(-1, got.shape[-1]).T
+        np.testing.assert_allclose(got, np.outer(u[:, 0], vt[0]), atol=tolerance)
+        assert slope[name]["kernel"].dtype == jnp.dtype(dtype)
+    assert not np.asarray(slope["dense"]["bias"]).any()
+    normalised, again = spectral_normalise(params, power)
+    assert normalised["dense"]["kernel"].dtype == jnp.dtype(dtype)
+    np.testing.assert_allclose(
+        normalised["dense"]["kernel"].astype(float), [[0, -1], [1 / 3, 0]], atol=tolerance
+    )
+    assert all(p.dtype == jnp.float32 for p in again.values())
+    assert float(spectral_penalty({"bias": jnp.ones(2)}, {})[0]) == 0
 
 
 def test_spectrally_normalised_network_is_lipschitz(key):
@@ -295,5 +336,7 @@ def test_bad_input(unchecked, key):
         bjorck(jnp.ones(3))
     with pytest.raises(ValueError, match="init_power"):
         spectral_normalise({"kernel": jnp.eye(3)}, {})
+    with pytest.raises(ValueError, match="init_power"):
+        spectral_penalty({"kernel": jnp.eye(3)}, {})
     with pytest.raises(ValueError, match="steps"):
         power_iteration(jnp.eye(3), jnp.ones(3), num_steps=0)
