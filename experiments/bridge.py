@@ -30,6 +30,7 @@ from genjax import checks, flows
 from genjax.data import DENSITIES
 from genjax.metrics import sliced_wasserstein
 from genjax.networks import TimeMLP
+from genjax.numerics import at_least_float32
 from genjax.transport import sinkhorn_from_cost
 
 
@@ -94,7 +95,8 @@ def build(config: Config, data: Data) -> System:
 
     def loss(params: Any, key: jax.Array, batch: Any, step: Any) -> Any:
         key_data, key_source, key_pairs, key_sim, *keys = jax.random.split(key, 6)
-        x1 = scaling.dequantise(key_data, batch["x"])
+        # Simulated ends are float32, whatever the networks multiply in.
+        x1 = at_least_float32(scaling.dequantise(key_data, batch["x"]))
         coupling = plan(config.sigma) if config.pairs == "entropic" else None
         pairs = flows.sample_pairs(key_pairs, x1, x0=source(key_source, len(x1)), coupling=coupling)
         if config.pairs != "fitting":

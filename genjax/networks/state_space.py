@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from genjax import checks, state_space
 from genjax.networks.layers import Norm, drop, on_flat
 from genjax.networks.transformer import apply_stack, stacked
+from genjax.numerics import at_least_float32
 from genjax.typing import Params, PRNGKey
 
 __all__ = ["StateSpace", "StateSpaceBlock", "state_space_groups"]
@@ -140,8 +141,12 @@ class StateSpaceBlock(nn.Module):
         rates = state_space.s4d_lin(self.size) if start is None else start.eigenvalues
         shape = (width, pairs)
 
+        # Float32 at least: what a train step casts to bfloat16 has no complex numbers.
+        def own(name: str, *made: Any) -> Array:
+            return at_least_float32(self.param(name, *made))
+
         def begin(name: str, value: Array) -> Array:
-            return self.param(name, lambda key: jnp.broadcast_to(value, (width, *value.shape)))
+            return own(name, lambda key: jnp.broadcast_to(value, (width, *value.shape)))
 
         def pair(name: str, value: Array) -> Array:
             z = begin(name, jnp.stack([jnp.real(value), jnp.imag(value)]))
@@ -152,11 +157,11 @@ class StateSpaceBlock(nn.Module):
             begin("frequency", rates.imag),
         )
         eigenvalues = jax.lax.complex(-jnp.exp(log_rate), frequency)
-        c = self.param("read", nn.initializers.normal(0.5**0.5), (2, *shape), jnp.float32)
+        c = own("read", nn.initializers.normal(0.5**0.5), (2, *shape), jnp.float32)
         c = jax.lax.complex(c[0], c[1])
-        dt = jnp.exp(self.param("log_dt", log_uniform(*self.dt_range), (width,)))
+        dt = jnp.exp(own("log_dt", log_uniform(*self.dt_range), (width,)))
         options = {
-            "d": self.param("skip", nn.initializers.normal(1.0), (width,)),
+            "d": own("skip", nn.initializers.normal(1.0), (width,)),
             "h0": cache[1],
             "where": where,
         }

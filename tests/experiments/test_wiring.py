@@ -22,7 +22,8 @@ SMALL = {
         **TRANSFORMER, "dataset": "digits", "network": "dit", "methods": ("flow",),
         "sample_steps": 2,
     },
-    "gan, spectral": {"spectral": True, "compute_dtype": "bfloat16"},
+    "gan, spectral": {"spectral": True},
+    "gan, dcgan": {"network": "dcgan", "width": 8, "conditional": True},
     "hierarchical_vae": {"latents": (3, 2), "sides": (1, 2), "width": 8},
     "hierarchical_vae, held": {
         "latents": (3, 2), "sides": (1, 2), "width": 8, "spectral": 0.1, "skip_above": 10.0,
@@ -32,6 +33,8 @@ SMALL = {
         "channels": (4, 8), "width": 8, "depth": 1, "heads": 2, "latents": "vq", "codes": 4,
         "model": "diffusion", "network": "dit", "conditional": True, "guidance": 2.0,
     },
+    "long_range, s4": {"network": "s4", "width": 8, "depth": 2},
+    "long_range, s4d": {"task": "digits", "network": "s4d", "width": 8, "depth": 2},
     "masked_diffusion": {**TRANSFORMER, "num_steps": 4},
     "rlhf": {**TRANSFORMER, "imitation": 2, "steps": 4},
     "sinkhorn_gan": {},
@@ -48,10 +51,11 @@ SMALL = {
 NAMES = [pytest.param(n, marks=[pytest.mark.slow] if "," in n else []) for n in SMALL]
 
 
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_and_a_sample_have_their_shapes(name):
+def test_a_step_and_a_sample_have_their_shapes(name, dtype):
     module = importlib.import_module(f"experiments.{name.split(',')[0]}")
-    config = module.Config(**SHARED, **SMALL[name])
+    config = module.Config(**SHARED, **SMALL[name], compute_dtype=dtype)
     data = module.load_data(config)
     system = module.build(config, data)
     _, _, whole = _system.initial(config, system)
@@ -64,6 +68,8 @@ def test_a_step_and_a_sample_have_their_shapes(name):
     after, metrics = jax.eval_shape(step, state, batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert all(x.shape == () for x in jax.tree.leaves(metrics))
+    if system.sample is None:
+        return
     params = jax.eval_shape(lambda s: _system.weights(config, system, s), state)
     label = jnp.zeros(2, jnp.int32) if system.labels is not None else None
     x = jax.eval_shape(lambda p, k: system.sample(p, k, 2, label), params, jax.random.key(0))
