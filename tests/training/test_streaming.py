@@ -43,7 +43,9 @@ def test_streamed_killed_amid_an_epoch_and_resumed_is_bit_equal(layout, images, 
     options |= {"sharding": layout, "width": 32, "depth": 1, "log-every": 1}
     line = [sys.executable, "-m", "tests.training.streamed", "--no-curves", "--no-progress"]
     line += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = "--xla_force_host_platform_device_count=2"
+    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    environment = {**os.environ, "XLA_FLAGS": flags}
 
     def run(folder, *more, **variables):
         given = [*line, "--run-dir", str(folder), *more]
