@@ -31,7 +31,7 @@ from genjax import checks
 from genjax import data as text_data
 from genjax.autoregressive import bits_per_byte, dynamic_evaluation, generate, next_token, select
 from genjax.data import DataSpec
-from genjax.networks import GPT, StateSpace, state_space_groups
+from genjax.networks import GPT, RATES, StateSpace, state_space_groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,6 +237,7 @@ def build(config: Config, data: Data) -> System:
         likelihood={"batch_size": 16, "bits": False},
         evaluations=config.length,
         count=config.samples,
+        step_options={"uncast": RATES},
         remat=True,
     )
 

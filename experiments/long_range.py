@@ -28,7 +28,7 @@ from experiments._data import Data
 from experiments._system import System, parameter_count, prepare, weights
 from genjax import checks
 from genjax.data import DataSpec
-from genjax.networks import StateSpace, state_space_groups
+from genjax.networks import RATES, StateSpace, state_space_groups
 from genjax.training import export_npz
 
 NUMBERS = 2**22  # sequences that can be drawn
@@ -194,7 +194,8 @@ def build(config: Config, data: Data) -> System:
             losses, right = jnp.mean(losses, axis=1), jnp.mean(right, axis=1)
         return losses, {"right": right}
 
-    return System(init, loss, optimizer(config), evaluations=1, remat=True)
+    options = {"uncast": RATES}
+    return System(init, loss, optimizer(config), evaluations=1, step_options=options, remat=True)
 
 
 def optimizer(config: Any) -> optax.GradientTransformation:

@@ -18,14 +18,15 @@ from genjax.networks.transformer import apply_stack, stacked
 from genjax.numerics import at_least_float32
 from genjax.typing import Params, PRNGKey
 
-__all__ = ["StateSpace", "StateSpaceBlock", "state_space_groups"]
+__all__ = ["RATES", "StateSpace", "StateSpaceBlock", "state_space_groups"]
 
 Kind = Literal["s4", "s4d", "mamba", "mamba2"]
 Tokens = Int[Array, "batch length"] | UInt[Array, "batch length"]
 KINDS = ("s4", "s4d", "mamba", "mamba2")
 STATES = {"s4": 64, "s4d": 64, "mamba": 16, "mamba2": 128}
-# A, the step and the skip, by the names of their parameters.
-SLOW = ("log_rate", "frequency", "low_rank", "drive", "log_dt", "dt_bias", "log_a", "skip")
+# A, the step and the skip, by the names of their parameters: what is trained slowly, and stays
+# float32 under `compute_dtype` (`make_train_step(..., uncast=RATES)`): a recurrence compounds it.
+RATES = ("log_rate", "frequency", "low_rank", "drive", "log_dt", "dt_bias", "log_a", "skip")
 
 
 def state_space_groups(params: Params) -> Params:
@@ -39,7 +40,7 @@ def state_space_groups(params: Params) -> Params:
     """
 
     def group(path: Any, _: Any) -> str:
-        return "slow" if getattr(path[-1], "key", None) in SLOW else "rest"
+        return "slow" if getattr(path[-1], "key", None) in RATES else "rest"
 
     return jax.tree_util.tree_map_with_path(group, params)
 

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ def train_step(
     axis_name: str | None = None,
     accumulate: int = 1,
     compute_dtype: Any = None,
+    uncast: Sequence[str] = (),
 ) -> tuple[TrainState, Metrics]:
     """Do one update of the parameters along the gradient of the mean loss.
 
@@ -40,7 +41,8 @@ def train_step(
     (not under shard_map, whose gradients are already sums). accumulate: the batch is taken in that
     many parts one after another, with the memory of one; part i draws from fold_in(key, i).
     compute_dtype: floating parameters and batch are cast to it for loss_fn; parameters, optimiser
-    state, the mean of the losses, the averages and the carry keep their own type.
+    state, the mean of the losses, the averages and the carry keep their own type. uncast: names of
+    parameters that are not cast either, as the rates of a recurrence (`networks.RATES`).
 
     Where the state has a carry: loss_fn(params, key, batch, carry) -> (losses, aux, seen), and
     after the update absorb(carry, updated params, seen) is the next carry. `seen` is any pytree
@@ -68,6 +70,7 @@ def train_step(
         axis_name=axis_name,
         accumulate=accumulate,
         compute_dtype=compute_dtype,
+        uncast=uncast,
     )
     player, key = Player(state.params, state.opt_state), step_key(state, axis_name)
     player, carry, metrics = update(rule, player, state.carry, key, batch)
@@ -94,8 +97,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile `train_step`: one jit over a 1-D mesh (default: all devices), or pmap.
 
-    options: those of `train_step`: absorb, accumulate, compute_dtype. The state is donated: use
-    the one that is returned. Under jit the loss sees the whole batch and one key, so that n
+    options: those of `train_step`: absorb, accumulate, compute_dtype, uncast. The state is donated:
+    use the one that is returned. Under jit the loss sees the whole batch and one key, so that n
     devices compute what one does. steps_per_call > 1: the batch has a leading axis of (up to) that
     many batches, each gets its update in one scan, and the metrics have the same leading axis. The
     batch must divide by devices x accumulate (ValueError). Several processes pass their own shares

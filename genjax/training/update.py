@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,7 @@ class Rule:
     axis_name: str | None = None
     accumulate: int = 1
     compute_dtype: Any = None
+    uncast: Sequence[str] = ()
 
 
 def update(
@@ -128,7 +129,8 @@ def _mean_loss(
     rule: Rule, params: Params, carry: Any, key: Any, batch: Batch
 ) -> tuple[Any, tuple[Metrics, Any]]:
     """Call the loss and reduce it to (mean over the examples, (metrics, seen))."""
-    params, batch = cast_floating((params, batch), rule.compute_dtype)
+    params = cast_floating(params, rule.compute_dtype, rule.uncast)
+    batch = cast_floating(batch, rule.compute_dtype)
     # On a mesh with sharded parameters; what is larger is gathered by the network, layer by layer.
     params = sharding.gathered(params, most=sharding.WHOLE_BYTES)
     batch = jax.tree.map(sharding.split_batch, batch)
@@ -169,13 +171,18 @@ def reduce_terms(losses: Any, aux: Metrics) -> tuple[Any, Metrics]:
     return loss, {"loss": loss, **terms}
 
 
-def cast_floating(tree: Any, dtype: Any) -> Any:
-    """Cast the floating leaves of a tree, leave the others (integers, keys); None casts nothing."""
+def cast_floating(tree: Any, dtype: Any, uncast: Sequence[str] = ()) -> Any:
+    """Cast the floating leaves of a tree, leave the others (integers, keys) and those whose last
+    name is in `uncast`; None casts nothing."""
     if dtype is None:
         return tree
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x, tree
-    )
+
+    def cast(path: Any, x: Any) -> Any:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        return x.astype(dtype) if floating and name not in uncast else x
+
+    return jax.tree_util.tree_map_with_path(cast, tree)
 
 
 def apply_update(

@@ -28,6 +28,7 @@ SMALL = {
     "hierarchical_vae, held": {
         "latents": (3, 2), "sides": (1, 2), "width": 8, "spectral": 0.1, "skip_above": 10.0,
     },
+    "language_model, s4": {"network": "s4", "width": 8, "depth": 1},
     "latent": {"channels": (4, 8), "width": 8, "depth": 1},
     "latent, codes": {
         "channels": (4, 8), "width": 8, "depth": 1, "heads": 2, "latents": "vq", "codes": 4,

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax.networks import StateSpace, StateSpaceBlock, state_space_groups
+from genjax.networks import RATES, StateSpace, StateSpaceBlock, computing_in, state_space_groups
+from genjax.training.update import cast_floating
 from tests.state_space import oracles
 
 KINDS = ["s4", "s4d", "mamba", "mamba2"]
@@ -249,3 +250,25 @@ def test_bytes_and_tokens_that_are_none():
     np.testing.assert_allclose(step, expected[:, 0], atol=1e-5)
     wrong = jax.jit(lambda x: net.apply(params, x))(jnp.array([[-1, 0, 0]]))
     assert np.isnan(wrong[0, 1]).all()
+
+
+@pytest.mark.parametrize("kind", ["s4", "s4d"])
+def test_rates_that_stay_float32_keep_the_phase(kind):
+    """Rounded to eight bits, a frequency near 100 is off by a radian some ten time units later."""
+    block = StateSpaceBlock(kind=kind, states=64, dt_range=(0.05, 0.1))
+    x = jax.random.normal(KEY, (2, 256, 8))
+    params = jax.jit(block.init)(KEY, x)
+
+    @jax.jit
+    def off(params):
+        def run(given):
+            with computing_in(jnp.bfloat16):
+                return block.apply(given, x)[0] - x
+
+        exact = run(params)
+        found = [run(cast_floating(params, jnp.bfloat16, kept)) for kept in (RATES, ())]
+        return [jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact) for y in found]
+
+    kept, cast = off(params)
+    assert kept < 0.02
+    assert cast > 2 * kept

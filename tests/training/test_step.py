@@ -147,12 +147,14 @@ def test_bfloat16_compute_keeps_float32_parameters(key):
 
     def loss_fn(params, key, batch):
         seen.update(params=params["in"]["w"].dtype, x=batch["x"].dtype, label=batch["label"].dtype)
+        seen.update(bias=params["out"]["b"].dtype)
         return plain_loss(params, key, batch)
 
-    step = one_device(loss_fn, adam, compute_dtype=jnp.bfloat16)
+    step = one_device(loss_fn, adam, compute_dtype=jnp.bfloat16, uncast=["b"])
     batch = {**make_batch(0), "label": np.arange(16, dtype=np.int32)}
     state, metrics = step(start(key, adam, ema_decays=[0.9]), batch)
-    assert seen == {"params": jnp.bfloat16, "x": jnp.bfloat16, "label": jnp.int32}
+    cast, label, kept = jnp.bfloat16, jnp.int32, jnp.float32
+    assert seen == {"params": cast, "x": cast, "label": label, "bias": kept}
     kept = (state.params, state.opt_state, state.ema, metrics)
     floats = [x for x in jax.tree.leaves(kept) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
