@@ -48,7 +48,7 @@ def test_two_families_and_one_that_fails(tmp_path, monkeypatch):
     # The one that fails says why and stops nobody.
     failed = rows["Broken"]
     assert (failed["mean"], failed["runs"]) == ({}, [])
-    assert failed["reason"] == "spread must be positive, got -1.0"
+    assert failed["reason"] == "spread must be at least 0, got -1.0"
     text = (tmp_path / "leaderboard.md").read_text()
     assert "Features: the points themselves." in text
     assert "| Broken | failed: spread must be positive, got -1.0 |" in text
