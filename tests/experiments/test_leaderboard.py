@@ -51,7 +51,7 @@ def test_two_families_and_one_that_fails(tmp_path, monkeypatch):
     assert failed["reason"] == "spread must be at least 0, got -1.0"
     text = (tmp_path / "leaderboard.md").read_text()
     assert "Features: the points themselves." in text
-    assert "| Broken | failed: spread must be positive, got -1.0 |" in text
+    assert "| Broken | failed: spread must be at least 0, got -1.0 |" in text
 
     # The budget ended the training; costs are read from the run.
     mean, summary = rows["Wide"]["mean"], runs._read(tmp_path / "wide/seed0/summary.json")
