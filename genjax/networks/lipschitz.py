@@ -111,8 +111,8 @@ def spectral_penalty(
 
         sum_i sigma_max(W_i), with the gradient u_i v_i' for W_i
 
-    Added to a loss, some tenths of it keep the layers smooth, so that a hierarchy's divergences do
-    not run away where a posterior moves. Weights and the power state are those of
+    Added to a loss with a weight near 0.1, it keeps the layers smooth, so that a hierarchy's
+    divergences do not run away where a posterior moves. Weights and the power state are those of
     `spectral_normalise`; no weights give 0. Vahdat, Kautz 2020 (arXiv:2007.03898), section 3.2.
 
     >>> params = {"kernel": jnp.diag(jnp.array([3.0, 1.0]))}

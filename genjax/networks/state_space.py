@@ -24,8 +24,8 @@ Kind = Literal["s4", "s4d", "mamba", "mamba2"]
 Tokens = Int[Array, "batch length"] | UInt[Array, "batch length"]
 KINDS = ("s4", "s4d", "mamba", "mamba2")
 STATES = {"s4": 64, "s4d": 64, "mamba": 16, "mamba2": 128}
-# A, the step and the skip, by the names of their parameters: what is trained slowly, and stays
-# float32 under `compute_dtype` (`make_train_step(..., uncast=RATES)`): a recurrence compounds it.
+# A, the step and the skip, by the names of their parameters. They are trained slowly, and stay
+# float32 where `uncast=RATES` is given to the train step: a recurrence compounds their rounding.
 RATES = ("log_rate", "frequency", "low_rank", "drive", "log_dt", "dt_bias", "log_a", "skip")
 
 
