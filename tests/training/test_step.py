@@ -212,6 +212,8 @@ def test_bad_input(key, unchecked):
         one_device(lambda p, k, b: (b["y"], {"loss": b["y"]}))(state, make_batch(0))
     with pytest.raises(TypeError, match="unexpected keyword argument 'acumulate'"):
         make_train_step(noisy_loss, SGD, acumulate=2)
+    with pytest.raises(ValueError, match="sequence of names, got the string 'b'"):
+        one_device(compute_dtype=jnp.bfloat16, uncast="b")(state, make_batch(0))
     with pytest.raises(ValueError, match="steps_per_call must be at least 1, got 0"):
         make_train_step(noisy_loss, SGD, steps_per_call=0)
     with pytest.raises(ValueError, match=r"devices must lie in \[1, 8\]"):
