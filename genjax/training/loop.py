@@ -78,7 +78,8 @@ def fit(
     since the end of the very first one, which compiles (0: no limit); evaluations count.
 
     The batches of `prefetch` further calls are made in threads while a call runs (0: each when its
-    call comes), and put on the devices where step_fn has a `place`, as compiled steps have.
+    call comes, as always on several CPU devices, see `_on_several_cpus`), and put on the devices
+    where step_fn has a `place`, as compiled steps have.
     timings: is given data_wait_seconds, how long calls but the first waited for their batches.
 
     on_metrics(step, metrics): a hook for other trackers, called by the first process with each line
@@ -107,8 +108,9 @@ def fit(
     first = jax.process_index() == 0
     log = MetricsLog(folder, start=int(state.step), tensorboard=tensorboard) if first else None
     given = (state, step_fn, batches, num_steps, steps_per_call, log, log_every, checkpoints)
-    # Emulated devices abort when calls pile up, and calls in flight would outlast a budget.
-    block = bool(max_seconds) or (jax.default_backend() == "cpu" and jax.device_count() > 1)
+    several = _on_several_cpus()
+    # There calls that pile up end in an abort, and calls in flight would outlast a budget.
+    block, prefetch = bool(max_seconds) or several, 0 if several else prefetch
     if block:  # what made the state may still be under way
         jax.block_until_ready(state)
     with contextlib.ExitStack() as closing:
@@ -326,6 +328,16 @@ class _Training:
             kept = f"step {saved[-1]} in {self.checkpoints.folder}" if saved else "none"
             text += f"; the last good checkpoint: {kept}"
         return text
+
+
+def _on_several_cpus() -> bool:
+    """Whether programs may run on several CPU devices, as emulated ones.
+
+    XLA has room for 32 computations in flight on each. A thread that dispatches more, such as one
+    that makes a batch by operations outside jit, can take the room of one device's part of a step,
+    behind which they wait: then both wait for ever (jaxlib 0.10.2).
+    """
+    return jax.default_backend() == "cpu" and jax.device_count() > 1
 
 
 @contextlib.contextmanager

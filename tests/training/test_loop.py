@@ -2,6 +2,7 @@ import functools
 import json
 import os
 import signal
+import threading
 import time
 
 import jax
@@ -16,6 +17,7 @@ from genjax.training import (
     data_mesh,
     fit,
     init_state,
+    loop,
     make_train_step,
     progress,
 )
@@ -24,6 +26,12 @@ from genjax.training.record import MetricsLog, read_metrics
 from .problem import make_batch, make_params, noisy_loss
 
 ADAM = optax.adam(0.01)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Of the emulated devices these steps use one: batches are made in threads, calls overlap."""
+    monkeypatch.setattr(loop, "_on_several_cpus", lambda: False)
 
 
 def start():
@@ -58,6 +66,24 @@ def close(a, b):
 
 def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+
+
+def test_batches_are_made_in_threads_but_not_on_several_cpu_devices(tmp_path, monkeypatch):
+    """There XLA's queue is short, and a thread that fills it would stop the step for good."""
+    makers = []
+
+    def batches(i):
+        makers.append(threading.current_thread())
+        return make_batch(i)
+
+    ahead = train(tmp_path / "ahead", batches)
+    assert len(makers) == 7
+    assert threading.main_thread() not in makers
+    monkeypatch.undo()
+    makers.clear()
+    assert loop._on_several_cpus()
+    equal(train(tmp_path / "here", batches), ahead)
+    assert makers == [threading.main_thread()] * 7
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 3])

@@ -14,7 +14,8 @@ from genjax.data import load
 from .streamed import LIMIT
 
 ROOT = Path(__file__).parents[2]
-STEPS, BATCH, KILL_AT = 17, 8, 15  # five steps an epoch: 12 and 13, where it goes on, are amid one
+STEPS, BATCH, KILL_AT = 17, 8, 14  # five steps an epoch: 12, where it goes on, is amid one
+DEVICES = {"replicated": 1, "fsdp": 2}  # on one alone batches are made ahead, in threads
 
 
 @pytest.fixture
@@ -43,8 +44,7 @@ def test_streamed_killed_amid_an_epoch_and_resumed_is_bit_equal(layout, images, 
     options |= {"sharding": layout, "width": 32, "depth": 1, "log-every": 1}
     line = [sys.executable, "-m", "tests.training.streamed", "--no-curves", "--no-progress"]
     line += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    flags = "--xla_force_host_platform_device_count=2"
-    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    flags = f"--xla_force_host_platform_device_count={DEVICES[layout]}"
     environment = {**os.environ, "XLA_FLAGS": flags}
 
     def run(folder, *more, **variables):
@@ -60,7 +60,7 @@ def test_streamed_killed_amid_an_epoch_and_resumed_is_bit_equal(layout, images, 
     assert killed.returncode == -9, killed.stderr
     again = run(runs["killed"], "--resume")
     assert again.returncode == 0, again.stderr
-    assert any(f"resumed at step {step}" in again.stdout for step in (12, 13)), again.stdout
+    assert "resumed at step 12" in again.stdout, again.stdout
     expected = end_of(runs["whole"])
     for name in ("in_memory", "killed"):
         got = end_of(runs[name])
