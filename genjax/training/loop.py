@@ -78,7 +78,7 @@ def fit(
     since the end of the very first one, which compiles (0: no limit); evaluations count.
 
     The batches of `prefetch` further calls are made in threads while a call runs (0: each when its
-    call comes, as always on several CPU devices, see `_on_several_cpus`), and put on the devices
+    call comes; so too on several CPU devices, see `_on_several_cpus`), and put on the devices
     where step_fn has a `place`, as compiled steps have.
     timings: is given data_wait_seconds, how long calls but the first waited for their batches.
 
