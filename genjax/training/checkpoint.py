@@ -267,14 +267,15 @@ def _reason(error: Exception) -> str:
 def _orbax() -> Any:
     """Import orbax, and keep it from printing what is raised here in one line anyway.
 
-    It logs an error several times with long traces. When one array fails it closes its event loop,
-    and tensorstore reports each further failure to the closed loop, as exceptions that nobody can
-    catch.
+    It logs an error several times with long traces. When one array fails it closes its event loop:
+    tensorstore reports each further failure to the closed loop, as exceptions that nobody can
+    catch, or asyncio logs it when its task is dropped.
     """
     with checks.extra("train", "Checkpoints"):
         import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").addFilter(_from_elsewhere)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_from_elsewhere)
     if getattr(sys.unraisablehook, "__name__", "") != "_no_stragglers":
         before = sys.unraisablehook
 
@@ -287,7 +288,8 @@ def _orbax() -> Any:
 
 
 def _from_elsewhere(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
+    tasks = record.getMessage() if record.name == "asyncio" else ""
+    return "orbax" not in record.pathname + tasks
 
 
 def to_host(tree: Any, empty: bool = False) -> list[np.ndarray]:

@@ -1,10 +1,13 @@
+import asyncio
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from genjax.training import CheckpointError, Checkpoints, data_mesh, init_state
+from genjax.training import CheckpointError, Checkpoints, checkpoint, data_mesh, init_state
 from genjax.training.parallel import replicate
 
 
@@ -195,3 +198,19 @@ def test_a_restored_step_is_on_the_disk(saved):
     checkpoints.save(2, make_state(2))
     checkpoints.close()
     assert checkpoints.steps() == [1, 2]
+
+
+@pytest.mark.parametrize(("folder", "told"), [("orbax", 0), ("another", 1)])
+def test_a_failed_task_of_orbax_is_not_logged_beside_the_error(folder, told, caplog):
+    checkpoint._orbax()
+    names = {}
+    fails = "async def fails():\n    raise OSError('No space left on device')"
+    exec(compile(fails, f"/{folder}/handlers.py", "exec"), names)
+
+    async def main():
+        task = asyncio.ensure_future(names["fails"]())
+        await asyncio.wait([task])
+
+    asyncio.run(main())
+    gc.collect()
+    assert [record.name for record in caplog.records] == ["asyncio"] * told
