@@ -267,9 +267,9 @@ def _reason(error: Exception) -> str:
 def _orbax() -> Any:
     """Import orbax, and keep it from printing what is raised here in one line anyway.
 
-    It logs an error several times with long traces. When one array fails it closes its event loop:
-    tensorstore reports each further failure to the closed loop, as exceptions that nobody can
-    catch, or asyncio logs it when its task is dropped.
+    It logs an error several times with long traces. When one array fails it closes its event loop.
+    Tensorstore reports further failures to the closed loop, as exceptions that nobody can catch,
+    and asyncio logs those that nobody retrieves.
     """
     with checks.extra("train", "Checkpoints"):
         import orbax.checkpoint as ocp
@@ -288,8 +288,9 @@ def _orbax() -> Any:
 
 
 def _from_elsewhere(record: logging.LogRecord) -> bool:
-    tasks = record.getMessage() if record.name == "asyncio" else ""
-    return "orbax" not in record.pathname + tasks
+    # asyncio names the file of a failed task in its message.
+    task = record.getMessage() if record.name == "asyncio" else ""
+    return "orbax" not in record.pathname + task
 
 
 def to_host(tree: Any, empty: bool = False) -> list[np.ndarray]:

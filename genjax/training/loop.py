@@ -77,9 +77,8 @@ def fit(
     With `max_seconds` training ends after the first call at whose end that many seconds have passed
     since the end of the very first one, which compiles (0: no limit); evaluations count.
 
-    The batches of `prefetch` further calls are made in threads while a call runs (0: each when its
-    call comes; so too on several CPU devices, see `_on_several_cpus`), and put on the devices
-    where step_fn has a `place`, as compiled steps have.
+    The batches of `prefetch` further calls are made in threads while a call runs (0, or on several
+    CPU devices: each when its call comes), and put on the devices where step_fn has a `place`.
     timings: is given data_wait_seconds, how long calls but the first waited for their batches.
 
     on_metrics(step, metrics): a hook for other trackers, called by the first process with each line
@@ -108,9 +107,8 @@ def fit(
     first = jax.process_index() == 0
     log = MetricsLog(folder, start=int(state.step), tensorboard=tensorboard) if first else None
     given = (state, step_fn, batches, num_steps, steps_per_call, log, log_every, checkpoints)
-    several = _on_several_cpus()
-    # There calls that pile up end in an abort, and calls in flight would outlast a budget.
-    block, prefetch = bool(max_seconds) or several, 0 if several else prefetch
+    # Emulated devices abort when calls pile up, and calls in flight would outlast a budget.
+    block = bool(max_seconds) or _on_several_cpus()
     if block:  # what made the state may still be under way
         jax.block_until_ready(state)
     with contextlib.ExitStack() as closing:
@@ -331,19 +329,19 @@ class _Training:
 
 
 def _on_several_cpus() -> bool:
-    """Whether programs may run on several CPU devices, as emulated ones.
-
-    XLA has room for 32 computations in flight on each. A thread that dispatches more, such as one
-    that makes a batch by operations outside jit, can take the room of one device's part of a step,
-    behind which they wait: then both wait for ever (jaxlib 0.10.2).
-    """
+    """Whether programs may run on several CPU devices, as emulated ones."""
     return jax.default_backend() == "cpu" and jax.device_count() > 1
 
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[ThreadPoolExecutor | None]:
-    """As many threads, which end with the context and drop what they have not begun."""
-    if not count:
+    """As many threads, which end with the context and drop what they have not begun.
+
+    None for 0, and on several CPU devices: XLA has room for 32 computations in flight on each. A
+    thread that dispatches more, as one that makes a batch by operations outside jit, can take the
+    room of one device's part of a step, and both wait for ever (jaxlib 0.10.2).
+    """
+    if not count or _on_several_cpus():
         yield None
         return
     threads = ThreadPoolExecutor(min(count, 4), "batches")

@@ -42,8 +42,8 @@ def train_step(
     many parts one after another, with the memory of one; part i draws from fold_in(key, i).
     compute_dtype: floating parameters and batch are cast to it for loss_fn; parameters, optimiser
     state, the mean of the losses, the averages and the carry keep their own type. uncast: names of
-    parameters that are not cast either, as the rates of a recurrence (`networks.RATES`); those
-    that no parameter has are ignored, and one string for a list of them raises ValueError.
+    parameters that are not cast either, as the rates of a recurrence (`networks.RATES`); a name
+    that no parameter has is ignored. Raises ValueError for one string in place of the names.
 
     Where the state has a carry: loss_fn(params, key, batch, carry) -> (losses, aux, seen), and
     after the update absorb(carry, updated params, seen) is the next carry. `seen` is any pytree
